@@ -14,7 +14,7 @@ from typing import NoReturn
 from fastapi import HTTPException
 
 from lib.images import ImageError
-from lib.ledger_records import LedgerError
+from lib.ledger import LedgerError
 from lib.methods import MethodError
 from lib.options import OptionError
 from lib.partial_labels import LabelError

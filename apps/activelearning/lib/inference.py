@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from monailabel.transform.writer import Writer
 from numpy.typing import NDArray
 
 from lib.errors import refuse, speaking_errors
-from lib.images import Volume, image_geometry, load_image
+from lib.images import image_geometry, load_image
 from lib.ledger import QueryLedger
 from lib.models import ModelStore, choose_device
 from lib.options import AppOptions
@@ -73,7 +72,7 @@ class SegmentationTask(InferTask):
         with speaking_errors():
             volume = load_image(request["image"])
             label_xyz = self.ensemble().mean(volume).argmax(axis=0).astype(np.uint8)
-        names = {name: value for name, value in self.labels.items()}
+        names = dict(self.labels)
         facts = {"label_names": names, "latencies": {"total": round(time.time() - started, 3)}}
         return write_result(label_xyz, volume.affine, request), facts
 

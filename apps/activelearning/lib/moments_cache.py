@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -73,7 +75,7 @@ class MomentsCache:
             assert loaded is not None, "an ensemble is loaded whenever an image is missing"
             volume = load_image(self.datastore.image_path(image))
             arrays = Moments.from_members(loaded.members(volume, QUERY_OVERLAP)).to_arrays()
-            write_atomic(self.path(model, image), lambda stream, arrays=arrays: np.savez(stream, **arrays))
+            write_atomic(self.path(model, image), partial(_save, arrays))
             report(done, len(missing))
         self._prune(model)
         return len(missing)
@@ -84,3 +86,7 @@ class MomentsCache:
         others = [p for p in self.root.iterdir() if p.is_dir() and p.name != model.digest[:16]]
         for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[self.keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _save(arrays: Mapping[str, Any], stream: BinaryIO) -> None:
+    np.savez(stream, **arrays)

@@ -1,6 +1,6 @@
 # Copyright (c) Patchwise contributors
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Region: a box of voxels in one stored image; geometry only, no I/O."""
@@ -99,9 +99,7 @@ class Region:
 
 def boxes_overlap(a: Box, b: Box) -> bool:
     """Whether two (start, size) boxes share a voxel: a0 < b1 and b0 < a1 on every axis (nnActive, section 3)."""
-    return all(
-        sa < sb + db and sb < sa + da for sa, da, sb, db in zip(a[0], a[1], b[0], b[1], strict=True)
-    )
+    return all(sa < sb + db and sb < sa + da for sa, da, sb, db in zip(a[0], a[1], b[0], b[1], strict=True))
 
 
 def clip_size(size: Sequence[int], shape: Sequence[int]) -> Triple:
@@ -112,9 +110,7 @@ def clip_size(size: Sequence[int], shape: Sequence[int]) -> Triple:
 def centred(voxel: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> Box:
     """Box of `size` centred on `voxel` and pushed inside `shape`: start = clip(v - K//2, 0, S - K)."""
     kept = clip_size(size, shape)
-    start = tuple(
-        int(min(max(v - k // 2, 0), s - k)) for v, k, s in zip(voxel, kept, shape, strict=True)
-    )
+    start = tuple(int(min(max(v - k // 2, 0), s - k)) for v, k, s in zip(voxel, kept, shape, strict=True))
     return cast(Triple, start), kept
 
 

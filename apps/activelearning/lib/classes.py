@@ -1,0 +1,64 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Class names: `--conf labels`, the studies folder's dataset.json, or the bundle's metadata, in that order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.options import OptionError
+
+_HELPERS = ("background", "ignore", "unlabelled")
+
+
+def resolve_classes(
+    conf_labels: Mapping[str, int] | None, studies: Path, metadata: Mapping[str, Any]
+) -> dict[str, int]:
+    """Foreground class name -> id, in the order of ids.
+
+    Raises:
+        OptionError: no source names a class, or ids are not 1, 2, ..., N: clients number segments that way.
+    """
+    for source, labels in (
+        ("--conf labels", conf_labels),
+        (f"{studies / 'dataset.json'}", _from_dataset(studies / "dataset.json")),
+        ("the bundle's metadata.json", _from_metadata(metadata)),
+    ):
+        if labels:
+            return _checked(labels, source)
+    raise OptionError(
+        f"no class names: give --conf labels 'name1,name2', or put a decathlon-style dataset.json into {studies}"
+    )
+
+
+def _from_dataset(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        return {}
+    try:
+        labels = json.loads(path.read_text()).get("labels", {})
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: not readable as a decathlon-style dataset.json ({error})") from error
+    # nnU-Net turned the decathlon's {id: name} round into {name: id}; both are in use.
+    return {str(v): int(k) for k, v in labels.items()} if all(str(k).isdigit() for k in labels) else dict(labels)
+
+
+def _from_metadata(metadata: Mapping[str, Any]) -> dict[str, int]:
+    outputs = metadata.get("network_data_format", {}).get("outputs", {})
+    channels: Mapping[str, str] = next(iter(outputs.values()), {"channel_def": {}}).get("channel_def", {})
+    return {str(name): int(index) for index, name in channels.items()}
+
+
+def _checked(labels: Mapping[str, int], source: str) -> dict[str, int]:
+    try:
+        classes = {name: int(value) for name, value in labels.items() if name.lower() not in _HELPERS}
+    except (TypeError, ValueError):
+        raise OptionError(f"{source}: class ids must be whole numbers, found {dict(labels)}") from None
+    if sorted(classes.values()) != list(range(1, len(classes) + 1)) or not classes:
+        raise OptionError(f"{source}: class ids must be 1, 2, ..., one a class, found {classes}")
+    return dict(sorted(classes.items(), key=lambda item: item[1]))

@@ -1,0 +1,107 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Options of the app (`--conf NAME VALUE`): one validated model, listed by /info and the app's README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+
+def _names(value: Any) -> Any:
+    """Accepts 'a,b' or a JSON list or a list."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    return json.loads(text) if text.startswith("[") else [v.strip() for v in text.split(",") if v.strip()]
+
+
+def _numbers(value: Any) -> Any:
+    """Accepts '20,20,20', '20x20x20' or a JSON list."""
+    return _names(value.replace("x", ",")) if isinstance(value, str) else value
+
+
+def _classes(value: Any) -> Any:
+    """Accepts a JSON object {name: id}, or names in the order of their ids 1, 2, ..."""
+    if isinstance(value, str) and value.strip().startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, dict):
+        return {str(k): v for k, v in value.items()}
+    names = _names(value)
+    return {name: i for i, name in enumerate(names, start=1)} if isinstance(names, list) else names
+
+
+class OptionError(ValueError):
+    """An option of the app that cannot be used; one sentence an option."""
+
+
+class AppOptions(BaseModel):
+    """What `--conf` may hold; anything else is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: Annotated[list[str], BeforeValidator(_names)] = Field(
+        default=["segmentation_dynunet_3d"], min_length=1, description="network recipes (folders of `bundles`) to load"
+    )
+    bundles: Path | None = Field(default=None, description="folder of the bundles; default: `bundles` of this project")
+    labels: Annotated[dict[str, int] | None, BeforeValidator(_classes)] = Field(
+        default=None, description="class names: 'a,b,c' for ids 1, 2, 3 or a JSON object; default: dataset.json"
+    )
+    spacing: Annotated[list[float] | None, BeforeValidator(_numbers)] = Field(
+        default=None, min_length=3, max_length=3, description="spacing in mm the network works at; default: the pool's"
+    )
+    methods: Annotated[list[str] | None, BeforeValidator(_names)] = Field(
+        default=None, description="query methods the clients list: 'all' or names; every method works by name"
+    )
+    members: int = Field(default=5, ge=1, le=50, description="ensemble members a training makes")
+    batch: int = Field(default=20, ge=1, le=10_000, description="regions chosen at a time for clients that ask singly")
+    size: Annotated[list[int], BeforeValidator(_numbers)] = Field(
+        default=[32, 32, 32], min_length=3, max_length=3, description="patch in voxels when a request names none"
+    )
+    lease_minutes: float = Field(default=60, gt=0, le=100_000, description="how long a region is kept for a client")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where networks run")
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a network; 0 leaves it to torch")
+    keep_moments: int = Field(default=1, ge=1, le=1000, description="rounds whose cached moments stay on disk")
+
+
+# What MONAI Label itself puts into an app's configuration.
+_UPSTREAM_KEYS = frozenset({"server_mode", "use_pretrained_model", "auto_update_scoring"})
+
+
+def parse_options(conf: dict[str, Any]) -> AppOptions:
+    """Validated options from `--conf` pairs.
+
+    Raises:
+        OptionError: unknown options and unusable values, all of them in one message.
+    """
+    given = {k: v for k, v in conf.items() if k not in _UPSTREAM_KEYS}
+    try:
+        return AppOptions.model_validate(given)
+    except json.JSONDecodeError as error:
+        raise OptionError(f"--conf holds JSON that cannot be read: {error}") from error
+    except ValidationError as error:
+        problems = [_sentence(problem) for problem in error.errors()]
+        raise OptionError("; ".join(problems)) from error
+
+
+def describe_options(options: AppOptions) -> dict[str, dict[str, Any]]:
+    """Every option with its value and meaning, as /info lists it."""
+    values = options.model_dump(mode="json")
+    return {
+        name: {"value": values[name], "description": field.description or ""}
+        for name, field in AppOptions.model_fields.items()
+    }
+
+
+def _sentence(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"]) or "conf"
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(AppOptions.model_fields)
+        return f"--conf {name} is not an option of this app; known options are {known}"
+    return f"--conf {name}: {problem['msg']}, found {problem['input']!r}"

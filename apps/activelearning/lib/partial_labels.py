@@ -1,0 +1,128 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Label maps with unlabelled voxels: make, remap, merge and check them. Arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.regions import Region
+
+UNLABELLED = 255
+BACKGROUND = 0
+MAX_CLASS = 254
+
+LabelMap = NDArray[np.uint8]
+
+
+class LabelError(ValueError):
+    """A submitted label map that cannot be used; the message says which class or value and what to do."""
+
+
+def unlabelled(shape: Sequence[int]) -> LabelMap:
+    """A label map in which nothing is annotated."""
+    return np.full(tuple(shape), UNLABELLED, dtype=np.uint8)
+
+
+def check_values(label_xyz: LabelMap, classes: Mapping[str, int], allow_unlabelled: bool = True) -> None:
+    """Refuses values that are neither background, nor a class id, nor (where allowed) UNLABELLED.
+
+    Raises:
+        LabelError: naming the values and the known ones.
+    """
+    known = {BACKGROUND, *classes.values()} | ({UNLABELLED} if allow_unlabelled else set())
+    unknown = sorted(set(np.unique(label_xyz).tolist()) - known)
+    if unknown:
+        raise LabelError(
+            f"label values {unknown} are not known; expected 0 for background"
+            + "".join(f", {i} for {n}" for n, i in classes.items())
+        )
+
+
+def remap_by_name(
+    label_xyz: LabelMap, label_info: Iterable[Mapping[str, Any]] | None, classes: Mapping[str, int]
+) -> LabelMap:
+    """Values of a client's export turned into class ids by the names in `label_info`.
+
+    A client numbers the segments it exports 1, 2, ... in the order of its scene, so only names identify a class. Each
+    entry of `label_info` is `{"name": ..., "idx": ...}`: `idx` is the value in the file. Names compare without case.
+    Segments whose name is no class are refused when they hold voxels, so that nothing is dropped unseen; entries for
+    helper segments (`background`, `query_region`) are read as background.
+
+    Without `label_info` the values are taken as class ids.
+
+    Raises:
+        LabelError: a segment with voxels whose name is no class, two segments with one value, or a value without name.
+    """
+    if not label_info:
+        check_values(label_xyz, classes)
+        return label_xyz.copy()
+    ids = {name.lower(): value for name, value in classes.items()}
+    ids.update({"background": BACKGROUND, "query_region": BACKGROUND})
+    table = np.full(256, -1, dtype=np.int16)
+    table[BACKGROUND], table[UNLABELLED] = BACKGROUND, UNLABELLED
+    names = _names_by_value(label_info)
+    for value, name in names.items():
+        if value != BACKGROUND:
+            table[value] = ids.get(name.lower(), -1)
+    present = np.unique(label_xyz)
+    missing = [int(v) for v in present if table[v] < 0]
+    if missing:
+        listed = ", ".join(f"{v} ({names.get(v, 'without a name')})" for v in missing)
+        raise LabelError(
+            f"segments {listed} are no class of this project; known classes are {', '.join(classes)}: "
+            "rename or remove the segments and submit again"
+        )
+    return table[label_xyz].astype(np.uint8)
+
+
+def _names_by_value(label_info: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for entry in label_info:
+        try:
+            name, value = str(entry["name"]), int(entry["idx"])
+        except (KeyError, TypeError, ValueError):
+            raise LabelError(f"label_info entries need a name and a whole number idx, found {entry!r}") from None
+        if not 0 <= value <= MAX_CLASS:
+            raise LabelError(f"label_info gives {name} the value {value}; values go from 0 to {MAX_CLASS}")
+        if names.get(value, name) != name:
+            raise LabelError(f"label_info gives the value {value} to both {names[value]} and {name}")
+        names[value] = name
+    return names
+
+
+def merge(current_xyz: LabelMap, answer_xyz: LabelMap, regions: Sequence[Region]) -> LabelMap:
+    """`current` with the voxels of `regions` replaced by those of `answer`; nothing outside of them changes.
+
+    UNLABELLED voxels of the answer leave what was there: a client cannot take back a label by leaving it out.
+
+    Raises:
+        LabelError: shapes differ or a region does not lie inside.
+    """
+    if current_xyz.shape != answer_xyz.shape:
+        raise LabelError(f"answer of shape {answer_xyz.shape} does not fit the label of shape {current_xyz.shape}")
+    merged = current_xyz.copy()
+    for region in regions:
+        if not region.inside(current_xyz.shape):
+            raise LabelError(f"region {region.start} + {region.size} leaves the image of shape {current_xyz.shape}")
+        cut = answer_xyz[region.slices]
+        merged[region.slices] = np.where(cut == UNLABELLED, merged[region.slices], cut)
+    return merged
+
+
+def labelled_voxels(label_xyz: LabelMap) -> int:
+    """Number of voxels that carry an annotation (background included)."""
+    return int(label_xyz.size - np.count_nonzero(label_xyz == UNLABELLED))
+
+
+def class_voxels(label_xyz: LabelMap, classes: Mapping[str, int]) -> dict[str, int]:
+    """Number of annotated voxels of every class, background first."""
+    counts = np.bincount(label_xyz.ravel(), minlength=256)
+    return {"background": int(counts[BACKGROUND])} | {name: int(counts[value]) for name, value in classes.items()}

@@ -245,14 +245,18 @@ def _check(method: QueryMethod) -> None:
     if selector.scored and score is None:
         raise MethodError(f"the selector {method.selector} ranks by an uncertainty, found none: name one")
     if not selector.scored and score is not None:
-        raise MethodError(f"the selector {method.selector} does not rank by an uncertainty, found {score!r}: leave it out")
+        raise MethodError(
+            f"the selector {method.selector} does not rank by an uncertainty, found {score!r}: leave it out"
+        )
     if (selector.scored or "model" in selector.needs) and method.posterior is None:
         raise MethodError(f"the selector {method.selector} needs a model: name a posterior, for example ensemble")
     factors = members_of(method.posterior) if method.posterior else []
     if factors and not (selector.scored or "model" in selector.needs):
         raise MethodError(f"the selector {method.selector} uses no model: leave the posterior out")
     if score in DISAGREEMENT and factors == ["single"]:
-        raise MethodError(f"{score} measures how members disagree and a single model has one: use ensemble or mc_dropout")
+        raise MethodError(
+            f"{score} measures how members disagree and a single model has one: use ensemble or mc_dropout"
+        )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

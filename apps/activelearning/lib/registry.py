@@ -35,13 +35,17 @@ SELECTORS: dict[str, Selector] = {
         "random, a share of it centred on foreground of the hints",
         scored=False,
         needs=frozenset({"hints"}),
-        options={"foreground": Option("66", "str", choices=("33", "66"), help="per cent of foreground-centred regions")},
+        options={
+            "foreground": Option("66", "str", choices=("33", "66"), help="per cent of foreground-centred regions")
+        },
     ),
     "random_fg_predicted": Selector(
         "random, a share of it centred on predicted foreground",
         scored=False,
         needs=frozenset({"model"}),
-        options={"foreground": Option("66", "str", choices=("33", "66"), help="per cent of foreground-centred regions")},
+        options={
+            "foreground": Option("66", "str", choices=("33", "66"), help="per cent of foreground-centred regions")
+        },
     ),
     "starting_budget": Selector(
         "regions of every hinted class in different images, then random with 33 % foreground",
@@ -49,9 +53,7 @@ SELECTORS: dict[str, Selector] = {
         needs=frozenset({"hints"}),
         options={"per_class": Option(2, "int", 1, 100, help="regions of every class")},
     ),
-    "precomputed": Selector(
-        "the regions of the request, in their order", scored=False, needs=frozenset({"regions"})
-    ),
+    "precomputed": Selector("the regions of the request, in their order", scored=False, needs=frozenset({"regions"})),
 }
 
 _ENTRIES = (

@@ -29,9 +29,9 @@ class SpaceToDepth(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         f = self.factor
         if f == 1:
-            return self.network(image)  # type: ignore[no-any-return]
+            return self.network(image)
         b, c, x, y, z = image.shape
         folded = image.reshape(b, c, x // f, f, y // f, f, z // f, f).permute(0, 1, 3, 5, 7, 2, 4, 6)
         scores = self.network(folded.reshape(b, c * f**3, x // f, y // f, z // f))
         scores = scores.reshape(b, -1, f, f, f, x // f, y // f, z // f).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return scores.reshape(b, -1, x, y, z)  # type: ignore[no-any-return]
+        return scores.reshape(b, -1, x, y, z)

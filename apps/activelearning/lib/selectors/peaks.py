@@ -32,13 +32,13 @@ def slice_peaks(scores: ArrayLike, distance: int = 5) -> NDArray[np.intp]:
     return np.asarray(peaks[np.argsort(-values[peaks], kind="stable")])
 
 
-def ranked_slices(scores: ArrayLike, taken: ArrayLike, distance: int = 5) -> tuple[NDArray[np.intp], int]:
-    """Free slices in the order to ask for them, and how many of them are peaks.
+def ranked_slices(scores: ArrayLike, taken: ArrayLike, distance: int = 5) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Free slices in the order to ask for them, and the tier of each.
 
-    Free peaks come first; then, highest first, slices at least `distance` from those before and from `taken` ones; then
-    the rest. A pool with too few peaks can so still give a full batch.
+    Tier 0 are free peaks; tier 1, highest first, slices at least `distance` from those before and from `taken` ones;
+    tier 2 the rest. A pool with too few peaks can so still give a full batch.
 
-    Shapes: scores (S,), taken (S,) bool -> (free slices,).
+    Shapes: scores (S,), taken (S,) bool -> (free slices,), (free slices,).
     """
     values, used = np.asarray(scores, dtype=np.float64), np.asarray(taken, dtype=bool)
     order = [int(i) for i in slice_peaks(values, distance) if not used[i]]
@@ -54,4 +54,5 @@ def ranked_slices(scores: ArrayLike, taken: ArrayLike, distance: int = 5) -> tup
             continue
         order.append(int(i))
         close[max(0, i - distance + 1) : i + distance] = True
-    return np.array(order + rest, dtype=np.intp), peaks
+    tiers = [0] * peaks + [1] * (len(order) - peaks) + [2] * len(rest)
+    return np.array(order + rest, dtype=np.intp), np.array(tiers, dtype=np.intp)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Representativeness: equal shares a stratum, clusters of features, and distance to what is labelled (Burmeister 2022)."""
+"""Representativeness: equal shares of strata, clusters of features, distance to what is labelled (Burmeister 2022)."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _distance(features: torch.Tensor, row: torch.Tensor) -> NDArray[np.float64]:
 def unique_first(order: Sequence[int], scans: Sequence[Hashable], k: int) -> list[int]:
     """The first `k` of `order`, taking a second unit of a scan only when every scan has given one."""
     seen: set[Hashable] = set()
-    front, rest = [], []
+    front, rest = list[int](), list[int]()
     for i in order:
         (rest if scans[i] in seen else front).append(i)
         seen.add(scans[i])

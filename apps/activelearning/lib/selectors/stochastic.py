@@ -25,9 +25,10 @@ def stochastic_batch(
 ) -> NDArray[np.intp]:
     """Indices of the group of `k` units whose scores have the highest `statistic` (Gaillochet et al. 2023).
 
-    Without resampling the pool is permuted and cut into consecutive groups of `k`; a shorter last one is dropped unless
-    `keep_last` (ALUNET, with `statistic="sum"`), and only the first `groups` are looked at where given. With `resample`,
-    `groups` (default floor(U / k)) groups are drawn independently, each without replacement. Ties go to the first group.
+    Without resampling the pool is permuted and cut into consecutive groups of `k`; a shorter last one is dropped
+    unless `keep_last` (ALUNET, with `statistic="sum"`), and only the first `groups` are looked at where given. With
+    `resample`, `groups` (default floor(U / k)) groups are drawn independently, each without replacement. Ties go to the
+    first group.
 
     Shapes: scores (U,) -> (min(k, U),).
 

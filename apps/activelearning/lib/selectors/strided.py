@@ -51,10 +51,10 @@ def strided_blocks(
 ) -> list[Block]:
     """Blocks whose annotated slices number at most `budget`, thick ones first, then ever thinner ones.
 
-    All slices of a block are free (one flag a slice and scan); with `avoid_pseudo`, blocks without slices that carry
-    pseudo labels come first. Within a thickness blocks are shuffled, or ranked by the sum of `scores` over their slices,
-    highest first. Thickness two is left out, having nothing between its ends; single slices use up what is left, an odd
-    budget's last slice included, where published code stops with an error.
+    All slices of a block are free (one flag a slice and scan); with `avoid_pseudo`, blocks without pseudo labels come
+    first. Within a thickness blocks are shuffled, or ranked by the sum of `scores` over their
+    slices, highest first. Thickness two is left out, having nothing between its ends; single slices
+    use up what is left, an odd budget's last slice included, where published code stops with an error.
 
     Raises:
         ValueError: a thickness below one.
@@ -63,7 +63,7 @@ def strided_blocks(
         raise ValueError(f"a block has one slice or more, found {thickness}")
     used = {scan: ~np.asarray(flags, bool) for scan, flags in free.items()}
     chosen: list[Block] = []
-    for allow_pseudo in ((False, True) if avoid_pseudo and pseudo else (True,)):
+    for allow_pseudo in (False, True) if avoid_pseudo and pseudo else (True,):
         for size in [*range(thickness, 2, -1), 1]:
             blocks = _candidates(free, size, None if allow_pseudo else pseudo)
             if scores is None:

@@ -40,7 +40,9 @@ def typiclust(
     mine = cluster[: len(rows)]
     taken = np.bincount(cluster[len(rows) :], minlength=clusters)
     sizes = np.bincount(mine, minlength=clusters)
-    ranked = {c: _by_typicality(everything[: len(rows)], np.flatnonzero(mine == c), neighbours) for c in range(clusters)}
+    ranked = {
+        c: _by_typicality(everything[: len(rows)], np.flatnonzero(mine == c), neighbours) for c in range(clusters)
+    }
     chosen: list[int] = []
     while len(chosen) < min(k, len(rows)):
         left = [c for c in range(clusters) if ranked[c]]

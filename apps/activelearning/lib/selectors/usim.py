@@ -103,7 +103,10 @@ def cosine_similarity(candidates: ArrayLike, queries: ArrayLike) -> Array:
 
 
 def fisher_similarity(candidates: ArrayLike, queries: ArrayLike, fisher: ArrayLike, damping: float = 0.0) -> Array:
-    """S_uq = (1 / P) sum_j g_u[j] g_q[j] / (F_j + damping), gradients (U, P), (Q, P), Fisher diagonal (P,) -> (U, Q)."""
+    """S_uq = (1 / P) sum_j g_u[j] g_q[j] / (F_j + damping).
+
+    Shapes: gradients (U, P) and (Q, P), Fisher diagonal (P,) -> (U, Q).
+    """
     g = np.asarray(candidates, dtype=np.float64) / (np.asarray(fisher, dtype=np.float64) + damping)
     return np.asarray(g @ np.asarray(queries, dtype=np.float64).T / g.shape[1])
 

@@ -81,7 +81,8 @@ def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> Summary:
         grid = unit_grid(score_map(ask, moments_of(image, evidence)), ask.box_size(image), ask.stride)
         ceiling = float(np.fmax.reduce(utility_of(ask, grid, image), axis=None))
     best_one = candidates[0].utility if candidates else -np.inf
-    return Summary(Head(taken_digest(image.taken), best_one, ceiling), tuple(candidates))
+    head = Head(taken_digest(image.taken), best_one, ceiling)
+    return Summary(head, image.taken, tuple(candidates), complete=len(candidates) < ask.per_image)
 
 
 def image_candidates(

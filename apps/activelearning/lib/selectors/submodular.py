@@ -83,9 +83,10 @@ def _lazy(problem: _Coverage, steps: int) -> tuple[NDArray[np.intp], NDArray[np.
     """Gains only fall, so a gain of an earlier step is an upper bound; only the highest bounds are evaluated again."""
     bounds = problem.gains(np.arange(len(problem.matrix)))
     chosen, gains = np.empty(steps, np.intp), np.empty(steps)
+    first_look = 1
     for step in range(steps):
         fresh = np.zeros(len(bounds), bool)
-        batch = 1
+        batch, looked = first_look, 0
         while not fresh[best := int(bounds.argmax())]:
             stale = np.where(fresh, -np.inf, bounds)
             count = min(batch, len(bounds))
@@ -93,7 +94,9 @@ def _lazy(problem: _Coverage, steps: int) -> tuple[NDArray[np.intp], NDArray[np.
             rows = rows[stale[rows] > -np.inf]
             bounds[rows] = problem.gains(rows)
             fresh[rows] = True
-            batch = min(2 * batch, _ROWS)
+            looked += len(rows)
+            batch = min(max(16, looked // 2), _ROWS)
+        first_look = max(1, looked // 2)  # what the last step needed tells where to start
         chosen[step], gains[step] = best, bounds[best]
         problem.take(best)
         bounds[best] = -np.inf

@@ -68,6 +68,10 @@ class LabelClient:
             "PUT", "/datastore/label", params={"image": image, "tag": "final"}, data={"params": sent}, files=files
         )
 
+    def images(self) -> set[str]:
+        """Ids of all images of the server's datastore."""
+        return set(self._json("GET", "/datastore/", params={"output": "all"}).get("objects", {}))
+
     def open_session(self, image: Path) -> str:
         """Upload an image that is no part of the pool; the id serves `infer`."""
         with open(image, "rb") as stream:

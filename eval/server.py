@@ -104,10 +104,10 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End the server and everything in its process group; harmless when it is not running."""
-        if self.process is not None:
-            _end_group(self.process.pid)
-            self.process.wait()
-            self.process = None
+        process, self.process = self.process, None
+        if process is not None:
+            _end_group(process.pid)
+            process.wait()
         self.note.unlink(missing_ok=True)
 
     def last_lines(self, n: int = 5) -> str:

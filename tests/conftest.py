@@ -3,19 +3,25 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Fixtures every part of the tests shares."""
+"""What all tests share: where the reference arrays and the real scans are."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of reference data beside the repository, or PATCHWISE_SHARED; needed in CI, optional elsewhere."""
-    folder = Path(os.environ.get("PATCHWISE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    if not folder.is_dir():
-        reason = f"reference data {folder} is missing; set PATCHWISE_SHARED"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return folder
+    """Folder with golden arrays and real scans; missing it fails in CI and skips elsewhere."""
+    folder = Path(os.environ.get("PATCHWISE_SHARED", ROOT.parent / "shared"))
+    if folder.is_dir():
+        return folder
+    message = f"reference arrays and scans are not at {folder}; set PATCHWISE_SHARED"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)

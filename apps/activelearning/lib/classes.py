@@ -50,7 +50,7 @@ def _from_dataset(path: Path) -> dict[str, int]:
 
 def _from_metadata(metadata: Mapping[str, Any]) -> dict[str, int]:
     outputs = metadata.get("network_data_format", {}).get("outputs", {})
-    channels = next(iter(outputs.values()), {}).get("channel_def", {})
+    channels: Mapping[str, str] = next(iter(outputs.values()), {"channel_def": {}}).get("channel_def", {})
     return {str(name): int(index) for index, name in channels.items()}
 
 

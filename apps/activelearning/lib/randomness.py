@@ -13,10 +13,19 @@ import numpy as np
 
 
 def child_seed(seed: int, *keys: object) -> np.random.SeedSequence:
-    """SeedSequence of (seed, SHA-256 of the keys): the same keys give the same stream in any process and file order."""
+    """SeedSequence that depends only on `seed` and `keys`, e.g. (round, method, image).
+
+    The keys, joined as text, are hashed by SHA-256; its eight 32-bit words and the seed are the entropy, so the stream
+    is the same in every process and on every platform.
+
+    Raises:
+        ValueError: a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"seed must be zero or a positive whole number, found {seed}")
     digest = hashlib.sha256("\x1f".join(str(key) for key in keys).encode()).digest()
-    words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
-    return np.random.SeedSequence(seed, spawn_key=tuple(words))
+    words = np.frombuffer(digest, dtype=">u4").astype(np.uint32)
+    return np.random.SeedSequence([int(seed), *(int(word) for word in words)])
 
 
 def child_rng(seed: int, *keys: object) -> np.random.Generator:

@@ -66,8 +66,8 @@ class Bundle:
 
     @property
     def divisor(self) -> tuple[int, int, int]:
-        """Sizes of the network's input must be multiples of this: the product of its strides."""
-        total = [1, 1, 1]
+        """What sizes of an input must be multiples of: the folding factor times the product of the strides."""
+        total = [int(self._config["factor"])] * 3
         for stride in self._config["strides"]:
             total = [t * s for t, s in zip(total, stride, strict=True)]
         return total[0], total[1], total[2]

@@ -115,9 +115,9 @@ def train_member(
     engine = Engine(step)
     every = max(1, recipe.steps // 50)
 
-    @engine.on(Events.ITERATION_COMPLETED(every=every) | Events.COMPLETED)  # type: ignore[operator, untyped-decorator]
+    @engine.on(Events.ITERATION_COMPLETED(every=every) | Events.COMPLETED)
     def _(running: Engine) -> None:
-        report(Progress(running.state.iteration, recipe.steps, float(running.state.output)))
+        report(Progress(running.state.iteration, recipe.steps, float(running.state.output or 0.0)))
 
     engine.run(range(recipe.steps), max_epochs=1)
     return {name: value.detach().cpu() for name, value in network.state_dict().items()}

@@ -1,0 +1,153 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""What happens to a submission: raw file kept, region cut out, merged, recorded; all or nothing."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.files import atomic_path, file_digest
+from lib.images import ImageError, check_same_grid, image_geometry, load_label, save_label
+from lib.ledger import QueryLedger
+from lib.ledger_records import Answer
+from lib.partial_labels import LabelError, LabelMap, check_values, merge, remap_by_name, unlabelled
+from lib.regions import Region, Triple
+
+ANONYMOUS = "anonymous"
+
+
+class Annotations:
+    """Submissions of annotators and the merged label maps made from them.
+
+    The order of a save is what makes it safe: the raw file is on disk before the ledger knows of it, the ledger has
+    committed before the merged label changes, and a label that a kill left behind is rebuilt from the raw files
+    (`repair`). Nothing is written before the submission has been checked.
+
+    Args:
+        state: folder for the raw files (`raw/`).
+        merged: folder of the merged label maps (tag `final`).
+        classes: class name -> id.
+        ledger: the record.
+    """
+
+    def __init__(self, state: Path, merged: Path, classes: Mapping[str, int], ledger: QueryLedger) -> None:
+        self.state = state
+        self.merged = merged
+        self.classes = classes
+        self.ledger = ledger
+
+    def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
+        """Takes a submission in; the number of the answer.
+
+        `info` may hold `queries` (numbers of the regions answered), `whole`, `label_info` and `client_id`.
+
+        Raises:
+            ImageError: the file is unreadable or lies on another grid than the image.
+            LabelError: an unknown class, value or query, or no open region of this client on the image.
+        """
+        shape, affine = image_geometry(image)
+        label = load_label(submitted)
+        check_same_grid(label, shape, affine, image_id)
+        remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
+        client = str(info.get("client_id") or ANONYMOUS)
+        regions = self._regions(image_id, shape, info, client)
+        self._adopt(image_id, shape, affine)
+        answer = self._record(image_id, submitted, info, client, regions)
+        self.rebuild(image_id, shape, affine)
+        return answer
+
+    def rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
+        """Writes the merged label anew from the raw files of every active answer, oldest first."""
+        label_xyz = unlabelled(shape)
+        answers = self.ledger.answers(image_id)
+        for answer in answers:
+            label_xyz = merge(label_xyz, self.answer_label(answer), [region for _, region in answer.regions])
+        save_label(self.merged / f"{image_id}.nii.gz", label_xyz, affine)
+        if answers:
+            self.ledger.mark_merged(image_id, answers[-1].id)
+        return label_xyz
+
+    def repair(self, image_paths: Mapping[str, Path]) -> list[str]:
+        """Rebuilds labels that a kill left behind the ledger; the images concerned."""
+        behind = [image for image in self.ledger.unmerged() if image in image_paths]
+        for image in behind:
+            self.rebuild(image, *image_geometry(image_paths[image]))
+        return behind
+
+    def answer_label(self, answer: Answer) -> LabelMap:
+        """Class ids of one submission, from its raw file.
+
+        Raises:
+            ImageError: the raw file is missing or not what was submitted.
+        """
+        path = self.state / "raw" / answer.raw
+        if not path.is_file() or file_digest(path) != answer.raw_sha256:
+            raise ImageError(f"{path.name}: the raw file of answer {answer.id} is missing or changed; restore a backup")
+        return remap_by_name(load_label(path).array_xyz, answer.info.get("label_info"), self.classes)
+
+    def _regions(
+        self, image_id: str, shape: Triple, info: Mapping[str, Any], client: str
+    ) -> list[tuple[int | None, Region]]:
+        whole: list[tuple[int | None, Region]] = [(None, Region(image_id, (0, 0, 0), shape))]
+        if info.get("whole") is True:
+            return whole
+        if info.get("queries"):
+            return [self._named(image_id, query) for query in _numbers(info["queries"])]
+        if not self.ledger.was_asked(image_id):
+            return whole
+        held = self.ledger.open_queries(image_id, client) or self.ledger.last_worked(image_id, client)
+        if not held:
+            raise LabelError(
+                f"{client} has no open region on {image_id}; ask for the next region first, name the queries, "
+                'or send "whole": true to submit the whole image'
+            )
+        return [(query.id, query.region) for query in held]
+
+    def _named(self, image_id: str, query_id: int) -> tuple[int | None, Region]:
+        query = self.ledger.query(query_id)
+        if query is None:
+            raise LabelError(f"there is no query {query_id}; the answer for {image_id} was not stored")
+        if query.region.image != image_id:
+            raise LabelError(f"query {query_id} asks about {query.region.image}, but the label is for {image_id}")
+        return query.id, query.region
+
+    def _adopt(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> None:
+        """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
+        existing = next((p for p in (self.merged / f"{image_id}{e}" for e in (".nii.gz", ".nii")) if p.is_file()), None)
+        if existing is None or self.ledger.answers(image_id):
+            return
+        label = load_label(existing)
+        check_same_grid(label, shape, affine, image_id)
+        check_values(label.array_xyz, self.classes)
+        self._record(image_id, existing, {"adopted": True}, None, [(None, Region(image_id, (0, 0, 0), shape))])
+
+    def _record(
+        self,
+        image_id: str,
+        submitted: Path,
+        info: Mapping[str, Any],
+        client: str | None,
+        regions: list[tuple[int | None, Region]],
+    ) -> int:
+        suffix = "".join(submitted.suffixes[-2:]) if submitted.name.endswith(".nii.gz") else submitted.suffix
+        raw = f"{image_id}/{uuid.uuid4().hex}{suffix}"
+        target = self.state / "raw" / raw
+        with atomic_path(target) as temporary:
+            shutil.copyfile(submitted, temporary)
+        return self.ledger.record_answer(image_id, raw, file_digest(target), info, client, regions)
+
+
+def _numbers(queries: Any) -> list[int]:
+    if not isinstance(queries, list) or not all(isinstance(q, int) and not isinstance(q, bool) for q in queries):
+        raise LabelError(f"queries must be a list of query numbers, found {queries!r}")
+    return list(dict.fromkeys(queries))

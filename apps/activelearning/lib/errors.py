@@ -1,0 +1,38 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""How errors of the core leave the server: one sentence and a 4xx status, or exit code 2 in a child process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from fastapi import HTTPException
+
+from lib.images import ImageError
+from lib.ledger import LedgerError
+from lib.methods import MethodError
+from lib.options import OptionError
+from lib.partial_labels import LabelError
+from lib.training.recipe import RecipeError
+
+# Errors whose text is written for the person who made the request.
+SPEAKING = (ImageError, LabelError, LedgerError, MethodError, OptionError, RecipeError)
+
+
+def refuse(sentence: str, status: int = 400) -> NoReturn:
+    """Ends a request with a 4xx status and one sentence."""
+    raise HTTPException(status_code=status, detail=sentence)
+
+
+@contextmanager
+def speaking_errors() -> Iterator[None]:
+    """Turns the errors of the core into 4xx answers that carry their sentence."""
+    try:
+        yield
+    except SPEAKING as error:
+        raise HTTPException(status_code=400, detail=str(error)) from error

@@ -1,0 +1,136 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The two kinds of MONAI Label infer tasks: segmentation by the ensemble, and the frame of the open regions."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+from monailabel.transform.writer import Writer
+from numpy.typing import NDArray
+
+from lib.errors import refuse, speaking_errors
+from lib.images import image_geometry, load_image
+from lib.ledger import QueryLedger
+from lib.models import ModelStore, choose_device
+from lib.options import AppOptions
+from lib.posterior import Ensemble
+from lib.regions import Region
+from lib.training.recipe import Bundle
+
+logger = logging.getLogger(__name__)
+
+FRAME_LABEL = {"query_region": 1}
+
+
+class SegmentationTask(InferTask):
+    """Mean of the ensemble's probabilities, arg max, on the grid and affine of the image that was asked about.
+
+    The newest finished training is used; it is loaded again when another one has been published.
+    """
+
+    def __init__(self, bundle: Bundle, store: ModelStore, classes: dict[str, int], options: AppOptions) -> None:
+        super().__init__(
+            type=InferType.SEGMENTATION,
+            labels=classes,
+            dimension=3,
+            description=str(bundle.metadata.get("description", bundle.name)),
+            config={},
+        )
+        self.bundle = bundle
+        self.store = store
+        self.options = options
+        self._loaded: tuple[str, Ensemble] | None = None
+
+    def is_valid(self) -> bool:
+        """Listed also before the first training: clients read the labels of a project from its models."""
+        return True
+
+    def ensemble(self) -> Ensemble:
+        """The current ensemble.
+
+        Raises:
+            HTTPException: 409 when nothing has been trained yet.
+        """
+        model = self.store.current()
+        if model is None:
+            refuse(f"{self.bundle.name} has not been trained yet; POST /train/{self.bundle.name} first", 409)
+        if self._loaded is None or self._loaded[0] != model.digest:
+            ensemble = self.store.load(model, self.bundle, choose_device(self.options.device))
+            self._loaded = (model.digest, ensemble)
+        return self._loaded[1]
+
+    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        started = time.time()
+        with speaking_errors():
+            volume = load_image(request["image"])
+            label_xyz = self.ensemble().mean(volume).argmax(axis=0).astype(np.uint8)
+        names = dict(self.labels)
+        facts = {"label_names": names, "latencies": {"total": round(time.time() - started, 3)}}
+        return write_result(label_xyz, volume.affine, request), facts
+
+
+class QueryRegionTask(InferTask):
+    """The open regions of an image as one-voxel frames: unmodified clients show them as a label map.
+
+    The request carries `image_id` and `client_id`, which the app puts there: MONAI Label itself replaces the image's
+    id by its path. A client sees its own open regions; one that holds none there sees those of everybody.
+    """
+
+    def __init__(self, ledger: QueryLedger, classes: dict[str, int]) -> None:
+        super().__init__(
+            type=InferType.SEGMENTATION,
+            # Slicer runs the first model whose labels contain the project's first class when a sample is loaded, so
+            # the classes are named too; only the frame is ever drawn.
+            labels={**FRAME_LABEL, **{name: value + 1 for name, value in classes.items()}},
+            dimension=3,
+            description="Frame around the region to annotate next",
+            config={},
+        )
+        self.ledger = ledger
+
+    def is_valid(self) -> bool:
+        return True
+
+    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        with speaking_errors():
+            shape, affine = image_geometry(request["image"])
+        image_id = str(request.get("image_id", ""))
+        client = request.get("client_id")
+        queries = (self.ledger.open_queries(image_id, str(client)) if client else []) or self.ledger.open_queries(
+            image_id
+        )
+        label_xyz = frames([query.region for query in queries], shape)
+        facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
+        return write_result(label_xyz, affine, request), facts
+
+
+def frames(regions: list[Region], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Label map with the frames of `regions` as 1; voxels inside of any region stay 0, so nothing hides a region."""
+    mask = np.zeros(shape, dtype=bool)
+    for region in regions:
+        mask |= region.frame(shape)
+    for region in regions:
+        if not region.frame(shape)[region.slices].any():
+            mask[region.slices] = False
+    return mask.astype(np.uint8)
+
+
+def write_result(label_xyz: NDArray[np.uint8], affine: NDArray[np.float64], request: dict[str, Any]) -> str:
+    """Writes a result file as the client wants it (`result_extension`), on the stored grid."""
+    data = {
+        "pred": label_xyz,
+        "pred_meta_dict": {"affine": affine},
+        "image_path": request["image"],
+        **{k: v for k, v in request.items() if k.startswith("result_")},
+    }
+    data["result_dtype"] = np.uint8
+    path, _ = Writer(label="pred", nibabel=True)(data)
+    return str(path)

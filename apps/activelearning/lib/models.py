@@ -1,0 +1,92 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Trained ensembles on disk: whole or absent, found again by the digest of what they were trained on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.files import read_json, write_atomic, write_json
+from lib.posterior import Ensemble
+from lib.training.recipe import Bundle, Recipe
+
+KEPT_TRAININGS = 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """A finished training: its digest, its round, and what was said when it was recorded."""
+
+    digest: str
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def round(self) -> int:
+        return int(self.facts["round"])
+
+
+class ModelStore:
+    """Checkpoints of one bundle: `<root>/<bundle>/<digest>/member_<i>.pt`, and `current.json` that names the newest.
+
+    A member that is on disk is complete, so a training that was killed goes on with the next one; `current.json`
+    changes only when all members are there.
+    """
+
+    def __init__(self, root: Path, bundle: str) -> None:
+        self.folder = root / bundle
+        self.bundle = bundle
+
+    def member_path(self, digest: str, member: int) -> Path:
+        """File of one member of a training."""
+        return self.folder / digest[:16] / f"member_{member}.pt"
+
+    def save_member(self, digest: str, member: int, weights: Mapping[str, Tensor]) -> None:
+        """Stores a finished member."""
+        write_atomic(self.member_path(digest, member), lambda stream: torch.save(dict(weights), stream))
+
+    def publish(self, digest: str, facts: Mapping[str, Any]) -> Model:
+        """Makes a training the current one and removes all but the newest few."""
+        write_json(self.folder / "current.json", {"digest": digest, **facts})
+        for old in self._folders()[KEPT_TRAININGS:]:
+            if old.name != digest[:16]:
+                shutil.rmtree(old, ignore_errors=True)
+        return Model(digest, self.folder / digest[:16], dict(facts))
+
+    def current(self) -> Model | None:
+        """The newest finished training, or None before the first."""
+        facts = read_json(self.folder / "current.json")
+        return Model(facts["digest"], self.folder / facts["digest"][:16], facts) if facts else None
+
+    def load(self, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
+        """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
+        networks = []
+        for member in range(int(model.facts["members"])):
+            network = bundle.network(len(model.facts["classes"]))
+            path = self.member_path(model.digest, member)
+            network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            networks.append(network)
+        recipe = Recipe.model_validate(model.facts["recipe"])
+        return Ensemble(networks, recipe.patch, bundle.divisor, model.facts["spacing"], device)
+
+    def _folders(self) -> list[Path]:
+        """Folders of trainings, newest first."""
+        folders = [path for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` takes a GPU when there is one."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)

@@ -1,0 +1,92 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Cached moments: one posterior pass a round, shared by every uncertainty, unit and selector."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from lib.datastore import PartialLabelDatastore
+from lib.files import text_digest, write_atomic
+from lib.images import load_image
+from lib.models import Model
+from lib.posterior import Ensemble
+from lib.uncertainty import Moments
+
+logger = logging.getLogger(__name__)
+
+QUERY_OVERLAP = 0.25
+POSTERIOR_OPTIONS = {"posterior": "ensemble", "overlap": QUERY_OVERLAP}
+
+
+class MomentsCache:
+    """Moments of pool images on disk, keyed by (model digest, image digest, posterior options).
+
+    Args:
+        root: folder of the cache.
+        datastore: where images and their digests come from.
+        keep: how many models' moments stay.
+    """
+
+    def __init__(self, root: Path, datastore: PartialLabelDatastore, keep: int = 1) -> None:
+        self.root = root
+        self.datastore = datastore
+        self.keep = keep
+
+    def path(self, model: Model, image: str) -> Path:
+        """File of one image's moments."""
+        key = text_digest(self.datastore.image_digest(image), POSTERIOR_OPTIONS)
+        return self.root / model.digest[:16] / f"{key[:32]}.npz"
+
+    def missing(self, model: Model, images: Sequence[str]) -> list[str]:
+        """Images whose moments for this model are not cached."""
+        return [image for image in images if not self.path(model, image).is_file()]
+
+    def load(self, model: Model, image: str) -> Moments:
+        """Moments of one image.
+
+        Raises:
+            FileNotFoundError: not scored with this model.
+        """
+        with np.load(self.path(model, image)) as arrays:
+            return Moments.from_arrays(dict(arrays))
+
+    def fill(
+        self, model: Model, ensemble: Callable[[], Ensemble], images: Sequence[str], report: Callable[[int, int], None]
+    ) -> int:
+        """Computes what is missing and removes the moments of older models; how many images were computed.
+
+        Each image is read once. Files appear whole, so a scorer that was killed goes on with the next image.
+        """
+        missing = self.missing(model, images)
+        loaded = ensemble() if missing else None
+        for done, image in enumerate(tqdm(missing, desc="scoring", unit="image", mininterval=5, disable=None), start=1):
+            assert loaded is not None, "an ensemble is loaded whenever an image is missing"
+            volume = load_image(self.datastore.image_path(image))
+            arrays = Moments.from_members(loaded.members(volume, QUERY_OVERLAP)).to_arrays()
+            write_atomic(self.path(model, image), partial(_save, arrays))
+            report(done, len(missing))
+        self._prune(model)
+        return len(missing)
+
+    def _prune(self, model: Model) -> None:
+        if not self.root.is_dir():
+            return
+        others = [p for p in self.root.iterdir() if p.is_dir() and p.name != model.digest[:16]]
+        for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[self.keep - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _save(arrays: Mapping[str, Any], stream: BinaryIO) -> None:
+    np.savez(stream, **arrays)

@@ -1,0 +1,87 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""What the server's routes need beside upstream's: requests checked before work starts, errors as sentences."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.responses import JSONResponse
+from monailabel.config import settings
+from monailabel.endpoints import train as upstream_train
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lib.errors import SPEAKING, refuse, speaking_errors
+
+if TYPE_CHECKING:
+    from main import PatchwiseApp
+
+
+class SpeakingErrors:
+    """Answers a route's errors with a 4xx status and their sentence where upstream would answer 500 without one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except (ImageNotFoundException, LabelNotFoundException) as error:
+            await _answer(404, error.msg)(scope, receive, send)
+        except MONAILabelException as error:
+            await _answer(400, error.msg)(scope, receive, send)
+        except SPEAKING as error:
+            await _answer(400, str(error))(scope, receive, send)
+        except json.JSONDecodeError as error:
+            await _answer(400, f"params must be a JSON object; it is not readable: {error}")(scope, receive, send)
+
+
+def _answer(status: int, sentence: str) -> JSONResponse:
+    return JSONResponse({"detail": sentence}, status_code=status)
+
+
+def install(patchwise: PatchwiseApp) -> None:
+    """Adds this project's routes in front of upstream's and guards them all. Called once, when the server starts."""
+    from monailabel.app import app
+
+    _install(app, routes(patchwise))
+
+
+def _install(app: FastAPI, router: APIRouter) -> None:
+    count = len(app.router.routes)
+    app.include_router(router, prefix=settings.MONAI_LABEL_API_STR)
+    added = app.router.routes[count:]
+    app.router.routes[:] = [*added, *app.router.routes[:count]]
+    for route in app.router.routes:
+        if isinstance(route, Route) and not isinstance(route.app, SpeakingErrors):
+            route.app = SpeakingErrors(route.app)
+
+
+def routes(patchwise: PatchwiseApp) -> APIRouter:
+    """Routes that upstream lacks or that have to check a request before a process is started for it."""
+    router = APIRouter()
+
+    @router.post("/train/{model}", tags=["Train"], summary="Train an ensemble; the request is checked first")
+    async def train(
+        model: str,
+        params: dict[str, Any] | None = None,
+        run_sync: bool = False,
+        enqueue: bool = False,
+        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN)),  # noqa: B008
+    ) -> Any:
+        trainer = patchwise.trainers().get(model)
+        if trainer is None:
+            refuse(f"no model {model!r} to train; known models are {', '.join(patchwise.trainers())}", 404)
+        with speaking_errors():
+            trainer.parse(params or {})
+        return upstream_train.run_model(model, params, run_sync, enqueue)
+
+    return router

@@ -1,0 +1,123 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Greedy selection of the best boxes that overlap neither each other nor what is taken."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.regions import Box, Triple, triple
+
+ScoredBox = tuple[Triple, float]
+
+
+def forbid(grid: NDArray[np.floating], size: Sequence[int], stride: Sequence[int], boxes: Iterable[Box]) -> None:
+    """Set to -inf, in place, every position of `grid` whose box of `size` shares a voxel with one of `boxes`.
+
+    Position i starts at voxel i * stride; it meets (t, d) where t - size < i * stride < t + d on every axis.
+    """
+    for start, extent in boxes:
+        cut = []
+        for t, d, k, s, n in zip(start, extent, size, stride, grid.shape, strict=True):
+            low = max(0, -((k - 1 - t) // s))  # ceil((t - k + 1) / s)
+            cut.append(slice(low, min(n, (t + d - 1) // s + 1)))
+        grid[tuple(cut)] = -np.inf
+
+
+def open_grid(
+    grid: NDArray[np.floating], size: Sequence[int], stride: Sequence[int], taken: Iterable[Box]
+) -> NDArray[np.floating]:
+    """Copy of `grid` in which only free positions are above -inf.
+
+    A score of -inf (the logarithm of nothing) stays choosable, last; NaN never is.
+    """
+    work = np.array(grid)
+    if not np.isfinite(work.min(initial=0)):
+        np.maximum(work, np.finfo(work.dtype).min, out=work)  # keeps NaN
+        np.fmax(work, -np.inf, out=work)  # drops NaN
+    forbid(work, size, stride, taken)
+    return work
+
+
+class BoxQueue:
+    """Best free boxes of one image, one at a time, each found only when asked for.
+
+    Every call of `pop` is one masked argmax; ties go to the lowest flat index (C order) of the grid.
+    """
+
+    def __init__(
+        self, grid: NDArray[np.floating], size: Sequence[int], stride: Sequence[int], taken: Iterable[Box]
+    ) -> None:
+        self._grid = grid
+        self._size, self._stride = triple(size), triple(stride, "stride")
+        self._work = open_grid(grid, self._size, self._stride, taken)
+
+    def pop(self) -> ScoredBox | None:
+        """(start, score) of the best free box, which is thereby taken; None when no box is free."""
+        if self._work.size == 0:
+            return None
+        flat = int(self._work.argmax())
+        if self._work.flat[flat] == -np.inf:
+            return None
+        position = np.unravel_index(flat, self._work.shape)
+        start = triple(int(i) * s for i, s in zip(position, self._stride, strict=True))
+        forbid(self._work, self._size, self._stride, [(start, self._size)])
+        return start, float(self._grid[position])
+
+    def block(self, boxes: Iterable[Box]) -> None:
+        """Take `boxes` out of what is free."""
+        forbid(self._work, self._size, self._stride, boxes)
+
+
+def best_boxes(
+    grid: NDArray[np.floating],
+    size: Sequence[int],
+    stride: Sequence[int] = (1, 1, 1),
+    taken: Iterable[Box] = (),
+    limit: int | None = None,
+    floor: float | None = None,
+) -> list[ScoredBox]:
+    """Best boxes of `size`, best first, none overlapping another or a `taken` (start, size); touching is allowed.
+
+    `grid` (GX, GY, GZ) holds one score a position, position i starting at voxel i * stride (nnActive, section 3). Ties
+    go to the lowest flat index; NaN is never chosen; -inf is chosen last. Stops after `limit` boxes, or at the first
+    one that does not exceed `floor`.
+    """
+    queue, found = BoxQueue(grid, size, stride, taken), list[ScoredBox]()
+    while limit is None or len(found) < limit:
+        best = queue.pop()
+        if best is None or (floor is not None and best[1] <= floor):
+            break
+        found.append(best)
+    return found
+
+
+def best_boxes_over(
+    grids: Sequence[NDArray[np.floating]],
+    size: Sequence[int],
+    stride: Sequence[int],
+    taken: Sequence[Iterable[Box]],
+    limit: int,
+) -> list[tuple[int, Triple, float]]:
+    """Best boxes over several images held in memory: (image index, start, score), best first.
+
+    An image is searched again only when its last box was picked; ties go to the lower image index, then flat index.
+    """
+    queues = [BoxQueue(g, size, stride, t) for g, t in zip(grids, taken, strict=True)]
+    heap = [(-best[1], i, best[0]) for i, q in enumerate(queues) if (best := q.pop()) is not None]
+    heapq.heapify(heap)
+    found: list[tuple[int, Triple, float]] = []
+    while heap and len(found) < limit:
+        score, i, start = heapq.heappop(heap)
+        found.append((i, start, -score))
+        following = queues[i].pop()
+        if following is not None:
+            heapq.heappush(heap, (-following[1], i, following[0]))
+    return found

@@ -1,0 +1,228 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The one MONAI Label strategy: turns a request into a call of the engine, and its picks into leased queries."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from monailabel.interfaces.tasks.strategy import Strategy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lib.annotations import ANONYMOUS
+from lib.datastore import PartialLabelDatastore
+from lib.engine import PoolExhausted, PoolImage, select
+from lib.errors import refuse, speaking_errors
+from lib.images import image_geometry
+from lib.inference import SegmentationTask
+from lib.ledger_records import Asked, Query
+from lib.methods import QueryMethod, resolve
+from lib.models import Model
+from lib.moments_cache import MomentsCache
+from lib.options import AppOptions
+from lib.regions import Region, Triple, millimetres_to_voxels
+from lib.uncertainty import Moments
+
+logger = logging.getLogger(__name__)
+
+
+class QueryRequest(BaseModel):
+    """What every method takes; the options of a method are checked by the registry."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    batch: int | None = Field(default=None, ge=1, le=10_000)
+    size: tuple[int, int, int] | None = None
+    size_mm: tuple[float, float, float] | None = None
+    seed: int = Field(default=0, ge=0)
+    round: int | None = Field(default=None, ge=0)
+    rounds: int | None = Field(default=None, ge=1)
+    client_id: str | None = Field(default=None, max_length=200)
+    request_id: str | None = Field(default=None, max_length=200)
+    model: str | None = None
+    lease_minutes: float | None = Field(default=None, gt=0, le=100_000)
+    hints: list[dict[str, Any]] = Field(default_factory=list)
+    regions: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class CachedEvidence:
+    """What the engine may ask about an image, answered from the moments cache."""
+
+    def __init__(self, cache: MomentsCache, model: Model) -> None:
+        self.cache = cache
+        self.model = model
+
+    def moments(self, image: str) -> Moments:
+        return self.cache.load(self.model, image)
+
+
+class QueryStrategy(Strategy):
+    """One query method by its registry name."""
+
+    def __init__(
+        self,
+        method: str,
+        description: str,
+        classes: dict[str, int],
+        options: AppOptions,
+        segmenters: Mapping[str, SegmentationTask],
+        cache: MomentsCache,
+    ) -> None:
+        super().__init__(description)
+        self.method = method
+        self.classes = classes
+        self.options = options
+        self.segmenters = segmenters
+        self.cache = cache
+
+    def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any] | None:
+        """Regions for the client, leased to it; None when nothing is left to ask.
+
+        With `batch` n new regions are chosen. Without, one region is handed out: the next of the batch planned before,
+        or the first of a new batch. The same `request_id` again gives the same regions.
+
+        Raises:
+            HTTPException: 4xx with a sentence.
+        """
+        with speaking_errors():
+            method = resolve(self.method, request)
+            wanted = _parse(request)
+            datastore.ledger.expire()
+            note, queries = self._queries(method, wanted, datastore)
+        return self._answer(queries, note, datastore) if queries else None
+
+    def _queries(
+        self, method: QueryMethod, wanted: QueryRequest, datastore: PartialLabelDatastore
+    ) -> tuple[str | None, list[Query]]:
+        ledger = datastore.ledger
+        model = self._model(wanted, method)
+        round_ = wanted.round if wanted.round is not None else (model.round if model else 0)
+        client = wanted.client_id or ANONYMOUS
+        minutes = wanted.lease_minutes or self.options.lease_minutes
+        batch = wanted.request_id or uuid.uuid4().hex
+        known = ledger.batch(batch)
+        if known:
+            return None, ledger.lease([query.id for query in known], client, minutes)
+        if wanted.batch is None:
+            planned = ledger.proposed(method.name, round_, method.unit)
+            if planned:
+                return None, ledger.lease([planned[0].id], client, minutes)
+        note, asked = self._choose(method, wanted, datastore, model, round_)
+        recorded = ledger.ask(batch, method.name, round_, asked)
+        handed = recorded if wanted.batch else recorded[:1]
+        return note, ledger.lease([query.id for query in handed], client, minutes) if handed else []
+
+    def _choose(
+        self,
+        method: QueryMethod,
+        wanted: QueryRequest,
+        datastore: PartialLabelDatastore,
+        model: Model | None,
+        round_: int,
+    ) -> tuple[str | None, list[Asked]]:
+        pool = self._pool(datastore)
+        if not pool:
+            refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
+        started = time.time()
+        note = None
+        try:
+            picks = select(
+                method,
+                pool,
+                self._evidence(model, pool) if method.posterior else None,
+                wanted.batch or self.options.batch,
+                size=self._size(wanted, pool),
+                seed=wanted.seed,
+                round_=round_,
+                rounds_total=wanted.rounds,
+                hints=wanted.hints,
+                regions=wanted.regions,
+                labels=self.classes,
+            )
+        except PoolExhausted as exhausted:
+            picks, note = exhausted.picks, str(exhausted)
+        logger.info("%s chose %d regions in %.3f s", method.name, len(picks), time.time() - started)
+        return note, [
+            Asked(
+                region=Region(pick.image, pick.start, pick.size),
+                unit=pick.unit,
+                score=pick.score if math.isfinite(pick.score) else None,
+                reason=pick.reason,
+            )
+            for pick in picks
+        ]
+
+    def _model(self, wanted: QueryRequest, method: QueryMethod) -> Model | None:
+        name = wanted.model or next(iter(self.segmenters))
+        if name not in self.segmenters:
+            refuse(f"no model {name!r}; known models are {', '.join(self.segmenters)}", 404)
+        model = self.segmenters[name].store.current()
+        if model is None and method.posterior:
+            refuse(
+                f"{method.name} needs a trained model and {name} has none yet; annotate regions of 'random' or "
+                f"'starting_budget' first, then POST /train/{name} and POST /scoring/{method.uncertainty}",
+                409,
+            )
+        return model
+
+    def _evidence(self, model: Model | None, pool: Sequence[PoolImage]) -> CachedEvidence:
+        assert model is not None, "a method with a posterior was refused without a model"
+        missing = self.cache.missing(model, [image.id for image in pool])
+        if missing:
+            refuse(
+                f"{len(missing)} of {len(pool)} images (first: {missing[0]}) have not been scored with the current "
+                "model; POST /scoring/predictive_entropy first",
+                409,
+            )
+        return CachedEvidence(self.cache, model)
+
+    def _pool(self, datastore: PartialLabelDatastore) -> list[PoolImage]:
+        taken = datastore.ledger.taken()
+        pool = []
+        for image in datastore.list_images():
+            shape, affine = image_geometry(datastore.image_path(image))
+            x, y, z = (float((affine[:3, axis] ** 2).sum() ** 0.5) for axis in range(3))
+            boxes = tuple(region.box for region in taken.get(image, []))
+            pool.append(PoolImage(id=image, shape=shape, spacing=(x, y, z), taken=boxes))
+        return pool
+
+    def _size(self, wanted: QueryRequest, pool: Sequence[PoolImage]) -> Triple:
+        if wanted.size_mm is not None:
+            # One size for the pool, so that scores of different images mean the same: the median spacing.
+            spacing = [sorted(image.spacing[axis] for image in pool)[len(pool) // 2] for axis in range(3)]
+            return millimetres_to_voxels(wanted.size_mm, spacing)
+        x, y, z = wanted.size or self.options.size
+        return x, y, z
+
+    def _answer(self, queries: list[Query], note: str | None, datastore: PartialLabelDatastore) -> dict[str, Any]:
+        first = queries[0]
+        answer = {
+            "id": first.region.image,
+            # Slicer shows this as the name of the volume: the one place where an unmodified client shows text.
+            "PatientID": _cue(first, len(datastore.ledger.batch(first.batch))),
+            "regions": [query.to_json() for query in queries],
+        }
+        return answer | ({"note": note} if note else {})
+
+
+def _parse(request: Mapping[str, Any]) -> QueryRequest:
+    try:
+        return QueryRequest.model_validate(request)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r:.80}" for p in error.errors())
+        refuse(f"request {'; '.join(problems)}")
+
+
+def _cue(query: Query, batch: int) -> str:
+    spans = ", ".join(
+        f"{axis} {a}-{b - 1}" for axis, a, b in zip("xyz", query.region.start, query.region.stop, strict=True)
+    )
+    return f"{query.region.image}: {query.unit} {spans}, region {query.rank + 1} of {batch}"

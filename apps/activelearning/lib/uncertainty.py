@@ -1,0 +1,315 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Streamed moments of a posterior and the voxel uncertainties that follow from them.
+
+Axes: m members, c classes (background included), x y z voxels. Natural logarithm, 0 log 0 = 0, never negative, never NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float32]
+
+SLAB = 3 << 16  # values worked on at once: a slab of every class and its logarithm stay in the cache
+_TINY = float(np.finfo(np.float32).tiny)  # log of it is finite, so 0 * log(max(0, tiny)) is 0
+_ABOVE_ONE = 1e-3  # slack for softmax computed in half precision
+
+
+class Moments:
+    """Running sums over posterior members p[m,c,x,y,z]: what every uncertainty needs, and never the stack itself.
+
+    Kept, in float32: sum_m p (C,X,Y,Z); the spread sum_m (p - mean)^2 (C,X,Y,Z), updated by Welford's rule, which does
+    not cancel; and sum_m H(p_m) (X,Y,Z), with H the entropy over classes.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        """Empty sums for members of `shape` (C, X, Y, Z)."""
+        if len(shape) != 4 or min(shape) < 1:
+            raise ValueError(f"a member has four axes (class, x, y, z), found the shape {tuple(shape)}")
+        self.shape: tuple[int, int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3]))
+        self.count = 0
+        self._sum: Array | None = None
+        self._spread: Array | None = None
+        self._entropy: Array | None = None  # sum over members
+        self._held: tuple[Array, ...] = ()  # members given as a list: read in place until sums per class are asked for
+        self._held_maps: tuple[Array, Array] | None = None  # their predictive and expected entropy
+
+    @classmethod
+    def empty(cls, shape: Sequence[int]) -> Moments:
+        """Moments of no member yet, of `shape` (C, X, Y, Z)."""
+        return cls(shape)
+
+    @classmethod
+    def from_members(cls, members: Iterable[ArrayLike]) -> Moments:
+        """Moments of all `members`, arrays (C, X, Y, Z) of probabilities, taken one at a time.
+
+        A generator is consumed member by member. A list, tuple or array (M, C, X, Y, Z) is already in memory: its
+        members are kept by reference and read in place (do not change them), so only result maps are allocated.
+
+        Raises:
+            ValueError: no member, differing shapes, or a value that is not a probability.
+        """
+        if isinstance(members, (list, tuple, np.ndarray)) and len(members) > 0:
+            held = tuple(np.ascontiguousarray(p, dtype=np.float32) for p in members)
+            moments = cls(held[0].shape)
+            for probs_cxyz in held:
+                moments._check_shape(probs_cxyz)
+            moments._held, moments.count = held, len(held)
+            moments._held_maps = _entropies_in_step(held)
+            return moments
+        streamed: Moments | None = None
+        for member in members:
+            probs = np.asarray(member, dtype=np.float32)
+            streamed = streamed or cls(probs.shape)
+            streamed.add(probs)
+        if streamed is None:
+            raise ValueError("moments need at least one posterior member, found none: predict with the model first")
+        return streamed
+
+    def add(self, probs_cxyz: ArrayLike) -> None:
+        """Take one more member (C, X, Y, Z) into the sums.
+
+        Raises:
+            ValueError: another shape, or a value that is NaN, infinite, negative or above one.
+        """
+        probs = np.ascontiguousarray(probs_cxyz, dtype=np.float32)
+        self._check_shape(probs)
+        _check(torch.from_numpy(probs))  # before anything changes: a refused member leaves the sums as they were
+        self._settle()
+        self._accumulate(probs)
+
+    def _check_shape(self, probs_cxyz: Array) -> None:
+        if probs_cxyz.shape != self.shape:
+            raise ValueError(f"every member must have the shape {self.shape}, found {probs_cxyz.shape}")
+
+    def _settle(self) -> None:
+        """Allocate the sums and move members held by reference into them."""
+        if self._sum is None:
+            self._sum = np.zeros(self.shape, np.float32)
+            self._spread = np.zeros(self.shape, np.float32)
+            self._entropy = np.zeros(self.shape[1:], np.float32)
+            held, self._held, self._held_maps, self.count = self._held, (), None, 0
+            for probs in held:
+                self._accumulate(probs)
+
+    def _accumulate(self, probs_cxyz: Array) -> None:
+        assert self._sum is not None and self._spread is not None and self._entropy is not None
+        n = self.count
+        probs, total, spread = (_by_class(a) for a in (probs_cxyz, self._sum, self._spread))
+        entropy = torch.from_numpy(self._entropy).view(-1)
+        for part in _slabs(probs.shape):
+            p, t = probs[:, part], total[:, part]
+            entropy[part] -= _p_log_p(p).sum(0).clamp_(max=0)
+            if n:
+                delta = torch.sub(p, t, alpha=1 / n)
+                spread[:, part].addcmul_(delta, delta, value=n / (n + 1))
+            t += p
+        self.count = n + 1
+
+    def _ready(self) -> tuple[Array, Array, Array]:
+        if self.count == 0:
+            raise ValueError("moments hold no member yet: add one before asking for a map")
+        self._settle()
+        assert self._sum is not None and self._spread is not None and self._entropy is not None
+        return self._sum, self._spread, self._entropy
+
+    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+        """What a cache stores: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
+        total, spread, entropy = self._ready()
+        return {"sum": total, "spread": spread, "entropy": entropy, "count": np.array(self.count)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Moments:
+        """Moments as `to_arrays` gave them.
+
+        Raises:
+            ValueError: an array is missing or has another shape.
+        """
+        missing = {"sum", "spread", "entropy", "count"} - set(arrays)
+        if missing:
+            raise ValueError(f"stored moments lack {sorted(missing)}: delete this cache entry and score again")
+        moments = cls(arrays["sum"].shape)
+        if arrays["spread"].shape != moments.shape or arrays["entropy"].shape != moments.shape[1:]:
+            raise ValueError("stored moments disagree in shape: delete this cache entry and score again")
+        moments._sum = np.asarray(arrays["sum"], np.float32)
+        moments._spread = np.asarray(arrays["spread"], np.float32)
+        moments._entropy = np.asarray(arrays["entropy"], np.float32)
+        moments.count = int(arrays["count"])
+        return moments
+
+    @property
+    def mean(self) -> Array:
+        """Mean probability (C, X, Y, Z): (1/M) sum_m p."""
+        return np.asarray(self._ready()[0] / np.float32(self.count))
+
+    def predictive_entropy(self) -> Array:
+        """Entropy of the mean (X, Y, Z), in nats: -sum_c mean log mean."""
+        if self._held_maps is not None:
+            return self._held_maps[0]
+        total = self._ready()[0]
+        return _entropy_of_sum(total, self.count)
+
+    def expected_entropy(self) -> Array:
+        """Mean entropy of the members (X, Y, Z), in nats: -(1/M) sum_m sum_c p log p."""
+        if self._held_maps is not None:
+            return self._held_maps[1]
+        return np.asarray(self._ready()[2] / np.float32(self.count))
+
+    def mutual_information(self) -> Array:
+        """Predictive minus expected entropy (X, Y, Z), clipped at 0: BALD, the Jensen-Shannon divergence of members."""
+        information = self.predictive_entropy() - self.expected_entropy()
+        return np.maximum(information, 0, out=information)
+
+    def class_variance(self, ddof: int = 1) -> Array:
+        """Variance of each class over members (C, X, Y, Z); 0 where there are too few members for `ddof`."""
+        spread = self._ready()[1]
+        return np.asarray(spread / np.float32(max(self.count - ddof, 1)))
+
+    def mean_std(self) -> Array:
+        """Mean over classes of the standard deviation over members (ddof 0), (X, Y, Z); USIM, Mean STD."""
+        spread = self._ready()[1]
+        out = np.zeros(self.shape[1:], np.float32)
+        for spread_xyz in spread:
+            out += np.sqrt(spread_xyz / np.float32(self.count))
+        return np.asarray(out / np.float32(self.shape[0]))
+
+    def mean_variance(self) -> Array:
+        """Mean over classes of the variance over members (ddof 1), (X, Y, Z): what ALUNET's code calls Mean STD."""
+        return np.asarray(self.class_variance(ddof=1).mean(axis=0))
+
+    def least_confidence(self) -> Array:
+        """1 - max_c mean (X, Y, Z)."""
+        return np.asarray(np.maximum(1 - self.mean.max(axis=0), 0))
+
+    def margin(self) -> Array:
+        """1 - (p1 - p2) of the two largest class means (X, Y, Z): high where they are close; 0 for a single class."""
+        if self.shape[0] == 1:
+            return np.zeros(self.shape[1:], np.float32)
+        top = np.partition(self.mean, self.shape[0] - 2, axis=0)[-2:]
+        return np.asarray(np.clip(1 - (top[1] - top[0]), 0, None))
+
+    def class_entropy(self, c: int) -> Array:
+        """U_c = predictive entropy * mean_c (X, Y, Z); c = -1 gives plain predictive entropy (ClaSP PE)."""
+        entropy = self.predictive_entropy()
+        return entropy if c == -1 else np.asarray(entropy * (self._ready()[0][c] / np.float32(self.count)))
+
+    def predicted_fractions(self, box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
+        """Share of the voxels of `box` for which each class is the most probable one, (C,)."""
+        index = (slice(None), *box)
+        total = sum(p[index] for p in self._held) if self._held else self._ready()[0][index]
+        winners = np.asarray(total).argmax(axis=0)
+        return np.bincount(winners.ravel(), minlength=self.shape[0]) / max(winners.size, 1)
+
+    def predicted(self) -> NDArray[np.intp]:
+        """Most probable class (X, Y, Z), argmax_c mean; the lowest class among equals."""
+        return np.asarray(self._ready()[0].argmax(axis=0))
+
+
+def mixed_entropy(moments: Moments, alpha: float = 0.5) -> Array:
+    """alpha H(mean) + (1 - alpha) mean H (X, Y, Z): what StochasticBatchAL's code computes under the name JSD."""
+    a = np.float32(alpha)
+    return np.asarray(a * moments.predictive_entropy() + (1 - a) * moments.expected_entropy())
+
+
+def distance_to_uniform(moments: Moments) -> Array:
+    """sum_c |1/C - mean_c| (X, Y, Z): small where the classes are balanced (Burmeister 2022, least confidence)."""
+    return np.asarray(np.abs(moments.mean - np.float32(1 / moments.shape[0])).sum(axis=0))
+
+
+def burmeister_confidence(moments: Moments) -> Array:
+    """2 (C-1)/C - sum_c |1/C - mean_c| (X, Y, Z): Burmeister's least confidence turned so that high is unsure."""
+    most = np.float32(2 * (moments.shape[0] - 1) / moments.shape[0])
+    return np.asarray(np.maximum(most - distance_to_uniform(moments), 0))
+
+
+def burmeister_entropy(moments: Moments) -> Array:
+    """sum_c (1/e + d log d) with d = |1/C - mean_c| (X, Y, Z), as published by Burmeister 2022; high is chosen first.
+
+    It is not Shannon entropy: d log d falls until d = 1/e and rises again. 1/e a class keeps it from being negative.
+    """
+    d = torch.from_numpy(moments.mean).sub_(1 / moments.shape[0]).abs_()
+    return np.asarray((_p_log_p(d) + float(np.exp(-1))).clamp_(min=0).sum(0).numpy())
+
+
+UNCERTAINTIES: dict[str, Callable[[Moments], Array]] = {
+    "predictive_entropy": Moments.predictive_entropy,
+    "expected_entropy": Moments.expected_entropy,
+    "bald": Moments.mutual_information,
+    "mean_std": Moments.mean_std,
+    "mean_variance": Moments.mean_variance,
+    "least_confidence": Moments.least_confidence,
+    "margin": Moments.margin,
+    "mixed_entropy": mixed_entropy,
+    "burmeister_confidence": burmeister_confidence,
+    "burmeister_entropy": burmeister_entropy,
+}
+
+
+def class_weighted(moments: Moments, weights_c: ArrayLike) -> Array:
+    """sum_c w_c Var_m(p_c) (X, Y, Z), variance with ddof 1: the weighted uncertainty of USIM (section A.5).
+
+    Raises:
+        ValueError: not one finite, non-negative weight a class.
+    """
+    weights = np.asarray(weights_c, np.float32)
+    if weights.shape != moments.shape[:1] or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(f"class weights must be {moments.shape[0]} finite numbers, none negative, found {weights}")
+    return np.asarray(np.tensordot(weights, moments.class_variance(), axes=1))
+
+
+def _by_class(values_cxyz: Array) -> torch.Tensor:
+    """View (C, voxels) on the same memory where the array is contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(values_cxyz)).view(values_cxyz.shape[0], -1)
+
+
+def _slabs(shape: Sequence[int]) -> list[slice]:
+    """Cuts of the voxels of an array (C, voxels)."""
+    step = max(SLAB // shape[0], 1 << 12)
+    return [slice(a, a + step) for a in range(0, shape[1], step)]
+
+
+def _p_log_p(p: torch.Tensor) -> torch.Tensor:
+    return p.clamp(min=_TINY).log_().mul_(p)
+
+
+def _check(p: torch.Tensor) -> None:
+    low, high = (float(v) for v in torch.aminmax(p))
+    if not (low >= 0 and high <= 1 + _ABOVE_ONE):  # NaN fails both
+        what = "a value that is not a number" if np.isnan(low) else f"values from {low:.4g} to {high:.4g}"
+        raise ValueError(f"members must hold probabilities from 0 to 1, found {what}: give softmax output, not logits")
+
+
+def _entropies_in_step(members: tuple[Array, ...]) -> tuple[Array, Array]:
+    """Predictive and expected entropy (X, Y, Z) of members in memory, slab by slab over all of them."""
+    shape, share = members[0].shape, 1 / len(members)
+    maps = np.empty(shape[1:], np.float32), np.empty(shape[1:], np.float32)
+    predictive, expected = (torch.from_numpy(m).view(-1) for m in maps)
+    flat = [_by_class(m) for m in members]
+    for part in _slabs(flat[0].shape):
+        total = torch.zeros_like(flat[0][:, part])
+        single = torch.zeros_like(total)
+        work = torch.empty_like(total)
+        for probs in flat:
+            p = probs[:, part]
+            _check(p)
+            single.addcmul_(p, torch.clamp(p, min=_TINY, out=work).log_())
+            total += p
+        torch.clamp(single.sum(0).mul_(-share), min=0, out=expected[part])
+        torch.clamp(_p_log_p(total.mul_(share)).sum(0).neg_(), min=0, out=predictive[part])
+    return maps
+
+
+def _entropy_of_sum(total_cxyz: Array, count: int) -> Array:
+    out = np.empty(total_cxyz.shape[1:], np.float32)
+    flat, total = torch.from_numpy(out).view(-1), _by_class(total_cxyz)
+    for part in _slabs(total.shape):
+        torch.clamp(_p_log_p(total[:, part] / count).sum(0).neg_(), min=0, out=flat[part])
+    return out

@@ -1,0 +1,168 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Patchwise: the MONAI Label app. Wires the parts of `lib` together, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
+
+from lib.classes import resolve_classes
+from lib.datastore import STATE_FOLDER, PartialLabelDatastore
+from lib.errors import SPEAKING, refuse
+from lib.inference import QueryRegionTask, SegmentationTask
+from lib.ledger import QueryLedger
+from lib.methods import REGISTRY, QueryMethod, listed, resolve
+from lib.models import ModelStore
+from lib.moments_cache import MomentsCache
+from lib.options import OptionError, describe_options, parse_options
+from lib.routes import install
+from lib.scoring import MomentsScoring
+from lib.strategies import QueryStrategy
+from lib.training.recipe import Bundle
+from lib.training.task import EnsembleTrainTask
+from lib.uncertainty import UNCERTAINTIES
+
+logger = logging.getLogger(__name__)
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+
+
+class PatchwiseApp(MONAILabelApp):
+    """Active learning on regions: `monailabel start_server --app apps/activelearning --studies DIR`."""
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        try:
+            self.options = parse_options(dict(conf or {}))
+            if studies.startswith(("http://", "https://")):
+                raise OptionError(f"--studies {studies}: only folders are supported; give the path of a folder")
+            root = Path(studies).resolve()
+            if not root.is_dir():
+                raise OptionError(f"--studies {studies}: no such folder; make it and put images into it")
+            folder = self.options.bundles or BUNDLES
+            self.bundles = {name: Bundle(folder / name) for name in self.options.models}
+            first = next(iter(self.bundles.values()))
+            self.classes = resolve_classes(self.options.labels, root, first.metadata)
+            self.listed_methods = listed(self.options.methods)
+            self.ledger = QueryLedger(root / STATE_FOLDER / "ledger.sqlite")
+        except SPEAKING as error:
+            logger.error("%s", error)
+            raise SystemExit(2) from error
+        self.root = root
+        self.store = PartialLabelDatastore(root, self.classes, self.ledger)
+        self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
+        self.segmenters = {
+            name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
+            for name, bundle in self.bundles.items()
+        }
+        super().__init__(
+            app_dir,
+            studies,
+            conf,
+            name="Patchwise",
+            description="Active learning on regions of 3D scans",
+            version="0.1.0",
+            labels=list(self.classes),
+        )
+        # Upstream would start a scoring process after every request; scoring is asked for, here.
+        self._auto_update_scoring = False
+
+    def init_datastore(self) -> Datastore:
+        return self.store
+
+    def init_infers(self) -> dict[str, InferTask]:
+        # First in the list: Slicer runs it by itself when a sample is loaded.
+        return {"query_region": QueryRegionTask(self.ledger, self.classes), **self.segmenters}
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        return {
+            name: EnsembleTrainTask(
+                bundle, self.segmenters[name].store, self.classes, self.options, self.root / STATE_FOLDER
+            )
+            for name, bundle in self.bundles.items()
+        }
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        return {name: self._strategy(REGISTRY[name]) for name in self.listed_methods}
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        return {name: MomentsScoring(name, self.segmenters, self.cache) for name in UNCERTAINTIES}
+
+    def on_init_complete(self) -> None:
+        repaired = self.store.annotations.repair({i: self.store.image_path(i) for i in self.store.list_images()})
+        if repaired:
+            logger.warning("labels of %s were rebuilt from the raw answers after an interruption", ", ".join(repaired))
+        super().on_init_complete()
+        install(self)
+
+    def info(self) -> dict[str, Any]:
+        model = next(iter(self.segmenters.values())).store.current()
+        meta: dict[str, Any] = super().info()
+        meta["patchwise"] = {
+            "labels": self.classes,
+            "options": describe_options(self.options),
+            "model": model.facts if model else None,
+            "queries": self.ledger.counts(),
+            "training": {name: task.progress() for name, task in self._trainers.items()},
+        }
+        return meta
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Regions by any registry name, listed or not."""
+        name = str(request.get("strategy") or self.listed_methods[0])
+        try:
+            method = resolve(name, {})
+        except SPEAKING as error:
+            refuse(str(error), 404)
+        answer = self._strategy(method)(request, self.store)
+        return {**answer, "path": self.store.get_image_uri(answer["id"])} if answer else {}
+
+    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Keeps the image's id, which upstream replaces by its path."""
+        result: dict[str, Any] = super().infer({**request, "image_id": request.get("image")}, datastore)
+        return result
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._run("train", super().train, request)
+
+    def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        return self._run("scoring", super().scoring, request)
+
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
+        """What the client is told about its submission."""
+        answers = self.ledger.answers(image_id)
+        if not answers:
+            return {}
+        regions = answers[-1].regions
+        return {
+            "answer": answers[-1].id,
+            "queries": [query for query, _ in regions if query is not None],
+            "labelled_voxels": sum(region.voxels for _, region in regions),
+        }
+
+    def _strategy(self, method: QueryMethod) -> QueryStrategy:
+        return QueryStrategy(method.name, method.summary, self.classes, self.options, self.segmenters, self.cache)
+
+    def _run(self, what: str, work: Any, request: dict[str, Any]) -> dict[str, Any]:
+        """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""
+        from fastapi import HTTPException
+
+        try:
+            result: dict[str, Any] = work(request)
+            return result
+        except HTTPException as refused:
+            if self._server_mode:
+                raise
+            logger.error("%s refused: %s", what, refused.detail)
+            raise SystemExit(2) from refused

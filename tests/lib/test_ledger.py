@@ -1,0 +1,152 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+from lib.ledger import LedgerError, QueryLedger
+from lib.ledger_records import Asked
+from lib.regions import Region
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path, clock):
+    return QueryLedger(tmp_path / "ledger.sqlite", clock)
+
+
+def asked(*starts, image="a"):
+    return [
+        Asked(Region(image, (s, 0, 0), (2, 2, 2)), "patch", 1.0 / (i + 1), {"rank": i}) for i, s in enumerate(starts)
+    ]
+
+
+def test_a_batch_is_recorded_once(ledger):
+    first = ledger.ask("b1", "random", 0, asked(0, 2))
+    again = ledger.ask("b1", "random", 0, asked(4, 6, 8))
+    assert [q.id for q in first] == [q.id for q in again]
+    assert [q.region.start for q in again] == [(0, 0, 0), (2, 0, 0)]
+    assert [q.rank for q in again] == [0, 1]
+
+
+def test_two_clients_never_hold_one_region(ledger):
+    ids = [q.id for q in ledger.ask("b1", "random", 0, asked(0, 2))]
+    ann = ledger.lease(ids[:1], "ann", 60)
+    ben = ledger.lease(ids, "ben", 60)
+    assert [q.client for q in ann] == ["ann"]
+    assert [q.client for q in ben] == ["ann", "ben"]
+
+
+def test_a_lease_that_runs_out_returns_to_the_pool(ledger, clock):
+    ids = [q.id for q in ledger.ask("b1", "random", 0, asked(0))]
+    ledger.lease(ids, "ann", 60)
+    clock.now += 3599
+    assert ledger.expire() == 0
+    assert ledger.taken() == {"a": [Region("a", (0, 0, 0), (2, 2, 2))]}
+    clock.now += 2
+    assert ledger.expire() == 1
+    assert ledger.taken() == {}
+    assert ledger.lease(ids, "ben", 60)[0].client == "ben"
+
+
+def test_last_worked_is_the_expired_region_unless_somebody_else_answered_it(ledger, clock):
+    (query,) = ledger.ask("b1", "random", 0, asked(0))
+    ledger.lease([query.id], "ann", 1)
+    clock.now += 100
+    ledger.expire()
+    assert [q.id for q in ledger.last_worked("a", "ann")] == [query.id]
+    assert ledger.last_worked("a", "ben") == []
+    (other,) = ledger.ask("b2", "random", 0, asked(1))
+    ledger.lease([other.id], "ben", 60)
+    ledger.record_answer("a", "a/raw.nii.gz", "0", {}, "ben", [(other.id, other.region)])
+    assert ledger.last_worked("a", "ann") == []
+    assert [q.id for q in ledger.last_worked("a", "ben")] == [other.id]
+
+
+def test_an_answer_closes_its_query_and_records_minutes(ledger, clock):
+    (query,) = ledger.ask("b1", "random", 0, asked(0))
+    ledger.lease([query.id], "ann", 60)
+    clock.now += 90
+    answer = ledger.record_answer("a", "a/raw.nii.gz", "77", {"label_info": []}, "ann", [(query.id, query.region)])
+    assert ledger.query(query.id).status == "answered"
+    assert ledger.unmerged() == ["a"]
+    ledger.mark_merged("a", answer)
+    assert ledger.unmerged() == []
+    (stored,) = ledger.answers("a")
+    assert (stored.raw, stored.raw_sha256, stored.info, stored.client) == (
+        "a/raw.nii.gz",
+        "77",
+        {"label_info": []},
+        "ann",
+    )
+    assert stored.regions == [(query.id, query.region)]
+    with sqlite3.connect(ledger.path) as connection:
+        assert connection.execute("SELECT minutes FROM answered").fetchall() == [(1.5,)]
+
+
+def test_info_of_two_writers_is_merged(ledger):
+    other = QueryLedger(ledger.path)
+    ledger.update_info("a", {"x": 1})
+    other.update_info("a", {"y": 2})
+    ledger.update_info("a", {"z": 3}, tag="final")
+    assert ledger.get_info("a") == {"x": 1, "y": 2}
+    assert ledger.get_info("a", "final") == {"z": 3}
+    assert ledger.get_info("b") == {}
+
+
+def test_a_newer_schema_is_refused(ledger):
+    with sqlite3.connect(ledger.path) as connection:
+        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
+    with pytest.raises(LedgerError, match="newer version"):
+        QueryLedger(ledger.path)
+
+
+def _write_forever(path, run):
+    ledger = QueryLedger(path)
+    for i in range(100_000):
+        (query,) = ledger.ask(f"b{run}.{i}", "random", 0, asked(0, image=f"im{run}.{i}"))
+        ledger.lease([query.id], "ann", 60)
+        ledger.record_answer(f"im{run}.{i}", f"{i}", "0", {}, "ann", [(query.id, query.region)])
+
+
+def test_a_writer_killed_at_any_instant_leaves_whole_records(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    context = multiprocessing.get_context("spawn")
+    for round_ in range(3):
+        process = context.Process(target=_write_forever, args=(path, round_))
+        process.start()
+        deadline = time.time() + 60
+        while not path.exists() or QueryLedger(path).counts().get("answered", 0) < 5 * (round_ + 1):
+            assert time.time() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        ledger = QueryLedger(path)
+        counts = ledger.counts()
+        assert counts.get("open", 0) + counts.get("proposed", 0) <= round_ + 1
+        for image in ledger.answered_images():
+            (answer,) = ledger.answers(image)
+            assert ledger.query(answer.regions[0][0]).status == "answered"
+        with sqlite3.connect(path) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

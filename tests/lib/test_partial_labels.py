@@ -1,0 +1,114 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from lib.partial_labels import (
+    UNLABELLED,
+    LabelError,
+    check_values,
+    class_voxels,
+    labelled_voxels,
+    merge,
+    remap_by_name,
+    unlabelled,
+)
+from lib.regions import Region
+
+CLASSES = {"anterior": 1, "posterior": 2}
+SHAPE = (6, 5, 4)
+labels = arrays(np.uint8, SHAPE, elements=st.sampled_from([0, 1, 2]))
+partial = arrays(np.uint8, SHAPE, elements=st.sampled_from([0, 1, 2, UNLABELLED]))
+
+
+@st.composite
+def region(draw):
+    start = [draw(st.integers(0, n - 1)) for n in SHAPE]
+    size = [draw(st.integers(1, n - s)) for n, s in zip(SHAPE, start, strict=True)]
+    return Region("case", tuple(start), tuple(size))
+
+
+@given(partial, labels, region())
+def test_merge_changes_the_region_and_nothing_else(current, answer, box):
+    before = current.copy()
+    merged = merge(current, answer, [box])
+    inside = np.zeros(SHAPE, bool)
+    inside[box.slices] = True
+    assert np.array_equal(merged[inside], answer[inside])
+    assert np.array_equal(merged[~inside], current[~inside])
+    assert np.array_equal(current, before)
+
+
+@given(labels, st.lists(region(), min_size=1, max_size=4))
+def test_disjoint_or_not_the_same_truth_merges_in_any_order(truth, boxes):
+    forward = merge(unlabelled(SHAPE), truth, boxes)
+    backward = merge(unlabelled(SHAPE), truth, boxes[::-1])
+    assert np.array_equal(forward, backward)
+    inside = np.zeros(SHAPE, bool)
+    for box in boxes:
+        inside[box.slices] = True
+    assert labelled_voxels(forward) == inside.sum()
+    assert np.array_equal(forward[inside], truth[inside])
+
+
+@given(partial, partial, region())
+def test_an_unlabelled_answer_takes_no_label_back(current, answer, box):
+    merged = merge(current, answer, [box])
+    left_out = answer == UNLABELLED
+    assert np.array_equal(merged[left_out], current[left_out])
+
+
+def test_merge_refuses_other_shapes_and_regions_outside():
+    with pytest.raises(LabelError, match=r"\(6, 5, 4\)"):
+        merge(unlabelled(SHAPE), np.zeros((6, 5, 5), np.uint8), [])
+    with pytest.raises(LabelError, match="leaves the image"):
+        merge(unlabelled(SHAPE), np.zeros(SHAPE, np.uint8), [Region("case", (5, 0, 0), (2, 1, 1))])
+
+
+def test_segments_are_matched_by_name_not_by_value():
+    submitted = np.array([0, 1, 2, 3], np.uint8).reshape(4, 1, 1)
+    info = [{"name": "Posterior", "idx": 1}, {"name": "ANTERIOR", "idx": 2}, {"name": "query_region", "idx": 3}]
+    assert remap_by_name(submitted, info, CLASSES).ravel().tolist() == [0, 2, 1, 0]
+
+
+def test_extra_segments_without_voxels_and_missing_segments_are_harmless():
+    submitted = np.array([0, 1], np.uint8).reshape(2, 1, 1)
+    info = [{"name": "posterior", "idx": 1}, {"name": "scratch", "idx": 2}]
+    assert remap_by_name(submitted, info, CLASSES).ravel().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("info", "sentence"),
+    [
+        ([{"name": "tumour", "idx": 1}], r"1 \(tumour\).*known classes are anterior, posterior"),
+        ([{"name": "anterior", "idx": 2}], r"1 \(without a name\)"),
+        ([{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 1}], "both anterior and posterior"),
+        ([{"name": "anterior"}], "name and a whole number idx"),
+        ([{"name": "anterior", "idx": 300}], "0 to 254"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(info, sentence):
+    with pytest.raises(LabelError, match=sentence):
+        remap_by_name(np.ones((2, 1, 1), np.uint8), info, CLASSES)
+
+
+def test_without_names_values_are_class_ids():
+    submitted = np.array([0, 2, UNLABELLED], np.uint8).reshape(3, 1, 1)
+    assert np.array_equal(remap_by_name(submitted, None, CLASSES), submitted)
+    with pytest.raises(LabelError, match=r"\[7\].*1 for anterior, 2 for posterior"):
+        remap_by_name(np.full((1, 1, 1), 7, np.uint8), None, CLASSES)
+
+
+def test_values_and_counts():
+    label = np.array([0, 0, 1, 2, 2, UNLABELLED], np.uint8).reshape(6, 1, 1)
+    assert class_voxels(label, CLASSES) == {"background": 2, "anterior": 1, "posterior": 2}
+    with pytest.raises(LabelError, match=r"\[255\]"):
+        check_values(label, CLASSES, allow_unlabelled=False)

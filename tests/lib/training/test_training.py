@@ -1,0 +1,180 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.images import Volume
+from lib.partial_labels import UNLABELLED
+from lib.posterior import Ensemble
+from lib.training.augmentation import Augmentation, augmented_crop, crop
+from lib.training.cases import TrainingCase, network_image, network_label, network_shape, normalise, to_grid
+from lib.training.folds import training_splits
+from lib.training.networks import SpaceToDepth
+from lib.training.recipe import Bundle, RecipeError
+from lib.training.trainer import learning_rate, train_member
+
+BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d"
+CPU = torch.device("cpu")
+
+
+class_sets = st.frozensets(st.integers(1, 3))
+
+
+@given(
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=3), class_sets, min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 9),
+)
+def test_every_split_keeps_every_class_found_twice_and_folds_cover_all(cases, members, folds, seed):
+    splits = training_splits(cases, members, folds, np.random.default_rng(seed))
+    everything = frozenset().union(*cases.values())
+    assert len(splits) == members
+    for split in splits:
+        assert split
+        assert set(split) <= set(cases)
+        assert frozenset().union(*(cases[c] for c in split)) == everything
+    again = training_splits(dict(reversed(list(cases.items()))), members, folds, np.random.default_rng(seed))
+    assert again == splits
+
+
+def test_each_case_is_left_out_by_one_member_of_k():
+    cases = {f"c{i}": frozenset({1, 2}) for i in range(10)}
+    splits = training_splits(cases, 5, 5, np.random.default_rng(0))
+    left_out = [set(cases) - set(split) for split in splits]
+    assert [len(out) for out in left_out] == [2, 2, 2, 2, 2]
+    assert set().union(*left_out) == set(cases)
+
+
+def test_normalisation_is_blind_to_scale_and_single_wild_voxels():
+    image = np.random.default_rng(0).normal(100, 10, (20, 20, 20)).astype(np.float32)
+    wild = image.copy()
+    wild[0, 0, 0] = 1e6
+    assert normalise(image).mean() == pytest.approx(0, abs=1e-5)
+    assert normalise(image).std() == pytest.approx(1, abs=1e-5)
+    assert np.abs(normalise(wild) - normalise(image))[1:].max() < 0.01
+    assert normalise(wild)[0, 0, 0] < 4
+    np.testing.assert_allclose(normalise(image * 1000), normalise(image), atol=1e-3)
+    assert np.all(normalise(np.full((4, 4, 4), 7, np.float32)) == 0)
+
+
+def test_resampling_goes_to_the_wanted_spacing_and_back():
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    ramp = np.broadcast_to(np.arange(12, dtype=np.float32)[:, None, None], (12, 10, 6)).copy()
+    assert network_shape((12, 10, 6), (1, 1, 3), (1, 1, 1)) == (12, 10, 18)
+    image = network_image(Volume(ramp, affine, "x"), (1, 1, 1))
+    assert tuple(image.shape) == (1, 12, 10, 18)
+    assert tuple(to_grid(image, (12, 10, 6)).shape) == (1, 12, 10, 6)
+    mask = np.full((12, 10, 6), UNLABELLED, np.uint8)
+    mask[:, :, 2] = 1
+    label = network_label(mask, (1, 1, 3), (1, 1, 1))
+    assert set(label.unique().tolist()) == {1, UNLABELLED}
+    assert int((label == 1).sum()) == 12 * 10 * 3
+
+
+def test_plain_crop_pads_with_zero_and_unlabelled():
+    image = torch.ones(1, 4, 4, 4)
+    label = torch.ones(4, 4, 4, dtype=torch.uint8)
+    cut, mask = crop(image, label, (-1, 2, 0), (6, 4, 4))
+    assert cut[0, 1:5, :2].eq(1).all()
+    assert float(cut.sum()) == 4 * 2 * 4
+    assert int((mask == UNLABELLED).sum()) == 6 * 4 * 4 - 32
+
+
+def test_augmented_crops_keep_an_annotated_voxel_and_only_known_values():
+    rng = np.random.default_rng(0)
+    image = torch.randn(1, 20, 20, 20)
+    label = torch.full((20, 20, 20), UNLABELLED, dtype=torch.uint8)
+    label[0, 0, 0] = 1
+    for _ in range(50):
+        cut, mask = augmented_crop(image, label, (0, 0, 0), (8, 8, 8), Augmentation(), rng)
+        assert tuple(cut.shape) == (1, 8, 8, 8)
+        assert set(mask.unique().tolist()) == {1, UNLABELLED}
+
+
+def test_an_unchanged_warp_is_the_plain_crop():
+    image, label = torch.randn(1, 9, 8, 7), torch.randint(0, 3, (9, 8, 7)).to(torch.uint8)
+    still = Augmentation(rotation=1e-9, scale=0, mirror=(), contrast=0, noise=0, probability=1)
+    warped, mask = augmented_crop(image, label, (2, 1, 3), (5, 6, 4), still, np.random.default_rng(0))
+    plain, truth = crop(image, label, (2, 1, 3), (5, 6, 4))
+    torch.testing.assert_close(warped, plain, atol=1e-4, rtol=0)
+    assert torch.equal(mask, truth)
+
+
+def test_space_to_depth_loses_no_voxel():
+    image = torch.arange(4 * 6 * 8, dtype=torch.float32).reshape(1, 1, 4, 6, 8)
+    assert torch.equal(SpaceToDepth(2, torch.nn.Identity())(image), image)
+    assert torch.equal(SpaceToDepth(1, torch.nn.Identity())(image), image)
+
+
+def test_the_learning_rate_rises_then_falls_to_almost_nothing():
+    recipe = Bundle(BUNDLE).recipe({"steps": 100, "learning_rate": 1.0, "warmup": 0.1})
+    rates = [learning_rate(step, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx((1 - 45 / 90) ** 0.9)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.03
+
+
+def test_bad_recipes_are_refused_in_a_sentence(tmp_path):
+    bundle = Bundle(BUNDLE)
+    with pytest.raises(RecipeError, match="stepz"):
+        bundle.recipe({"stepz": 3})
+    with pytest.raises(RecipeError, match=r"steps.*-1"):
+        bundle.recipe({"steps": -1})
+    with pytest.raises(RecipeError, match="known bundles are segmentation_dynunet_3d"):
+        Bundle(BUNDLE.parent / "missing")
+    assert bundle.divisor == (8, 8, 8)
+
+
+def ball_case(seed, annotated=None):
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.arange(24),) * 3, indexing="ij"), -1)
+    truth = (np.linalg.norm(grid - rng.uniform(9, 14, 3), axis=-1) < 5).astype(np.uint8)
+    image = truth * 2.0 + rng.normal(0, 0.5, truth.shape)
+    label = truth.copy()
+    if annotated is not None:
+        label[:] = UNLABELLED
+        label[annotated] = truth[annotated]
+    return image.astype(np.float32), truth, label
+
+
+def test_a_member_learns_from_partial_labels_and_is_reproducible():
+    bundle = Bundle(BUNDLE)
+    recipe = bundle.recipe({"steps": 150, "patch": [16, 16, 16], "learning_rate": 0.01})
+    cases = []
+    for seed in range(3):
+        image, _, label = ball_case(seed, (slice(0, 20), slice(2, 22), slice(4, 24)))
+        volume = Volume(image, np.eye(4), "x")
+        cases.append(TrainingCase(str(seed), network_image(volume, None), torch.from_numpy(label)))
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = bundle.network(1)
+        weights.append(train_member(network, cases, recipe, np.random.SeedSequence(5), CPU))
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    image, truth, _ = ball_case(99)
+    probs = Ensemble([network], recipe.patch, bundle.divisor, None, CPU).mean(Volume(image, np.eye(4), "x"))
+    assert probs.shape == (2, 24, 24, 24)
+    np.testing.assert_allclose(probs.sum(axis=0), 1, atol=1e-5)
+    predicted = probs.argmax(axis=0)
+    assert 2 * (predicted * truth).sum() / (predicted.sum() + truth.sum()) > 0.85
+
+
+def test_windows_cover_small_images_whole_and_large_ones_in_parts():
+    ensemble = Ensemble([torch.nn.Identity()], (32, 40, 32), (8, 8, 8), None, CPU)
+    assert ensemble.window((36, 50, 35)) == (40, 56, 40)
+    assert ensemble.window((512, 512, 200)) == (32, 40, 32)
+    assert ensemble.window((512, 512, 20)) == (32, 40, 24)

@@ -94,10 +94,12 @@ class LabelClient:
 
     def _task(self, kind: str, name: str, request: Mapping[str, Any], watch: Callable[[], None] | None) -> None:
         task = self._json("POST", f"/{kind}/{name}", json=dict(request))
+        pause = 0.05
         while task["status"] in _BUSY:
             if watch is not None:
                 watch()
-            time.sleep(0.5)
+            time.sleep(pause)
+            pause = min(1.0, pause * 1.5)
             listed = self._json("GET", f"/{kind}/", params={"all": "true"})
             mine = [t for t in listed if t["id"] == task["id"]] if isinstance(listed, list) else []
             if not mine:

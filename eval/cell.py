@@ -74,7 +74,10 @@ class State:
 
 
 class Cell:
-    """Drives one method with one seed; `notice(cell, text)` hears of progress, `stop` ends it between requests."""
+    """Drives one method with one seed; `stop` ends it between requests.
+
+    `notice(cell, text)` hears what it is about to do, `finished_step(cell, step)` that a step is in its state.
+    """
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class Cell:
         url: str | None = None,
         stop: threading.Event | None = None,
         notice: Callable[[Cell, str], None] | None = None,
+        finished_step: Callable[[Cell, str], None] | None = None,
     ) -> None:
         self.material = material
         self.study = material.study
@@ -95,6 +99,7 @@ class Cell:
         self.url = url
         self.stop = stop or threading.Event()
         self.notice = notice or (lambda cell, text: None)
+        self.finished_step = finished_step or (lambda cell, step: None)
         self.state = State(folder / "state.json")
         self.server: ServerProcess | None = None
         self._by_id = {case.id: case for case in material.pool}
@@ -155,7 +160,7 @@ class Cell:
             began = time.monotonic()
             result = work[step](client, round_)
             self.state.put(round_, step, {**result, "seconds": round(time.monotonic() - began, 3)})
-            self.notice(self, "")
+            self.finished_step(self, step)
 
     def _score(self, client: LabelClient, round_: int) -> dict[str, Any]:
         """Moments of the pool under the model of the round before; round 0 has no model."""

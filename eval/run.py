@@ -142,14 +142,17 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
 
     def notice(cell: Cell, text: str) -> None:
         with lock:
-            if text:
-                bar.set_postfix_str(f"{cell.name}: {text}")
-                return
-            bar.update()
-            check_same_start(cells)
-            write_tables(material.study, out)
+            bar.set_postfix_str(f"{cell.name}: {text}")
 
-    cells = cells_of(material, out, url=options.url, stop=stop, notice=notice)
+    def finished_step(cell: Cell, step: str) -> None:
+        with lock:
+            bar.update()
+            if step == "query":
+                check_same_start(cells)
+            elif step == "test":
+                write_tables(study, out)
+
+    cells = cells_of(material, out, url=options.url, stop=stop, notice=notice, finished_step=finished_step)
     if options.url is not None and len(cells) > 1:
         raise RefereeError(f"--server serves one method and seed, but the study has {len(cells)} cells; leave it out")
     bar.update(sum(len(cell.state.content["steps"]) for cell in cells))

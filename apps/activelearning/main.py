@@ -66,6 +66,12 @@ class PatchwiseApp(MONAILabelApp):
             name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
             for name, bundle in self.bundles.items()
         }
+        self.trainers = {
+            name: EnsembleTrainTask(
+                bundle, self.segmenters[name].store, self.classes, self.options, root / STATE_FOLDER
+            )
+            for name, bundle in self.bundles.items()
+        }
         super().__init__(
             app_dir,
             studies,
@@ -86,12 +92,7 @@ class PatchwiseApp(MONAILabelApp):
         return {"query_region": QueryRegionTask(self.ledger, self.classes), **self.segmenters}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {
-            name: EnsembleTrainTask(
-                bundle, self.segmenters[name].store, self.classes, self.options, self.root / STATE_FOLDER
-            )
-            for name, bundle in self.bundles.items()
-        }
+        return dict(self.trainers)
 
     def init_strategies(self) -> dict[str, Strategy]:
         return {name: self._strategy(resolve(name)) for name in self.listed_methods}
@@ -114,7 +115,7 @@ class PatchwiseApp(MONAILabelApp):
             "options": describe_options(self.options),
             "model": model.facts if model else None,
             "queries": self.ledger.counts(),
-            "training": {name: task.progress() for name, task in self._trainers.items()},
+            "training": {name: task.progress() for name, task in self.trainers.items()},
         }
         return meta
 

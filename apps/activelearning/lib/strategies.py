@@ -27,7 +27,7 @@ from lib.ledger_records import Asked, Query
 from lib.methods import QueryMethod, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
-from lib.options import AppOptions
+from lib.options import AppOptions, problems
 from lib.registry import RECOMMENDED, REGISTRY
 from lib.regions import Region, Triple, millimetres_to_voxels
 from lib.uncertainty import Moments
@@ -175,7 +175,7 @@ class QueryStrategy(Strategy):
         if model is None and method.posterior:
             refuse(
                 f"{method.name} needs a trained model and {name} has none yet; annotate regions of 'random' or "
-                f"'starting_budget' first, then POST /train/{name} and POST /scoring/{method.uncertainty}",
+                f"'starting_budget' first, then POST /train/{name} and POST /scoring/predictive_entropy",
                 409,
             )
         return model
@@ -235,8 +235,7 @@ def _parse(request: Mapping[str, Any]) -> QueryRequest:
     try:
         return QueryRequest.model_validate(request)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r:.80}" for p in error.errors())
-        refuse(f"request {'; '.join(problems)}")
+        refuse(f"request {problems(error)}")
 
 
 def _cue(query: Query, batch: int) -> str:

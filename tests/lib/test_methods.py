@@ -50,7 +50,7 @@ def test_options_from_json_and_from_forms() -> None:
 
 
 def test_keys_of_clients_are_passed_over() -> None:
-    resolve("random", {key: "x" for key in REQUEST_KEYS - {"options"}})
+    resolve("random", dict.fromkeys(REQUEST_KEYS - {"options"}, "x"))
 
 
 @pytest.mark.parametrize(

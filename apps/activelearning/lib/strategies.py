@@ -28,8 +28,8 @@ from lib.methods import QueryMethod, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
 from lib.options import AppOptions, problems
-from lib.registry import RECOMMENDED, REGISTRY
 from lib.regions import Region, Triple, millimetres_to_voxels
+from lib.registry import RECOMMENDED, REGISTRY
 from lib.uncertainty import Moments
 
 logger = logging.getLogger(__name__)

@@ -23,13 +23,13 @@ from lib.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.errors import SPEAKING, refuse
 from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
-from lib.methods import REGISTRY, QueryMethod, listed, resolve
+from lib.methods import QueryMethod, resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
 from lib.options import OptionError, describe_options, parse_options
 from lib.routes import install
 from lib.scoring import MomentsScoring
-from lib.strategies import QueryStrategy
+from lib.strategies import QueryStrategy, listed_methods
 from lib.training.recipe import Bundle
 from lib.training.task import EnsembleTrainTask
 from lib.uncertainty import UNCERTAINTIES
@@ -54,7 +54,7 @@ class PatchwiseApp(MONAILabelApp):
             self.bundles = {name: Bundle(folder / name) for name in self.options.models}
             first = next(iter(self.bundles.values()))
             self.classes = resolve_classes(self.options.labels, root, first.metadata)
-            self.listed_methods = listed(self.options.methods)
+            self.listed_methods = listed_methods(self.options.methods)
             self.ledger = QueryLedger(root / STATE_FOLDER / "ledger.sqlite")
         except SPEAKING as error:
             logger.error("%s", error)
@@ -64,6 +64,12 @@ class PatchwiseApp(MONAILabelApp):
         self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
         self.segmenters = {
             name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
+            for name, bundle in self.bundles.items()
+        }
+        self.trainers = {
+            name: EnsembleTrainTask(
+                bundle, self.segmenters[name].store, self.classes, self.options, root / STATE_FOLDER
+            )
             for name, bundle in self.bundles.items()
         }
         super().__init__(
@@ -86,15 +92,10 @@ class PatchwiseApp(MONAILabelApp):
         return {"query_region": QueryRegionTask(self.ledger, self.classes), **self.segmenters}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {
-            name: EnsembleTrainTask(
-                bundle, self.segmenters[name].store, self.classes, self.options, self.root / STATE_FOLDER
-            )
-            for name, bundle in self.bundles.items()
-        }
+        return dict(self.trainers)
 
     def init_strategies(self) -> dict[str, Strategy]:
-        return {name: self._strategy(REGISTRY[name]) for name in self.listed_methods}
+        return {name: self._strategy(resolve(name)) for name in self.listed_methods}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         return {name: MomentsScoring(name, self.segmenters, self.cache) for name in UNCERTAINTIES}
@@ -114,7 +115,7 @@ class PatchwiseApp(MONAILabelApp):
             "options": describe_options(self.options),
             "model": model.facts if model else None,
             "queries": self.ledger.counts(),
-            "training": {name: task.progress() for name, task in self._trainers.items()},
+            "training": {name: task.progress() for name, task in self.trainers.items()},
         }
         return meta
 
@@ -122,7 +123,7 @@ class PatchwiseApp(MONAILabelApp):
         """Regions by any registry name, listed or not."""
         name = str(request.get("strategy") or self.listed_methods[0])
         try:
-            method = resolve(name, {})
+            method = resolve(name)
         except SPEAKING as error:
             refuse(str(error), 404)
         answer = self._strategy(method)(request, self.store)

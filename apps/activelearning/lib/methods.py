@@ -1,6 +1,6 @@
 # Copyright (c) Patchwise contributors
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Query methods as data: a composition of posterior, uncertainty, unit and selector, with validated options."""
@@ -8,100 +8,33 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
+
+from lib.registry import ALIASES, POSTERIOR_OPTIONS, RECOMMENDED, REGISTRY, SELECTORS
+from lib.registry_schema import MethodError, Option, QueryMethod, Selector
+from lib.uncertainty import UNCERTAINTIES
+
+__all__ = [
+    "REGISTRY", "REQUEST_KEYS", "MethodError", "Option", "QueryMethod", "Selector",
+    "compose", "describe", "listed", "options_of", "resolve",
+]  # fmt: skip
 
 POSTERIORS = ("single", "ensemble", "mc_dropout", "tta")
 DISAGREEMENT = frozenset({"bald", "mean_std", "mean_variance"})  # zero, whatever the image, for a single prediction
 
 REQUEST_KEYS = frozenset(
-    "axis batch client_id config hints image label_tag lease_minutes method model n n_per_image options params regions "
-    "request_id result_extension round rounds_total seed session_id size size_mm strategy stride tag utilities "
-    "whole".split()
-)
+    {
+        "axis", "batch", "client_id", "config", "hints", "image", "label_tag", "lease_minutes", "method",
+        "model", "n", "n_per_image", "params", "regions", "request_id", "result_extension", "round", "rounds",
+        "rounds_total", "seed", "session_id", "size", "size_mm", "strategy", "stride", "tag", "utilities",
+        "whole"
+    }
+)  # fmt: skip
 """Keys of a request that belong to the server, the engine or MONAI Label's clients, and are no option of a method."""
 
 _OVERRIDES = ("posterior", "uncertainty", "unit")
-
-
-class MethodError(ValueError):
-    """A method, option or combination that does not exist or makes no sense, in one sentence."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: default, kind ("int", "float", "bool" or "str"), inclusive range or choices, and help."""
-
-    default: Any
-    kind: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] | None = None
-    help: str = ""
-
-    def parse(self, name: str, value: Any) -> Any:
-        """`value` as this option's kind.
-
-        Raises:
-            MethodError: another kind, outside of the range, or not one of the choices.
-        """
-        parsed = _convert(self.kind, value)
-        if parsed is None:
-            raise MethodError(f"option {name} must be of the kind {self.kind}, found {value!r}")
-        if self.choices is not None and parsed not in self.choices:
-            raise MethodError(f"option {name} must be one of {', '.join(self.choices)}, found {value!r}")
-        below = self.low is not None and parsed < self.low
-        above = self.high is not None and parsed > self.high
-        if below or above or parsed != parsed:
-            raise MethodError(f"option {name} must lie between {self.low:g} and {self.high:g}, found {value!r}")
-        return parsed
-
-
-def _convert(kind: str, value: Any) -> Any:
-    """`value` as `kind`, from JSON or from the text of a form; None when it is not of that kind."""
-    if kind == "str":
-        return value if isinstance(value, str) else None
-    if kind == "bool":
-        words = {"true": True, "false": False, "1": True, "0": False}
-        return value if isinstance(value, bool) else words.get(str(value).lower())
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    if kind == "int":
-        return int(number) if number == number and abs(number) < 2**53 and number == int(number) else None
-    return number
-
-
-@dataclass(frozen=True)
-class Selector:
-    """What a selector takes: whether it ranks by an uncertainty, its units, what it needs, its options."""
-
-    summary: str
-    scored: bool = True
-    units: tuple[str, ...] = ("patch", "slice", "volume")
-    needs: frozenset[str] = frozenset()
-    options: Mapping[str, Option] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class QueryMethod:
-    """posterior x uncertainty x unit x selector, with the values of its options."""
-
-    name: str
-    posterior: str | None
-    uncertainty: str | None
-    unit: str
-    selector: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    paper: str = ""
-    section: str = ""
-    needs: frozenset[str] = frozenset()
-    cost: str = "none"
-    summary: str = ""
 
 
 def members_of(posterior: str) -> list[str]:
@@ -128,16 +61,15 @@ def resolve(name: str, request: Mapping[str, Any] | None = None) -> QueryMethod:
     Raises:
         MethodError: unknown method or option, value out of range, or a combination without sense.
     """
-    from lib.registry import ALIASES, REGISTRY
-
-    known = ALIASES.get(name, name)
+    known, preset = ALIASES.get(name, (name, {}))
     if known not in REGISTRY:
         raise MethodError(f"unknown method {name!r}{_nearest(name, [*REGISTRY, *ALIASES])}")
-    method, given = REGISTRY[known], _flat(request or {})
+    method, given = REGISTRY[known], {**preset, **_flat(request or {})}
     overrides = {k: given.pop(k) for k in _OVERRIDES if given.get(k) not in (None, "")}
     if "uncertainty" in overrides and method.uncertainty is None:
         raise MethodError(f"{known} ranks by no uncertainty: leave the option uncertainty out")
-    return _complete(replace(method, **{k: str(v) for k, v in overrides.items()}), given)
+    parts: dict[str, Any] = {k: str(v) for k, v in overrides.items()}
+    return _complete(replace(method, **parts), given)
 
 
 def compose(parts: Mapping[str, Any]) -> QueryMethod:
@@ -164,8 +96,6 @@ def compose(parts: Mapping[str, Any]) -> QueryMethod:
 
 def options_of(method: QueryMethod) -> dict[str, Option]:
     """Options a method takes: those of its selector and of the factors of its posterior, with the method's defaults."""
-    from lib.registry import POSTERIOR_OPTIONS, SELECTORS
-
     found = dict(SELECTORS[method.selector].options)
     for factor in members_of(method.posterior) if method.posterior else ():
         found.update(POSTERIOR_OPTIONS[factor])
@@ -174,8 +104,6 @@ def options_of(method: QueryMethod) -> dict[str, Option]:
 
 def describe() -> list[dict[str, Any]]:
     """Every registered method for a JSON listing: composition, options, paper, needs, cost class, summary."""
-    from lib.registry import ALIASES, RECOMMENDED, REGISTRY, SELECTORS
-
     listing = []
     for name, entry in REGISTRY.items():
         method = _complete(entry, {})
@@ -189,11 +117,24 @@ def describe() -> list[dict[str, Any]]:
                 "needs": sorted(method.needs),
                 "cost": method.cost,
                 "summary": method.summary,
-                "aliases": sorted(a for a, target in ALIASES.items() if target == name),
+                "aliases": sorted(a for a, (target, _) in ALIASES.items() if target == name),
                 "recommended": name in RECOMMENDED,
             }
         )
     return listing
+
+
+def listed(names: Sequence[str] | None = None) -> list[str]:
+    """Registry names that the clients' list shows: the recommended ones, `["all"]`, or those named.
+
+    Raises:
+        MethodError: an unknown method.
+    """
+    if not names:
+        return list(RECOMMENDED)
+    if list(names) == ["all"]:
+        return list(REGISTRY)
+    return list(dict.fromkeys(resolve(name).name for name in names))
 
 
 def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,8 +148,6 @@ def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
 def _complete(method: QueryMethod, given: Mapping[str, Any]) -> QueryMethod:
     """Check the combination, fill in every option's value, and derive what the method needs and costs."""
     _check(method)
-    from lib.registry import SELECTORS
-
     options = options_of(method)
     values = {k: o.default for k, o in options.items()}
     for key, value in given.items():
@@ -232,9 +171,6 @@ def _cost(needs: Iterable[str]) -> str:
 
 
 def _check(method: QueryMethod) -> None:
-    from lib.registry import SELECTORS
-    from lib.uncertainty import UNCERTAINTIES
-
     if method.selector not in SELECTORS:
         raise MethodError(f"unknown selector {method.selector!r}{_nearest(method.selector, SELECTORS)}")
     selector, unit, score = SELECTORS[method.selector], method.unit, method.uncertainty
@@ -245,14 +181,14 @@ def _check(method: QueryMethod) -> None:
     if selector.scored and score is None:
         raise MethodError(f"the selector {method.selector} ranks by an uncertainty, found none: name one")
     if not selector.scored and score is not None:
-        raise MethodError(f"the selector {method.selector} does not rank by an uncertainty, found {score!r}: leave it out")
+        raise MethodError(f"the selector {method.selector} ranks by no uncertainty, found {score!r}: leave it out")
     if (selector.scored or "model" in selector.needs) and method.posterior is None:
         raise MethodError(f"the selector {method.selector} needs a model: name a posterior, for example ensemble")
     factors = members_of(method.posterior) if method.posterior else []
     if factors and not (selector.scored or "model" in selector.needs):
         raise MethodError(f"the selector {method.selector} uses no model: leave the posterior out")
     if score in DISAGREEMENT and factors == ["single"]:
-        raise MethodError(f"{score} measures how members disagree and a single model has one: use ensemble or mc_dropout")
+        raise MethodError(f"{score} measures how members disagree and a single model is one: use ensemble, for example")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 # Copyright (c) Patchwise contributors
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """What a query asks and answers: the pool, the evidence about its images, the request, the picks."""
@@ -61,7 +61,7 @@ class Pick:
         return self.start, self.size
 
 
-class PoolExhausted(Exception):
+class PoolExhausted(Exception):  # noqa: N818  a state of the pool, not a fault
     """Fewer regions are left than were asked for; `picks` holds those that are."""
 
     def __init__(self, asked: int, picks: Sequence[Pick], hint: str = "") -> None:

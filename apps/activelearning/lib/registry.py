@@ -1,16 +1,18 @@
 # Copyright (c) Patchwise contributors
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """The registry of published methods: a table from the published name to its composition. Data, no code."""
 
 from __future__ import annotations
 
-from lib.methods import Option, QueryMethod, Selector
+from lib.registry_schema import Option, QueryMethod, Selector
 
 _NNACTIVE = "Lüth et al. 2025, nnActive (TMLR)"
 _BETA = Option(1.0, "float", 1e-3, 1e6, help="strength of the score against the noise: the higher, the greedier")
+
+_SHARE = Option("66", "str", choices=("33", "66"), help="per cent of regions centred on foreground")
 
 POSTERIOR_OPTIONS: dict[str, dict[str, Option]] = {
     "single": {},
@@ -35,13 +37,13 @@ SELECTORS: dict[str, Selector] = {
         "random, a share of it centred on foreground of the hints",
         scored=False,
         needs=frozenset({"hints"}),
-        options={"foreground": Option("66", "str", choices=("33", "66"), help="per cent of foreground-centred regions")},
+        options={"foreground": _SHARE},
     ),
     "random_fg_predicted": Selector(
         "random, a share of it centred on predicted foreground",
         scored=False,
         needs=frozenset({"model"}),
-        options={"foreground": Option("66", "str", choices=("33", "66"), help="per cent of foreground-centred regions")},
+        options={"foreground": _SHARE},
     ),
     "starting_budget": Selector(
         "regions of every hinted class in different images, then random with 33 % foreground",
@@ -49,9 +51,7 @@ SELECTORS: dict[str, Selector] = {
         needs=frozenset({"hints"}),
         options={"per_class": Option(2, "int", 1, 100, help="regions of every class")},
     ),
-    "precomputed": Selector(
-        "the regions of the request, in their order", scored=False, needs=frozenset({"regions"})
-    ),
+    "precomputed": Selector("the regions of the request, in their order", scored=False, needs=frozenset({"regions"})),
 }
 
 _ENTRIES = (
@@ -93,7 +93,7 @@ _ENTRIES = (
     ),
     QueryMethod(
         "random_fg_predicted", "ensemble", None, "patch", "random_fg_predicted",
-        paper=_NNACTIVE, section="4.6", summary="random, a share centred on predicted foreground; needs no ground truth",
+        paper=_NNACTIVE, section="4.6", summary="random, two thirds centred on predicted foreground",
     ),
     QueryMethod(
         "starting_budget", None, None, "patch", "starting_budget",
@@ -107,14 +107,15 @@ _ENTRIES = (
 
 REGISTRY: dict[str, QueryMethod] = {m.name: m for m in _ENTRIES}
 
-ALIASES: dict[str, str] = {
-    "pred_entropy": "predictive_entropy",
-    "exp_entropy": "expected_entropy",
-    "mutual_information": "bald",
-    "random-label": "random_fg66",
-    "random-label2": "random_fg33",
-    "random-label2-all-classes": "starting_budget",
-    "precomputed-queries": "precomputed",
+ALIASES: dict[str, tuple[str, dict[str, object]]] = {
+    "pred_entropy": ("predictive_entropy", {}),
+    "exp_entropy": ("expected_entropy", {}),
+    "mutual_information": ("bald", {}),
+    **{f"power_bald_b{beta}": ("power_bald", {"beta": float(beta)}) for beta in (5, 10, 20, 40)},
+    "random-label": ("random_fg66", {}),
+    "random-label2": ("random_fg33", {}),
+    "random-label2-all-classes": ("starting_budget", {}),
+    "precomputed-queries": ("precomputed", {}),
 }
 
 RECOMMENDED: tuple[str, ...] = ("power_pe", "predictive_entropy", "random")

@@ -77,9 +77,9 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         enqueue: bool = False,
         user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN)),  # noqa: B008
     ) -> Any:
-        trainer = patchwise.trainers().get(model)
+        trainer = patchwise.trainers.get(model)
         if trainer is None:
-            refuse(f"no model {model!r} to train; known models are {', '.join(patchwise.trainers())}", 404)
+            refuse(f"no model {model!r} to train; known models are {', '.join(patchwise.trainers)}", 404)
         with speaking_errors():
             trainer.parse(params or {})
         return upstream_train.run_model(model, params, run_sync, enqueue)

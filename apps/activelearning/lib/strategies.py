@@ -27,8 +27,9 @@ from lib.ledger_records import Asked, Query
 from lib.methods import QueryMethod, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
-from lib.options import AppOptions
+from lib.options import AppOptions, problems
 from lib.regions import Region, Triple, millimetres_to_voxels
+from lib.registry import RECOMMENDED, REGISTRY
 from lib.uncertainty import Moments
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class QueryRequest(BaseModel):
     request_id: str | None = Field(default=None, max_length=200)
     model: str | None = None
     lease_minutes: float | None = Field(default=None, gt=0, le=100_000)
+    axis: int = Field(default=2, ge=0, le=2)
+    stride: tuple[int, int, int] = (1, 1, 1)
+    n_per_image: int | None = Field(default=None, ge=1)
     hints: list[dict[str, Any]] = Field(default_factory=list)
     regions: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -142,6 +146,9 @@ class QueryStrategy(Strategy):
                 size=self._size(wanted, pool),
                 seed=wanted.seed,
                 round_=round_,
+                axis=wanted.axis,
+                stride=wanted.stride,
+                n_per_image=wanted.n_per_image,
                 rounds_total=wanted.rounds,
                 hints=wanted.hints,
                 regions=wanted.regions,
@@ -168,7 +175,7 @@ class QueryStrategy(Strategy):
         if model is None and method.posterior:
             refuse(
                 f"{method.name} needs a trained model and {name} has none yet; annotate regions of 'random' or "
-                f"'starting_budget' first, then POST /train/{name} and POST /scoring/{method.uncertainty}",
+                f"'starting_budget' first, then POST /train/{name} and POST /scoring/predictive_entropy",
                 409,
             )
         return model
@@ -213,12 +220,22 @@ class QueryStrategy(Strategy):
         return answer | ({"note": note} if note else {})
 
 
+def listed_methods(names: Sequence[str] | None) -> list[str]:
+    """Methods the clients' drop-down shows: the recommended ones, those named, or all.
+
+    Raises:
+        MethodError: a name that is no method.
+    """
+    if not names:
+        return list(RECOMMENDED)
+    return list(REGISTRY) if list(names) == ["all"] else [resolve(name).name for name in names]
+
+
 def _parse(request: Mapping[str, Any]) -> QueryRequest:
     try:
         return QueryRequest.model_validate(request)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r:.80}" for p in error.errors())
-        refuse(f"request {'; '.join(problems)}")
+        refuse(f"request {problems(error)}")
 
 
 def _cue(query: Query, batch: int) -> str:

@@ -1,11 +1,11 @@
 # Copyright (c) Patchwise contributors
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Streamed moments of a posterior and the voxel uncertainties that follow from them.
 
-Axes: m members, c classes (background included), x y z voxels. Natural logarithm, 0 log 0 = 0, never negative, never NaN.
+Axes: m members, c classes (background included), x y z voxels. Natural logarithm, 0 log 0 = 0; never negative or NaN.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class Moments:
             raise ValueError(f"a member has four axes (class, x, y, z), found the shape {tuple(shape)}")
         self.shape: tuple[int, int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3]))
         self.count = 0
-        self._sum: Array | None = None
-        self._spread: Array | None = None
-        self._entropy: Array | None = None  # sum over members
+        self._sums: tuple[Array, Array, Array] | None = None  # p, spread, entropy
         self._held: tuple[Array, ...] = ()  # members given as a list: read in place until sums per class are asked for
         self._held_maps: tuple[Array, Array] | None = None  # their predictive and expected entropy
 
@@ -83,28 +81,29 @@ class Moments:
         probs = np.ascontiguousarray(probs_cxyz, dtype=np.float32)
         self._check_shape(probs)
         _check(torch.from_numpy(probs))  # before anything changes: a refused member leaves the sums as they were
-        self._settle()
         self._accumulate(probs)
 
     def _check_shape(self, probs_cxyz: Array) -> None:
         if probs_cxyz.shape != self.shape:
             raise ValueError(f"every member must have the shape {self.shape}, found {probs_cxyz.shape}")
 
-    def _settle(self) -> None:
-        """Allocate the sums and move members held by reference into them."""
-        if self._sum is None:
-            self._sum = np.zeros(self.shape, np.float32)
-            self._spread = np.zeros(self.shape, np.float32)
-            self._entropy = np.zeros(self.shape[1:], np.float32)
+    def _settle(self) -> tuple[Array, Array, Array]:
+        """The sums, allocated now if they were not, with members held by reference moved into them."""
+        if self._sums is None:
+            self._sums = (
+                np.zeros(self.shape, np.float32),
+                np.zeros(self.shape, np.float32),
+                np.zeros(self.shape[1:], np.float32),
+            )
             held, self._held, self._held_maps, self.count = self._held, (), None, 0
             for probs in held:
                 self._accumulate(probs)
+        return self._sums
 
     def _accumulate(self, probs_cxyz: Array) -> None:
-        assert self._sum is not None and self._spread is not None and self._entropy is not None
-        n = self.count
-        probs, total, spread = (_by_class(a) for a in (probs_cxyz, self._sum, self._spread))
-        entropy = torch.from_numpy(self._entropy).view(-1)
+        n, sums = self.count, self._settle()
+        probs, total, spread = (_by_class(a) for a in (probs_cxyz, sums[0], sums[1]))
+        entropy = torch.from_numpy(sums[2]).view(-1)
         for part in _slabs(probs.shape):
             p, t = probs[:, part], total[:, part]
             entropy[part] -= _p_log_p(p).sum(0).clamp_(max=0)
@@ -117,9 +116,7 @@ class Moments:
     def _ready(self) -> tuple[Array, Array, Array]:
         if self.count == 0:
             raise ValueError("moments hold no member yet: add one before asking for a map")
-        self._settle()
-        assert self._sum is not None and self._spread is not None and self._entropy is not None
-        return self._sum, self._spread, self._entropy
+        return self._settle()
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """What a cache stores: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
@@ -139,9 +136,11 @@ class Moments:
         moments = cls(arrays["sum"].shape)
         if arrays["spread"].shape != moments.shape or arrays["entropy"].shape != moments.shape[1:]:
             raise ValueError("stored moments disagree in shape: delete this cache entry and score again")
-        moments._sum = np.asarray(arrays["sum"], np.float32)
-        moments._spread = np.asarray(arrays["spread"], np.float32)
-        moments._entropy = np.asarray(arrays["entropy"], np.float32)
+        moments._sums = (
+            np.asarray(arrays["sum"], np.float32),
+            np.asarray(arrays["spread"], np.float32),
+            np.asarray(arrays["entropy"], np.float32),
+        )
         moments.count = int(arrays["count"])
         return moments
 

@@ -1,6 +1,6 @@
 # Copyright (c) Patchwise contributors
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Voxel maps to scored units: patches, slices, whole volumes."""
@@ -38,7 +38,7 @@ def box_mean(score: ArrayLike, size: Sequence[int], stride: Sequence[int] = (1, 
         raise ValueError(f"box size and stride must be one voxel or more, found {wanted} and {steps}")
     kept = clip_size(wanted, values.shape)
     nx, ny, nz = values.shape
-    gx, gy, gz = ((n - k) // s + 1 for n, k, s in zip(values.shape, kept, steps, strict=True))
+    _, gy, gz = ((n - k) // s + 1 for n, k, s in zip(values.shape, kept, steps, strict=True))
     # On the flat map a shift along z or y is one contiguous pass; what runs over the end of a row is cut off below.
     boxes_yz = _running_sum(_running_sum(values.ravel(), kept[2], 1), kept[1], nz)
     jumps = tuple(4 * v for v in (ny * nz, nz * steps[1], steps[2]))

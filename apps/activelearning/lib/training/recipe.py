@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from lib.options import problems
+
 
 class RecipeError(ValueError):
     """A bundle or a training option that cannot be used."""
@@ -61,8 +63,7 @@ class Bundle:
         try:
             return Recipe.model_validate({**self._config["recipe"], **overrides})
         except ValidationError as error:
-            problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r}" for p in error.errors())
-            raise RecipeError(f"training option {'; '.join(problems)}") from error
+            raise RecipeError(f"training option {problems(error)}") from error
 
     @property
     def divisor(self) -> tuple[int, int, int]:

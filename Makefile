@@ -1,0 +1,44 @@
+# Everything a newcomer needs: `make demo`, `make test`. Python 3.10 to 3.12; PYTHON=python3.12 chooses one.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do command -v $$p 2>/dev/null && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs
+DATA ?=
+STUDY ?= eval/studies/demo.yaml
+
+.PHONY: demo test test-slow lint bench study install clean
+
+demo: $(STAMP)
+	$(BIN)/python -m eval.demo --out $(OUT)/demo $(if $(DATA),--data $(DATA))
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy apps/activelearning eval sample-datasets
+
+bench: $(STAMP)
+	$(BIN)/python -m eval bench all
+
+study: $(STAMP)
+	$(BIN)/python -m eval run $(STUDY) --out $(OUT)/$(basename $(notdir $(STUDY)))
+
+install: $(STAMP)
+
+# A machine without CUDA is served best by a CPU build of torch; where pip knows none, the requirement takes what it finds.
+$(STAMP): requirements.txt requirements-dev.txt
+	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.10, 3.11 or 3.12, or name one with PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "Python %d.%d found at " % v + sys.executable + ": 3.10 to 3.12 is supported; name one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,96 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The one entry to the query methods: `select` a batch of regions from a pool."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lib.pool import Ask, Candidate, Evidence, Pick, PoolExhausted, PoolImage
+from lib.pool_random import select_precomputed, select_random
+from lib.pool_scored import select_scored
+from lib.regions import triple
+from lib.registry_schema import MethodError, QueryMethod
+
+__all__ = ["Ask", "Candidate", "Evidence", "Pick", "PoolExhausted", "PoolImage", "select"]
+
+_Stage = Callable[[Ask, Sequence[PoolImage], Any], list[Pick]]
+
+_STAGES: dict[str, _Stage] = {
+    "greedy": select_scored,
+    "power": select_scored,
+    "softrank": select_scored,
+    "random": select_random,
+    "random_fg": select_random,
+    "random_fg_predicted": select_random,
+    "starting_budget": select_random,
+    "precomputed": lambda ask, pool, evidence: select_precomputed(ask, pool),
+}
+
+
+def select(
+    method: QueryMethod,
+    pool: Sequence[PoolImage],
+    evidence: Evidence | None,
+    n: int,
+    *,
+    size: Sequence[int] | None = None,
+    seed: int = 0,
+    round_: int = 0,
+    axis: int = 2,
+    stride: Sequence[int] = (1, 1, 1),
+    n_per_image: int | None = None,
+    hints: Sequence[Mapping[str, Any]] = (),
+    regions: Sequence[Mapping[str, Any]] = (),
+    labels: Mapping[str, int] | None = None,
+    rounds_total: int | None = None,
+) -> list[Pick]:
+    """The `n` regions that `method` asks for next, best first, none overlapping another or a taken box.
+
+    Depends on nothing but its arguments; the order of `pool` does not matter. `size` is a patch in voxels (clipped to
+    the image), `axis` what a slice lies across, `labels` the class values by name, `round_` the round asked for (0 is
+    the starting budget), `rounds_total` the planned number of rounds, for schedules.
+
+    Raises:
+        MethodError: the method cannot work with this request (no model, no hints, no size, a prediction off the image's grid, ...).
+        PoolExhausted: fewer than `n` regions are left; it carries them.
+    """
+    ask = Ask(
+        method, n, None if size is None else triple(size), seed, round_, axis, triple(stride, "stride"), n_per_image,
+        hints, regions, labels or {}, rounds_total,
+    )  # fmt: skip
+    images = sorted(pool, key=lambda image: image.id)
+    _check(ask, images, evidence)
+    picks = _STAGES[method.selector](ask, images, evidence) if images else []
+    if len(picks) < n and method.selector != "precomputed":
+        raise PoolExhausted(n, picks, _limited_by(ask, picks))
+    return picks
+
+
+def _check(ask: Ask, images: Sequence[PoolImage], evidence: Evidence | None) -> None:
+    if ask.n < 1:
+        raise MethodError(f"a batch has one region or more, found {ask.n}")
+    if ask.n_per_image is not None and ask.n_per_image < 1:
+        raise MethodError(f"n_per_image must be one or more, found {ask.n_per_image}")
+    if min(ask.stride) < 1 or (ask.size is not None and min(ask.size) < 1):
+        raise MethodError(f"size and stride must be one voxel or more, found {ask.size} and {ask.stride}")
+    if ask.method.unit == "patch" and ask.size is None and ask.method.selector != "precomputed":
+        raise MethodError(f"{ask.method.name} asks for patches: give their size in voxels or millimetres")
+    if ask.method.posterior is not None and evidence is None:
+        raise MethodError(f"{ask.method.name} needs a trained model and there is none yet: train first, or use random")
+    if ask.axis not in (0, 1, 2):
+        raise MethodError(f"axis must be 0, 1 or 2, found {ask.axis!r}")
+    repeated = [name for name, count in Counter(i.id for i in images).items() if count > 1]
+    if repeated:
+        raise MethodError(f"the pool holds {repeated[0]} more than once")
+
+
+def _limited_by(ask: Ask, picks: Sequence[Pick]) -> str:
+    """Why fewer are left, where it is the limit an image that keeps free positions from being used."""
+    reached = ask.n_per_image is not None and max(Counter(p.image for p in picks).values(), default=0) >= ask.per_image
+    return f" with at most {ask.n_per_image} an image" if reached else ""

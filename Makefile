@@ -5,13 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs
-DATA ?=
 STUDY ?= eval/studies/demo.yaml
 
 .PHONY: demo test test-slow lint bench study install clean
 
 demo: $(STAMP)
-	$(BIN)/python -m eval.demo --out $(OUT)/demo $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
@@ -25,7 +24,8 @@ lint: $(STAMP)
 	$(BIN)/mypy apps/activelearning eval sample-datasets
 
 bench: $(STAMP)
-	$(BIN)/python -m eval bench all
+	$(BIN)/python -m eval bench query
+	$(BIN)/python -m eval bench training
 
 study: $(STAMP)
 	$(BIN)/python -m eval run $(STUDY) --out $(OUT)/$(basename $(notdir $(STUDY)))

@@ -123,6 +123,7 @@ class Cell:
         """
         if self.finished:
             return
+        self._watch()
         server = self.server = None if self.url else self._server()
         if server is not None:
             self._fill_studies(server.studies)

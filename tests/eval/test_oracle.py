@@ -35,10 +35,8 @@ def test_hints_lie_in_their_class_and_area():
             edge = any(c in (0, n - 1) for c, n in zip(voxel, label.shape, strict=True))
             neighbours = [np.abs(np.argwhere(label > 0) - voxel).sum(axis=1).min()]
             assert edge or neighbours == [1]
-    counts = {
-        (c, a): sum(h["class"] == c and h["area"] == a for h in hints) for c in LABELS for a in ("inside", "border")
-    }
-    assert set(counts.values()) == {8}
+    counts = Counter((h["class"], h["area"]) for h in hints)
+    assert counts == {(c, a): 8 for c in LABELS for a in ("inside", "border")}
 
 
 def test_hints_are_distinct_and_fewer_where_a_class_is_small():

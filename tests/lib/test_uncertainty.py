@@ -160,7 +160,7 @@ def test_arrays_round_trip() -> None:
     again = Moments.from_arrays({k: np.array(v) for k, v in moments.to_arrays().items()})
     for name, function in UNCERTAINTIES.items():
         np.testing.assert_array_equal(function(again), function(Moments.from_arrays(moments.to_arrays())), err_msg=name)
-    with pytest.raises(ValueError, match="lack .*spread"):
+    with pytest.raises(ValueError, match=r"lack .*spread"):
         Moments.from_arrays({"sum": np.zeros((1, 1, 1, 1)), "entropy": np.zeros((1, 1, 1)), "count": np.array(1)})
 
 

@@ -57,13 +57,13 @@ def select(
     the starting budget), `rounds_total` the planned number of rounds, for schedules.
 
     Raises:
-        MethodError: the method cannot work with this request (no model, no hints, no size, a prediction off the image's grid, ...).
+        MethodError: the method cannot work with this request (no model, no hints, no size, a prediction off the grid of
+            its image, ...).
         PoolExhausted: fewer than `n` regions are left; it carries them.
     """
-    ask = Ask(
-        method, n, None if size is None else triple(size), seed, round_, axis, triple(stride, "stride"), n_per_image,
-        hints, regions, labels or {}, rounds_total,
-    )  # fmt: skip
+    patch, steps = None if size is None else triple(size), triple(stride, "stride")
+    names = labels or {}
+    ask = Ask(method, n, patch, seed, round_, axis, steps, n_per_image, hints, regions, names, rounds_total)
     images = sorted(pool, key=lambda image: image.id)
     _check(ask, images, evidence)
     picks = _STAGES[method.selector](ask, images, evidence) if images else []

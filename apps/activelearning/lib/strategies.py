@@ -137,13 +137,14 @@ class QueryStrategy(Strategy):
             refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
         started = time.time()
         note = None
+        size = None if wanted.regions else self._size(wanted, pool)
         try:
             picks = select(
                 method,
                 pool,
                 self._evidence(model, pool) if method.posterior else None,
                 wanted.batch or self.options.batch,
-                size=self._size(wanted, pool),
+                size=size,
                 seed=wanted.seed,
                 round_=round_,
                 axis=wanted.axis,
@@ -157,6 +158,9 @@ class QueryStrategy(Strategy):
         except PoolExhausted as exhausted:
             picks, note = exhausted.picks, str(exhausted)
         logger.info("%s chose %d regions in %.3f s", method.name, len(picks), time.time() - started)
+        if method.unit == "patch" and size is not None and any(pick.size != size for pick in picks):
+            clipped = f"patches of {list(size)} voxels were clipped to the size of smaller images"
+            note = clipped if note is None else f"{note}; {clipped}"
         return note, [
             Asked(
                 region=Region(pick.image, pick.start, pick.size),

@@ -37,14 +37,13 @@ def box_mean(score: ArrayLike, size: Sequence[int], stride: Sequence[int] = (1, 
     if min(wanted) < 1 or min(steps) < 1:
         raise ValueError(f"box size and stride must be one voxel or more, found {wanted} and {steps}")
     kept = clip_size(wanted, values.shape)
-    nx, ny, nz = values.shape
-    _, gy, gz = ((n - k) // s + 1 for n, k, s in zip(values.shape, kept, steps, strict=True))
-    # On the flat map a shift along z or y is one contiguous pass; what runs over the end of a row is cut off below.
-    boxes_yz = _running_sum(_running_sum(values.ravel(), kept[2], 1), kept[1], nz)
-    jumps = tuple(4 * v for v in (ny * nz, nz * steps[1], steps[2]))
-    planes = np.ascontiguousarray(np.lib.stride_tricks.as_strided(boxes_yz, (nx, gy, gz), jumps))
-    sums = _running_sum(planes, kept[0], 1)[:: steps[0]]
-    return np.asarray(sums * np.float32(1 / np.prod(kept)))
+    _, ny, nz = values.shape
+    grid = [(n - k) // s + 1 for n, k, s in zip(values.shape, kept, steps, strict=True)]
+    sums_x = np.ascontiguousarray(_running_sum(values, kept[0], 1)[:: steps[0]])
+    # On the flat map a shift along y or z is one contiguous pass; what runs over the end of a row is cut off below.
+    sums = _running_sum(_running_sum(sums_x.ravel(), kept[1], nz), kept[2], 1)
+    jumps = [sums.itemsize * v for v in (ny * nz, nz * steps[1], steps[2])]
+    return np.asarray(np.lib.stride_tricks.as_strided(sums, grid, jumps) * np.float32(1 / np.prod(kept)))
 
 
 def _running_sum(values: Array, width: int, shift: int) -> Array:

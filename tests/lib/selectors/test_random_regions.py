@@ -128,7 +128,9 @@ def test_an_image_without_foreground_hints_is_drawn_from_uniformly() -> None:
 def test_starting_budget_has_every_class_in_two_images() -> None:
     rng = np.random.default_rng(0)
     hints = {
-        f"i{k}": [Hint(f"i{k}", (int(v), 5, 5), label, "inside") for v in rng.integers(0, 20, 3) for label in labels]
+        f"i{k}": [
+            Hint(f"i{k}", (int(v), 5, 6 * j), c, "inside") for v in rng.integers(0, 20, 3) for j, c in enumerate(labels)
+        ]
         for k, labels in enumerate(
             [["background", "organ", "rare"], ["background", "rare"], ["background", "organ"], ["organ"]]
         )

@@ -174,7 +174,7 @@ def starting_budget(
 
     Classes hinted at in the fewest images come first; an image serves one class only while others are left, so that
     cross-validation over images can give every class to every training split. A class seen in too few images gets as
-    many regions as it has images.
+    many regions as it has images; where every hint of it lies in a region drawn before, that region counts.
     """
     images_of: dict[str, list[str]] = {}
     for image in sorted(set(hints) & set(spaces)):
@@ -186,26 +186,43 @@ def starting_budget(
         candidates = images_of[label]
         rng.shuffle(candidates)
         candidates.sort(key=lambda image: image in used)  # stable: unused images first, shuffled among themselves
-        wanted = min(per_class, n - len(found))
+        wanted = per_class
         for image in candidates:
-            if wanted == 0:
+            if wanted == 0 or len(found) == n:
                 break
-            draw = _draw_class(image, spaces[image], [h for h in hints[image] if h.label == label], rng)
+            seen = [h for h in hints[image] if h.label == label]
+            draw = _draw_class(image, spaces[image], seen, rng)
             if draw is not None:
                 spaces[image].taken.append((draw.start, draw.size))
                 found.append(draw)
                 used.add(image)
+                wanted -= 1
+            elif any(_holds(d, h) for d in found for h in seen):
                 wanted -= 1
     rest = random_regions(spaces, n - len(found), rng, FG33, lambda image: hints.get(image, ()))
     return found + rest
 
 
 def _draw_class(image: str, space: Space, hints: Sequence[Hint], rng: np.random.Generator) -> Draw | None:
-    for i in rng.permutation(len(hints)):
-        start, size = centred(hints[i].voxel, space.size, space.shape)
+    """Free box centred on one of `hints` or, where none is free, holding it somewhere else."""
+    order = [hints[i] for i in rng.permutation(len(hints))]
+    for hint in order:
+        start, size = centred(hint.voxel, space.size, space.shape)
         if space.is_free((start, size)):
-            return Draw(image, start, size, hints[i].area, hints[i].label)
+            return Draw(image, start, size, hint.area, hint.label)
+    positions = tuple(s - k + 1 for s, k in zip(space.shape, space.size, strict=True))
+    free = open_grid(np.zeros(positions, np.float32), space.size, (1, 1, 1), space.taken) == 0
+    for hint in order:
+        low = [max(0, v - k + 1) for v, k in zip(hint.voxel, space.size, strict=True)]
+        around = np.argwhere(free[tuple(slice(a, v + 1) for a, v in zip(low, hint.voxel, strict=True))])
+        if len(around):
+            start = triple(int(i) + a for i, a in zip(around[rng.integers(len(around))], low, strict=True))
+            return Draw(image, start, space.size, hint.area, hint.label)
     return None
+
+
+def _holds(draw: Draw, hint: Hint) -> bool:
+    return draw.image == hint.image and boxes_overlap((draw.start, draw.size), (hint.voxel, (1, 1, 1)))
 
 
 def border(mask_xyz: ArrayLike) -> NDArray[np.bool_]:

@@ -55,7 +55,7 @@ def learning_curves(
     panels = [(value, cost) for value in values for cost in costs]
     figure = Figure(figsize=(5.4 * len(panels), 4.3), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=len(values) == 1)[0]
-    for axis, (value, cost) in zip(axes, panels, strict=True):
+    for column, (axis, (value, cost)) in enumerate(zip(axes, panels, strict=True)):
         for i, (method, curve) in enumerate(mean_curves(rounds, value, cost).items()):
             colour = COLOURS[i % len(COLOURS)]
             axis.plot(
@@ -73,7 +73,8 @@ def learning_curves(
                 axis.fill_between(curve["cost"], low, high, color=colour, alpha=0.15, linewidth=0)
         _plain(axis)
         axis.set_xlabel(names.get(cost, cost))
-        axis.set_ylabel(names.get(value, value))
+        if column == 0 or len(values) > 1:
+            axis.set_ylabel(names.get(value, value))
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     handles, labels = axes[0].get_legend_handles_labels()

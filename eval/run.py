@@ -165,6 +165,8 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
             pass
         except RefereeError as error:
             failed.append(f"{cell.name}: {error}")
+            if not options.quiet:
+                bar.write(failed[-1], file=sys.stderr)
 
     with bar, ThreadPoolExecutor(max_workers=options.workers) as pool:
         try:
@@ -174,6 +176,7 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
             stop.set()
             for cell in cells:
                 cell.abort()
+            pool.shutdown(cancel_futures=True)
             raise
     write_tables(study, out)
     if failed:

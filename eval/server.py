@@ -40,6 +40,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 class ServerProcess:
     """`monailabel start_server` on one studies folder.
 
@@ -78,6 +88,8 @@ class ServerProcess:
             RefereeError: the process ended or did not answer in `seconds`; quotes the last lines of its log.
         """
         stop_leftover(self.note)
+        if self.port is not None and not _is_free(self.port):
+            raise RefereeError(f"port {self.port} is in use by another program; choose another or stop that one")
         self.port = self.port or free_port()
         self.studies.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +131,8 @@ class ServerProcess:
 
     def _environment(self) -> dict[str, str]:
         env = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(self.threads))}
+        # Threads that spin while they wait slow everybody down as soon as the machine has other work.
+        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         env["MONAI_LABEL_AUTO_UPDATE_SCORING"] = "false"
         env["MONAI_LABEL_TRACKING_ENABLED"] = "false"
         env["MONAI_LABEL_SESSION_PATH"] = str(self.log.parent / "sessions")

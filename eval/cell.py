@@ -165,11 +165,21 @@ class Cell:
 
     def _score(self, client: LabelClient, round_: int) -> dict[str, Any]:
         """Moments of the pool under the model of the round before; round 0 has no model."""
-        if round_ == 0 or not self.method.needs_scores:
+        if round_ == 0 or not self._needs_scores(client):
             return {}
-        request = {"model": self.study.bundle, "round": round_, "seed": self.seed, **self.study.score}
+        request = {"model": self.study.bundle, "query_method": self.method.name, **self.method.options}
+        request.update(self.study.score)
         client.score(self.study.uncertainty, request)
         return {}
+
+    def _needs_scores(self, client: LabelClient) -> bool:
+        """Whether the method reads a posterior: as the study says, else as the server lists it."""
+        if self.method.score is not None:
+            return self.method.score
+        if "posterior" in self.method.options:
+            return bool(self.method.options["posterior"])
+        listed = (client.info().get("patchwise") or {}).get("methods", {}).get(self.method.name)
+        return listed is None or listed["posterior"] is not None
 
     def _query(self, client: LabelClient, round_: int) -> dict[str, Any]:
         start = self.study.starting_budget

@@ -19,12 +19,6 @@ from eval.dataset import Case, Dataset
 from eval.dataset import split_by_hash as hash_split
 from eval.errors import RefereeError
 
-# Methods that look at no posterior: nothing has to be scored before they are asked.
-WITHOUT_POSTERIOR = frozenset(
-    {"random", "random_fg33", "random_fg66", "random_slices", "random_volumes", "starting_budget", "strided"}
-    | {"precomputed"}
-)
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,11 +39,6 @@ class Method(_Part):
         if not self.label.replace("_", "").replace("-", "").replace(".", "").isalnum():
             raise ValueError(f"method label {self.label!r} may hold letters, digits, '_', '-' and '.' only")
         return self
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether moments of the pool are computed before this method is asked."""
-        return self.name not in WITHOUT_POSTERIOR if self.score is None else self.score
 
 
 def _method(value: Any) -> Any:

@@ -21,15 +21,17 @@ from monailabel.interfaces.tasks.train import TrainTask
 from lib.classes import resolve_classes
 from lib.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.errors import SPEAKING, refuse
+from lib.evidence import COMPOSE
 from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
 from lib.methods import resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
 from lib.options import OptionError, describe_options, parse_options
+from lib.registry import REGISTRY
 from lib.routes import install
 from lib.scoring import MomentsScoring
-from lib.strategies import COMPOSE, QueryStrategy, listed_methods
+from lib.strategies import QueryStrategy, listed_methods
 from lib.training.recipe import Bundle
 from lib.training.task import EnsembleTrainTask
 from lib.uncertainty import UNCERTAINTIES
@@ -114,6 +116,7 @@ class PatchwiseApp(MONAILabelApp):
             "labels": self.classes,
             "options": describe_options(self.options),
             "model": model.facts if model else None,
+            "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
             "training": {name: task.progress() for name, task in self.trainers.items()},
         }

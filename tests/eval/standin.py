@@ -70,7 +70,9 @@ class StandIn:
 
         @app.get("/info/")
         def info():
-            return {"models": {"net": {}}, "patchwise": {"model": {"digest": str(len(self.memory["answered"]))}}}
+            methods = {"random": {"posterior": None}, "power_pe": {"posterior": "ensemble"}}
+            model = {"digest": str(len(self.memory["answered"]))}
+            return {"models": {"net": {}}, "patchwise": {"model": model, "methods": methods}}
 
         @app.get("/datastore/")
         def datastore():

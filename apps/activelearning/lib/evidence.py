@@ -25,6 +25,9 @@ from lib.posterior import PosteriorSpec
 from lib.regions import Box
 from lib.uncertainty import Moments
 
+# The name under which a request composes its own method.
+COMPOSE = "compose"
+
 _LAYERS = {"bottleneck": "bottleneck_weights", "last_decoder": "last_decoder", "decoder": "decoder"}
 
 

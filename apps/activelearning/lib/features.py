@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -27,15 +28,15 @@ from lib.training.cases import network_image
 BATCH_VOXELS = 1 << 20
 
 
-def bottleneck_features(
-    ensemble: Ensemble, layer: str, volume: Volume, boxes: Sequence[Box]
-) -> NDArray[np.float32]:
+def bottleneck_features(ensemble: Ensemble, layer: str, volume: Volume, boxes: Sequence[Box]) -> NDArray[np.float32]:
     """Mean over each region's crop of the activations of `layer`, concatenated over the members: (N, D).
 
     A crop is the region, widened by its surroundings to a size that the network takes.
 
     Source: nnActive, KMeansBALD (mean of the last encoder stage over the patch, concatenated over folds).
     """
+    if not boxes:
+        return np.zeros((0, 1), np.float32)
     parts = []
     for network in ensemble.networks:
         module = network.get_submodule(layer)
@@ -48,7 +49,7 @@ def bottleneck_features(
         finally:
             handle.remove()
         parts.append(torch.cat(found).float().cpu())
-    return cast("NDArray[np.float32]", torch.cat(parts, dim=1).numpy()) if boxes else np.zeros((0, 1), np.float32)
+    return cast("NDArray[np.float32]", torch.cat(parts, dim=1).numpy())
 
 
 def gradient_embeddings(
@@ -62,7 +63,8 @@ def gradient_embeddings(
 
     Source: Foellmer et al. 2024, section on gradient embeddings; Ash et al. 2020 (BADGE) for the pseudo labels.
     """
-    network = ensemble.networks[0]
+    # DynUNet holds its parts under several names, which functional_call does not restore; a copy keeps the member.
+    network = copy.deepcopy(ensemble.networks[0])
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     chosen = {f"{layer}.weight": parameters.pop(f"{layer}.weight") for layer in layers}
 
@@ -87,14 +89,12 @@ def _batches(ensemble: Ensemble, volume: Volume, boxes: Sequence[Box]) -> Iterat
     sizes = [[max(1, round(d * f)) for d, f in zip(size, scale, strict=True)] for _, size in boxes]
     # One size for all regions of an image, so that they stack and their features mean the same.
     largest = [max(size[axis] for size in sizes) for axis in range(3)] if sizes else [1, 1, 1]
-    patch = cast(Triple, tuple(math.ceil(n / d) * d for n, d in zip(largest, ensemble.divisor, strict=True)))
+    # At least two voxels an axis at the bottleneck: an instance norm over a single voxel has no deviation.
+    patch = cast(Triple, tuple(max(2, math.ceil(n / d)) * d for n, d in zip(largest, ensemble.divisor, strict=True)))
     batch = max(1, BATCH_VOXELS // math.prod(patch))
     for first in range(0, len(boxes), batch):
         crops = []
         for (start, _), size in zip(boxes[first : first + batch], sizes[first : first + batch], strict=True):
-            centred = (
-                round(s * f + n / 2 - p / 2) for s, f, n, p in zip(start, scale, size, patch, strict=True)
-            )
+            centred = (round(s * f + n / 2 - p / 2) for s, f, n, p in zip(start, scale, size, patch, strict=True))
             crops.append(crop(image, label, cast(Triple, tuple(centred)), patch)[0])
         yield torch.stack(crops)
-

@@ -14,10 +14,10 @@ from typing import Any
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from lib.datastore import PartialLabelDatastore
-from lib.evidence import spec_of
 from lib.errors import refuse, speaking_errors
+from lib.evidence import COMPOSE, spec_of
 from lib.inference import SegmentationTask
-from lib.methods import resolve
+from lib.methods import compose, resolve
 from lib.moments_cache import MomentsCache
 from lib.posterior import DEEP_ENSEMBLE, PosteriorSpec
 
@@ -62,8 +62,8 @@ def _spec(request: dict[str, Any]) -> PosteriorSpec:
     if method is None:
         return DEEP_ENSEMBLE
     known = {k: v for k, v in request.items() if k not in ("method", "query_method", "model", "gpus")}
-    resolved = resolve(str(request.get("query_method") or "predictive_entropy"), known)
-    return spec_of(resolved)
+    name = str(request.get("query_method") or "predictive_entropy")
+    return spec_of(compose(known) if name == COMPOSE else resolve(name, known))
 
 
 def _log(done: int, total: int) -> None:

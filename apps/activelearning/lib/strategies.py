@@ -21,7 +21,7 @@ from lib.annotations import ANONYMOUS
 from lib.datastore import PartialLabelDatastore
 from lib.engine import PoolExhausted, PoolImage, select
 from lib.errors import refuse, speaking_errors
-from lib.evidence import DescriptorEvidence, ModelEvidence, spec_of
+from lib.evidence import COMPOSE, DescriptorEvidence, ModelEvidence, spec_of
 from lib.images import image_geometry
 from lib.inference import SegmentationTask
 from lib.ledger_records import Asked, Query
@@ -33,8 +33,6 @@ from lib.regions import Region, Triple, millimetres_to_voxels
 from lib.registry import RECOMMENDED, REGISTRY
 
 logger = logging.getLogger(__name__)
-
-COMPOSE = "compose"
 
 
 class QueryRequest(BaseModel):

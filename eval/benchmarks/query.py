@@ -7,19 +7,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage, signal
+from sklearn.cluster import kmeans_plusplus as sklearn_kmeans_plusplus
 
 from eval.benchmarks import Row
 from eval.benchmarks.timing import limit, memory, ratio
 from lib.engine import PoolImage, select
 from lib.methods import resolve
 from lib.regions import Box, boxes_overlap
+from lib.selectors.badge import kmeans_plus_plus
+from lib.selectors.core_set import k_center
 from lib.selectors.greedy import best_boxes_over
+from lib.selectors.submodular import flqmi
+from lib.summaries import MemorySummaries
 from lib.uncertainty import Moments
 from lib.units import box_mean
 
@@ -32,7 +38,16 @@ ONE = (1, 1, 1)
 def run() -> list[Row]:
     """Rows of every piece of the query stage."""
     rng = np.random.default_rng(0)
-    return [*moments_rows(rng), *aggregation_rows(rng), selection_row(rng), query_row(rng)]
+    return [
+        *moments_rows(rng),
+        *aggregation_rows(rng),
+        selection_row(rng),
+        query_row(rng),
+        mutual_information_row(rng),
+        k_center_row(rng),
+        kmeans_row(rng),
+        pool_row(rng),
+    ]
 
 
 def moments_rows(rng: np.random.Generator) -> list[Row]:
@@ -102,6 +117,81 @@ def query_row(rng: np.random.Generator) -> Row:
         return select(method, pool, Evidence(), 1, size=BOX)
 
     return limit("whole query stage, one 128^3 image, 300 taken: under 0.5 s", ours, 0.5)
+
+
+def mutual_information_row(rng: np.random.Generator) -> Row:
+    """Lazy greedy against evaluating every candidate at every step."""
+    similarity = rng.standard_normal((20_000, 1_000), dtype=np.float32)
+    results: dict[str, tuple[NDArray[np.intp], NDArray[np.float64]]] = {}
+
+    def run_with(optimizer: str) -> None:
+        results[optimizer] = flqmi(similarity, 100, optimizer=optimizer)
+
+    def lazy() -> None:
+        run_with("lazy")
+
+    def naive() -> None:
+        run_with("naive")
+
+    found = ratio("facility-location mutual information, U 20,000, Q 1,000, B 100", lazy, naive, 7.0, 3, 1)
+    assert np.array_equal(results["lazy"][1], results["naive"][1]), "both ways must reach exactly the same value"
+    return found
+
+
+def k_center_row(rng: np.random.Generator) -> Row:
+    """Distances to the newest centre only against the distances to all centres at every pick."""
+    features = rng.standard_normal((50_000, 512), dtype=np.float32)
+    labelled = rng.standard_normal((20, 512), dtype=np.float32)
+    picked: dict[str, list[int]] = {}
+
+    def ours() -> None:
+        picked["ours"] = k_center(features, labelled, 100).tolist()
+
+    def plain() -> None:
+        rows, centres, chosen = torch.from_numpy(features), torch.from_numpy(labelled), list[int]()
+        for _ in range(100):
+            chosen.append(int(torch.cdist(rows, centres).min(dim=1).values.argmax()))
+            centres = torch.cat([centres, rows[chosen[-1:]]])
+        picked["plain"] = chosen
+
+    found = ratio("k-center, 50,000 x 512, B 100", ours, plain, 3.0, 3, 1)
+    assert picked["ours"] == picked["plain"], "both ways must pick the same rows"
+    return found
+
+
+def kmeans_row(rng: np.random.Generator) -> Row:
+    """k-means++ against scikit-learn's."""
+    embeddings = rng.standard_normal((20_000, 2_048), dtype=np.float32)
+    return ratio(
+        "k-means++ on gradients, 20,000 x 2,048, B 100",
+        lambda: kmeans_plus_plus(embeddings, 100, np.random.default_rng(0)),
+        lambda: sklearn_kmeans_plusplus(embeddings, 100, random_state=0),
+        6.0, 3, 1,
+    )  # fmt: skip
+
+
+def pool_row(rng: np.random.Generator) -> Row:
+    """The next batch of 50 from 2,000 images whose candidate summaries are kept, some of them outdated."""
+    shape, method = (24, 24, 24), resolve("power_pe")
+    shared = [Moments.from_members(iter([_probabilities(rng, (3, *shape)) for _ in range(2)])) for _ in range(8)]
+
+    class Evidence:
+        summaries = MemorySummaries()
+
+        def moments(self, image: str) -> Moments:
+            return shared[int(image) % len(shared)]
+
+    evidence, pool = Evidence(), [PoolImage(f"{i:04d}", shape) for i in range(2000)]
+    picks = select(method, pool, evidence, 50, size=(8, 8, 8))
+    taken = {p.image: (p.box,) for p in picks}
+    pool = [PoolImage(i.id, i.shape, taken=taken.get(i.id, ())) for i in pool]
+    saved = copy.deepcopy(evidence.summaries)
+
+    def ours() -> None:
+        Evidence.summaries = copy.copy(saved)
+        select(method, pool, evidence, 50, size=(8, 8, 8))
+
+    return limit("pool of 2,000 images, next batch of 50: under 0.2 s", ours, 0.2)
 
 
 def disjoint_boxes(rng: np.random.Generator, count: int, size: tuple[int, int, int]) -> list[Box]:

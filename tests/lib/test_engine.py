@@ -18,6 +18,7 @@ from lib.regions import boxes_overlap
 from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams, pick_streams
 from lib.selectors.greedy import best_boxes
 from lib.selectors.noise import power, softrank
+from lib.summaries import MemorySummaries
 from lib.uncertainty import UNCERTAINTIES, Moments
 from lib.units import box_mean
 
@@ -249,6 +250,32 @@ def test_units_other_than_patches(unit: str) -> None:
     else:
         best = max((scores[i].mean(axis=(0, 2))[k], i, k) for i in scores for k in range(12))
         assert (picks[0].image, picks[0].start, picks[0].size) == (best[1], (0, best[2], 0), (14, 1, 10))
+
+
+class Summarised(Members):
+    def __init__(self, members: dict[str, np.ndarray]) -> None:
+        super().__init__(members)
+        self.summaries = MemorySummaries()
+
+
+@pytest.mark.parametrize("method", ["predictive_entropy", "power_pe", "power_bald"])
+@pytest.mark.parametrize("n_per_image", [None, 2])
+def test_summaries_give_the_same_picks_and_read_only_what_can_win(method: str, n_per_image: int | None) -> None:
+    pool, evidence = world(9)
+    kept, resolved, rng = Summarised(evidence.members), resolve(method), np.random.default_rng(0)
+    for turn in range(5):
+        keys = {"size": (4, 4, 4), "seed": 3, "n_per_image": n_per_image}
+        plain = select(resolved, pool, evidence, 4, **keys)
+        kept.read.clear()
+        assert select(resolved, pool, kept, 4, **keys) == plain
+        assert (len(set(kept.read)) == 9) if turn == 0 else (len(set(kept.read)) < 9)
+        asked = {p.image: p.box for p in plain}
+        pool = [
+            PoolImage(
+                i.id, i.shape, taken=(*i.taken[int(rng.integers(2)) :], *([asked[i.id]] if i.id in asked else []))
+            )
+            for i in pool
+        ]
 
 
 # --- running short and refusing ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lib.selectors.greedy import best_boxes, open_grid
 from lib.selectors.noise import beta_at, power, softrank
 from lib.selectors.peaks import ranked_slices
 from lib.selectors.random_regions import BACKGROUND
+from lib.summaries import Head, Summary, SummaryStore, best_of_pool, taken_digest
 from lib.uncertainty import UNCERTAINTIES, Moments
 from lib.units import unit_grid, volume_mean
 
@@ -45,10 +46,15 @@ def select_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
 
     Score = mean of the uncertainty over the unit; utility = score, or log score + Gumbel noise drawn at every position
     (nnActive, sections 3 and 4). At most `n_per_image` candidates an image; equal utilities keep the order of images.
+    Evidence with a `summaries` store gives the same picks without reading the maps of images that cannot win.
     """
     if ask.method.selector == "softrank":
         return _select_softrank(ask, pool, evidence)
-    kept: list[Candidate] = []
+    store = getattr(evidence, "summaries", None)
+    if isinstance(store, SummaryStore):
+        kept = best_of_pool(ask, pool, store, lambda image: summarise(ask, image, evidence), ask.n + 1)
+        return picks_from(ask, kept[: ask.n], kept[ask.n] if len(kept) > ask.n else None)
+    kept = []
     for image in pool:
         floor = kept[ask.n].utility if len(kept) > ask.n else None
         kept += image_candidates(ask, image, evidence, ask.per_image, floor)
@@ -64,6 +70,18 @@ def _select_softrank(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) ->
     noisy = [Candidate(c.image, c.start, c.size, c.score, float(u), c.reason) for c, u in zip(kept, soft, strict=True)]
     chosen = best(noisy, ask.n + 1)
     return picks_from(ask, chosen[: ask.n], chosen[ask.n] if len(chosen) > ask.n else None)
+
+
+def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> Summary:
+    """What `image` offers to `ask`, for a store of summaries."""
+    candidates = image_candidates(ask, image, evidence, ask.per_image)
+    if not image.taken:
+        ceiling = candidates[0].utility if candidates else -np.inf
+    else:
+        grid = unit_grid(score_map(ask, moments_of(image, evidence)), ask.box_size(image), ask.stride)
+        ceiling = float(np.fmax.reduce(utility_of(ask, grid, image), axis=None))
+    best_one = candidates[0].utility if candidates else -np.inf
+    return Summary(Head(taken_digest(image.taken), best_one, ceiling), tuple(candidates))
 
 
 def image_candidates(
@@ -159,7 +177,7 @@ def _streams(ask: Ask, image: PoolImage, moments: Moments, limits: Mapping[int, 
 
 
 def _beta(ask: Ask) -> float:
-    rounds = ask.rounds_total or int(ask.option("rounds"))
+    rounds = ask.rounds_total or int(ask.option("planned_rounds"))
     first, last = float(ask.option("beta")), float(ask.option("beta_last"))
     return beta_at(str(ask.option("schedule")), ask.round - 1, rounds, first, last)
 

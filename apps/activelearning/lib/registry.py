@@ -62,7 +62,7 @@ SELECTORS: dict[str, Selector] = {
             ),
             "beta": replace(_BETA, help="strength of the score against the noise in the first round"),
             "beta_last": Option(100.0, "float", 1e-3, 1e6, help="the same in the last round of the plan"),
-            "rounds": Option(5, "int", 1, 1000, help="rounds of the plan, unless the request says rounds_total"),
+            "planned_rounds": Option(5, "int", 1, 1000, help="rounds of the plan, unless the request says so"),
         },
     ),
     "stochastic_batch": Selector(

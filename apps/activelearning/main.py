@@ -21,12 +21,14 @@ from monailabel.interfaces.tasks.train import TrainTask
 from lib.classes import resolve_classes
 from lib.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.errors import SPEAKING, refuse
+from lib.evidence import COMPOSE
 from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
-from lib.methods import QueryMethod, resolve
+from lib.methods import resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
 from lib.options import OptionError, describe_options, parse_options
+from lib.registry import REGISTRY
 from lib.routes import install
 from lib.scoring import MomentsScoring
 from lib.strategies import QueryStrategy, listed_methods
@@ -66,6 +68,12 @@ class PatchwiseApp(MONAILabelApp):
             name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
             for name, bundle in self.bundles.items()
         }
+        self.trainers = {
+            name: EnsembleTrainTask(
+                bundle, self.segmenters[name].store, self.classes, self.options, root / STATE_FOLDER
+            )
+            for name, bundle in self.bundles.items()
+        }
         super().__init__(
             app_dir,
             studies,
@@ -86,15 +94,10 @@ class PatchwiseApp(MONAILabelApp):
         return {"query_region": QueryRegionTask(self.ledger, self.classes), **self.segmenters}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {
-            name: EnsembleTrainTask(
-                bundle, self.segmenters[name].store, self.classes, self.options, self.root / STATE_FOLDER
-            )
-            for name, bundle in self.bundles.items()
-        }
+        return dict(self.trainers)
 
     def init_strategies(self) -> dict[str, Strategy]:
-        return {name: self._strategy(resolve(name)) for name in self.listed_methods}
+        return {name: self._strategy(name) for name in self.listed_methods}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         return {name: MomentsScoring(name, self.segmenters, self.cache) for name in UNCERTAINTIES}
@@ -113,19 +116,21 @@ class PatchwiseApp(MONAILabelApp):
             "labels": self.classes,
             "options": describe_options(self.options),
             "model": model.facts if model else None,
+            "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
-            "training": {name: task.progress() for name, task in self._trainers.items()},
+            "training": {name: task.progress() for name, task in self.trainers.items()},
         }
         return meta
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Regions by any registry name, listed or not."""
         name = str(request.get("strategy") or self.listed_methods[0])
-        try:
-            method = resolve(name)
-        except SPEAKING as error:
-            refuse(str(error), 404)
-        answer = self._strategy(method)(request, self.store)
+        if name != COMPOSE:
+            try:
+                resolve(name)
+            except SPEAKING as error:
+                refuse(str(error), 404)
+        answer = self._strategy(name)(request, self.store)
         return {**answer, "path": self.store.get_image_uri(answer["id"])} if answer else {}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
@@ -151,8 +156,9 @@ class PatchwiseApp(MONAILabelApp):
             "labelled_voxels": sum(region.voxels for _, region in regions),
         }
 
-    def _strategy(self, method: QueryMethod) -> QueryStrategy:
-        return QueryStrategy(method.name, method.summary, self.classes, self.options, self.segmenters, self.cache)
+    def _strategy(self, name: str) -> QueryStrategy:
+        description = "a combination without a name" if name == COMPOSE else resolve(name).summary
+        return QueryStrategy(name, description, self.classes, self.options, self.segmenters, self.cache)
 
     def _run(self, what: str, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""

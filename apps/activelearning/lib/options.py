@@ -86,8 +86,7 @@ def parse_options(conf: dict[str, Any]) -> AppOptions:
     except json.JSONDecodeError as error:
         raise OptionError(f"--conf holds JSON that cannot be read: {error}") from error
     except ValidationError as error:
-        problems = [_sentence(problem) for problem in error.errors()]
-        raise OptionError("; ".join(problems)) from error
+        raise OptionError("; ".join(_sentence(problem) for problem in error.errors())) from error
 
 
 def describe_options(options: AppOptions) -> dict[str, dict[str, Any]]:
@@ -97,6 +96,11 @@ def describe_options(options: AppOptions) -> dict[str, dict[str, Any]]:
         name: {"value": values[name], "description": field.description or ""}
         for name, field in AppOptions.model_fields.items()
     }
+
+
+def problems(error: ValidationError) -> str:
+    """What a pydantic model found wrong, as one line: field, what is expected, what was found."""
+    return "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r:.80}" for p in error.errors())
 
 
 def _sentence(problem: Any) -> str:

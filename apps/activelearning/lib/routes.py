@@ -16,7 +16,6 @@ from monailabel.config import settings
 from monailabel.endpoints import train as upstream_train
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.errors import SPEAKING, refuse, speaking_errors
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class SpeakingErrors:
-    """Answers a route's errors with a 4xx status and their sentence where upstream would answer 500 without one."""
+    """Answers errors of routes with a 4xx status and their sentence where upstream would answer 500 without one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -60,9 +59,8 @@ def _install(app: FastAPI, router: APIRouter) -> None:
     app.include_router(router, prefix=settings.MONAI_LABEL_API_STR)
     added = app.router.routes[count:]
     app.router.routes[:] = [*added, *app.router.routes[:count]]
-    for route in app.router.routes:
-        if isinstance(route, Route) and not isinstance(route.app, SpeakingErrors):
-            route.app = SpeakingErrors(route.app)
+    # The application's own middleware is built before this app is loaded; the router's can still be wrapped.
+    app.router.middleware_stack = SpeakingErrors(app.router.middleware_stack)
 
 
 def routes(patchwise: PatchwiseApp) -> APIRouter:
@@ -77,9 +75,9 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         enqueue: bool = False,
         user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN)),  # noqa: B008
     ) -> Any:
-        trainer = patchwise.trainers().get(model)
+        trainer = patchwise.trainers.get(model)
         if trainer is None:
-            refuse(f"no model {model!r} to train; known models are {', '.join(patchwise.trainers())}", 404)
+            refuse(f"no model {model!r} to train; known models are {', '.join(patchwise.trainers)}", 404)
         with speaking_errors():
             trainer.parse(params or {})
         return upstream_train.run_model(model, params, run_sync, enqueue)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monailabel.tasks.train.basic_train import BasicTrainTask, Context
+from monailabel.interfaces.tasks.train import TrainTask
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.datastore import PartialLabelDatastore
@@ -23,7 +23,7 @@ from lib.errors import refuse, speaking_errors
 from lib.files import file_digest, read_json, text_digest, write_json
 from lib.images import check_same_grid, load_image, load_label
 from lib.models import ModelStore, choose_device
-from lib.options import AppOptions
+from lib.options import AppOptions, problems
 from lib.partial_labels import UNLABELLED, check_values, labelled_voxels
 from lib.randomness import child_rng, child_seed
 from lib.training.cases import TrainingCase, network_image, network_label
@@ -56,7 +56,7 @@ UPSTREAM_KEYS = frozenset(
 )
 
 
-class EnsembleTrainTask(BasicTrainTask):
+class EnsembleTrainTask(TrainTask):
     """Trains one bundle. Work, order and randomness follow from the request and the labels alone.
 
     The same request on the same labels finds its finished members on disk, so a training that was killed goes on where
@@ -71,33 +71,22 @@ class EnsembleTrainTask(BasicTrainTask):
         options: AppOptions,
         state: Path,
     ) -> None:
-        super().__init__(
-            model_dir=str(store.folder),
-            description=str(bundle.metadata.get("description", bundle.name)),
-            config={"members": options.members},
-            labels=classes,
-            stats_path=str(store.folder / "train_stats.json"),
-            tracking=None,
-        )
-        # Clients show this as a form: only what changes a training of this task.
-        self._config = {"members": options.members, "seed": 0, **bundle.recipe({}).model_dump(mode="json")}
+        super().__init__(str(bundle.metadata.get("description", bundle.name)))
         self.bundle = bundle
         self.store = store
         self.classes = classes
         self.options = options
         self.progress_file = state / f"training_{bundle.name}.json"
 
-    # BasicTrainTask's own hooks; the members are built in `_member`.
-    def network(self, context: Context) -> torch.nn.Module:
-        return self.bundle.network(len(self.classes))
+    def info(self) -> dict[str, Any]:
+        return {**super().info(), "labels": self.classes}
 
-    def optimizer(self, context: Context) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(context.network.parameters())
+    def config(self) -> dict[str, Any]:
+        """What clients show as a form: only what changes a training of this task."""
+        return {"members": self.options.members, "seed": 0, **self.bundle.recipe({}).model_dump(mode="json")}
 
-    def loss_function(self, context: Context) -> torch.nn.Module:
-        from lib.training.loss import PartialDiceCELoss
-
-        return PartialDiceCELoss()
+    def stats(self) -> dict[str, Any]:
+        return read_json(self.store.folder / "train_stats.json") or {}
 
     def parse(self, request: Mapping[str, Any]) -> tuple[TrainRequest, Recipe]:
         """Splits a request into the task's options and the recipe's.
@@ -110,8 +99,11 @@ class EnsembleTrainTask(BasicTrainTask):
         try:
             wanted = TrainRequest.model_validate({"members": self.options.members, **own})
         except ValidationError as error:
-            problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r}" for p in error.errors())
-            raise RecipeError(f"training option {'; '.join(problems)}") from error
+            raise RecipeError(f"training option {problems(error)}") from error
+        unknown = sorted(set(given) - set(Recipe.model_fields))
+        if unknown:
+            known = ", ".join([*TrainRequest.model_fields, *Recipe.model_fields])
+            raise RecipeError(f"unknown training option {', '.join(unknown)}; known options are {known}")
         return wanted, self.bundle.recipe(given)
 
     def progress(self) -> dict[str, Any]:
@@ -196,8 +188,8 @@ class EnsembleTrainTask(BasicTrainTask):
         weights_seed, crops_seed = seed.spawn(2)
         # Networks draw their weights from torch's global generator; forking keeps the process as it was.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0] >> 1))
-            network = self.bundle.network(len(self.classes))
+            torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0]) >> 1)
+            network = self.bundle.network(len(self.classes), recipe.dropout or None)
 
         def report(progress: Progress) -> None:
             done = (member + progress.step / progress.steps) / wanted.members

@@ -1,0 +1,156 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Command line of the referee: `python -m eval run|resume|report|bench|methods|gallery|doctor`.
+
+Exit codes: 0 done, 2 something the caller can mend (one sentence on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.errors import RefereeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code."""
+    options = _parser().parse_args(arguments)
+    _stop_like_interrupt(signal.SIGTERM)
+    try:
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+    except RefereeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished steps are kept, `python -m eval resume DIR` goes on\n")
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from eval.run import Options, plan, start_run
+    from eval.study import load_study
+
+    study = load_study(options.study)
+    if options.dry_run:
+        sys.stdout.write("\n".join([f"{study.name}: data {study.data}", *plan(study)]) + "\n")
+        return
+    if options.out is None:
+        raise RefereeError("run needs --out DIR, the new folder for its results")
+    start_run(study, options.out, Options(options.workers, options.server, options.quiet))
+    _report_on([options.out], pictures=True)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from eval.run import Options, resume_run
+
+    resume_run(options.folder, Options(options.workers, options.server, options.quiet))
+    _report_on([options.folder], pictures=True)
+
+
+def _report(options: argparse.Namespace) -> None:
+    _report_on(options.folders, pictures=not options.no_pictures)
+
+
+def _report_on(folders: Sequence[Path], pictures: bool) -> None:
+    from eval.report import summary_text, write_report
+
+    for folder in folders:
+        path = write_report(folder, pictures=pictures)
+        sys.stdout.write(f"{summary_text(folder)}\n\nreport: {path}\n")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from eval.benchmarks import BENCHMARKS
+
+    if options.name not in BENCHMARKS:
+        raise RefereeError(f"no benchmark {options.name}; there are {', '.join(sorted(BENCHMARKS))}")
+    rows = BENCHMARKS[options.name]()
+    if options.json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    for row in rows:
+        bar = f"(bar {row['bar']:g})" if row.get("bar") is not None else ""
+        timing = f"{row['ours_s'] * 1e3:10.2f} ms   {row['reference_s'] * 1e3:10.2f} ms"
+        sys.stdout.write(f"{row['name']:<44} {timing}   {row['ratio']:7.1f}x {bar}\n")
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from eval.methods_cli import methods_json
+
+    rows: list[dict[str, Any]] = methods_json()
+    if options.json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    for row in rows:
+        sys.stdout.write(f"{row['name']:<28} {row.get('summary', '')}\n")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from eval.doctor import findings
+
+    found = findings()
+    for finding in found:
+        sys.stdout.write(f"{'ok     ' if finding.ok else 'PROBLEM'} {finding.text}\n")
+    if not all(finding.ok for finding in found):
+        raise RefereeError("the installation has problems; see the lines above")
+
+
+def _workers(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval", description="Replay active learning against ground truth.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about)
+        made.set_defaults(command=command)
+        return made
+
+    run = add("run", _run, "run a study from its YAML file")
+    run.add_argument("study", type=Path)
+    run.add_argument("--out", type=Path, help="new folder for the results")
+    run.add_argument("--dry-run", action="store_true", help="print the cells and stop")
+    resume = add("resume", _resume, "go on with a run that was stopped or killed")
+    resume.add_argument("folder", type=Path)
+    for made in (run, resume):
+        made.add_argument("--workers", type=_workers, default=1, help="cells at a time, one server each")
+        made.add_argument("--server", metavar="URL", help="use this running server instead of starting one")
+        made.add_argument("--quiet", action="store_true", help="no progress bar")
+    report = add("report", _report, "write report.html and learning_curves.png of finished rounds")
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    report.add_argument("--no-pictures", action="store_true", help="leave pictures of scans out")
+    bench = add("bench", _bench, "measure against the plain way of doing the same")
+    bench.add_argument("name")
+    bench.add_argument("--json", action="store_true")
+    methods = add("methods", _methods, "list the query methods")
+    methods.add_argument("--json", action="store_true")
+    add("doctor", _doctor, "check the installation")
+    return parser
+
+
+def _stop_like_interrupt(number: int) -> None:
+    """A polite kill stops servers as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(number, stop)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

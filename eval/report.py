@@ -1,0 +1,165 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The report of a run: one self-contained HTML file, a PNG of the learning curves, a table for the terminal."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from eval.dataset import Dataset, read_dataset, read_volume
+from eval.errors import RefereeError
+from eval.figures import Picture, learning_curves, region_pictures, to_png, to_svg
+from eval.files import read_json, write_bytes, write_text
+from eval.study import Study, load_study
+from eval.summary import COSTS, plain_table, seconds, summarise, with_sd
+from eval.tables import read_table
+
+_PICTURES = 4  # regions drawn of every method
+
+
+def write_report(folder: Path, *, pictures: bool = True) -> Path:
+    """Write report.html and learning_curves.png into a run's folder and give the report's path.
+
+    Raises:
+        RefereeError: no run in the folder, or no finished round yet.
+    """
+    rounds, queries = read_table(folder, "rounds"), read_table(folder, "queries")
+    manifest = _manifest(folder)
+    classes = [name for name, value in manifest["data"]["labels"].items() if value != 0]
+    curves = learning_curves(rounds, ["mean_dice"], ["regions", "foreground_voxels"])
+    write_bytes(folder / "learning_curves.png", to_png(curves))
+    per_class = {f"dice_{name}": f"Dice of {name}" for name in classes}
+    shown = _pictures(folder, queries) if pictures else {}
+    environment = Environment(
+        loader=PackageLoader("eval"), autoescape=select_autoescape(default=True), trim_blocks=True
+    )
+    html = environment.get_template("report.html.j2").render(
+        manifest=manifest,
+        about=_about(folder),
+        finished=_finished(rounds, manifest),
+        table=_summary_rows(rounds),
+        curves=_inline(to_svg(curves), "image/svg+xml"),
+        per_class=_inline(to_svg(learning_curves(rounds, list(per_class), ["regions"], per_class)), "image/svg+xml"),
+        distance=_inline(to_svg(learning_curves(rounds, ["mean_hd95"], ["regions"])), "image/svg+xml"),
+        pictures={method: _inline(to_png(region_pictures(sheet), 110), "image/png") for method, sheet in shown.items()},
+        asked=_asked(queries, classes),
+        classes=classes,
+        seconds=seconds(rounds).to_dict("records"),
+        by_round=_by_round(rounds),
+    )
+    path = folder / "report.html"
+    write_text(path, html)
+    return path
+
+
+def summary_text(folder: Path) -> str:
+    """The summary table of a run for a terminal."""
+    return plain_table(summarise(read_table(folder, "rounds")))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] | None = read_json(folder / "manifest.json")
+    if manifest is None:
+        raise RefereeError(f"{folder} holds no manifest.json, so no run to report; check the folder")
+    return manifest
+
+
+def _about(folder: Path) -> str:
+    study = folder / "study.yaml"
+    return load_study(study).about if study.is_file() else ""
+
+
+def _finished(rounds: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
+    cells = rounds.groupby(["method", "seed"]).ngroups
+    planned = len(manifest["methods"]) * len(manifest["seeds"])
+    return f"{cells} of {planned} cells, {len(rounds)} rounds" + ("" if manifest["finished"] else " (unfinished)")
+
+
+def _summary_rows(rounds: pd.DataFrame) -> list[dict[str, str]]:
+    summary = summarise(rounds)
+    best = {name: summary[name].max() for name in ("aubc", "final_dice")} | {"final_hd95": summary["final_hd95"].min()}
+    rows = []
+    for row in summary.to_dict("records"):
+        cells = {"method": str(row["method"]), "seeds": str(row["seeds"])}
+        for name, decimals in (("aubc", 4), ("final_dice", 4), ("final_hd95", 2)):
+            cells[name] = with_sd(row[name], row[f"{name}_sd"], decimals)
+            cells[f"{name}_best"] = "best" if row[name] == best[name] else ""
+        cells |= {cost: f"{row[cost]:,.0f}" for cost in COSTS}
+        rows.append({**cells, "share": f"{100 * row['foreground_fraction']:.2f} %"})
+    return rows
+
+
+def _by_round(rounds: pd.DataFrame) -> list[dict[str, Any]]:
+    """Mean Dice by method (rows) and round (columns)."""
+    table = rounds.pivot_table(index="method", columns="round", values="mean_dice", aggfunc="mean", sort=False)
+    return [
+        {"method": m, "dices": [f"{v:.4f}" if np.isfinite(v) else "" for v in row]}
+        for m, row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+
+
+def _asked(queries: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """What the regions of every method held, without the starting budget."""
+    rows = []
+    for method, own in queries[queries["round"] > 0].groupby("method", sort=False):
+        voxels = (own["dx"] * own["dy"] * own["dz"]).sum()
+        shares = {name: f"{100 * own[f'voxels_{name}'].sum() / voxels:.2f} %" for name in classes}
+        empty = f"{100 * (own['foreground_voxels'] == 0).mean():.0f} %"
+        rows.append({"method": method, "images": own["image"].nunique(), "empty": empty, "shares": shares})
+    return rows
+
+
+def _pictures(folder: Path, queries: pd.DataFrame) -> dict[str, list[Picture]]:
+    """Last regions of every method's first seed, drawn on the scans; nothing where the scans are not at hand."""
+    study_path = folder / "study.yaml"
+    if not study_path.is_file():
+        return {}
+    study = load_study(study_path)
+    try:
+        dataset = read_dataset(study.data)
+    except RefereeError:
+        return {}
+    sheets = {}
+    for method, own in queries.groupby("method", sort=False):
+        rows = own[own["seed"] == own["seed"].min()].sort_values("round").tail(_PICTURES)
+        sheets[str(method)] = [_picture(row, dataset, study) for row in rows.to_dict("records")]
+    return sheets
+
+
+def _picture(row: Mapping[Any, Any], dataset: Dataset, study: Study) -> Picture:
+    case = next(c for c in dataset.cases if c.id == row["image"])
+    image_xyz, affine = read_volume(case.image)
+    label_xyz = read_volume(case.label)[0].astype(np.uint8)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    start, size = np.array([row[k] for k in "xyz"]), np.array([row[k] for k in ("dx", "dy", "dz")])
+    # A slice is seen face on; a patch in the plane with the best resolution.
+    normal = _normal(size if study.unit == "slice" else -spacing)
+    index = int(start[normal] + size[normal] // 2)
+    u, v = (axis for axis in range(3) if axis != normal)
+    return Picture(
+        title=f"{row['image']}\nround {row['round']}, {'xyz'[normal]} = {index}",
+        image_xy=np.take(image_xyz, index, axis=normal),
+        label_xy=np.take(label_xyz, index, axis=normal),
+        corner=(float(start[u]) - 0.5, float(start[v]) - 0.5),
+        extent=(float(size[u]), float(size[v])),
+        aspect=float(spacing[v] / spacing[u]),
+    )
+
+
+def _normal(thickness: np.ndarray) -> int:
+    """Axis with the smallest value, the last of them on ties."""
+    return int(np.flatnonzero(thickness == thickness.min())[-1])
+
+
+def _inline(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

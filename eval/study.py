@@ -1,0 +1,182 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""A study: which data, methods, seeds and recipe; the validated form of STUDY.yaml."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from eval.dataset import Case, Dataset
+from eval.dataset import split_by_hash as hash_split
+from eval.errors import RefereeError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(_Part):
+    """One query method with its own options, and the name it has in tables."""
+
+    name: str
+    label: str = ""
+    options: dict[str, Any] = {}
+    score: bool | None = None
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Method:
+        if not self.label:
+            object.__setattr__(self, "label", self.name)
+        if not self.label.replace("_", "").replace("-", "").replace(".", "").isalnum():
+            raise ValueError(f"method label {self.label!r} may hold letters, digits, '_', '-' and '.' only")
+        return self
+
+
+def _method(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Split(_Part):
+    """Test cases by hash of their ids (`test_fraction`), or by name (`test`, and optionally `pool`)."""
+
+    test_fraction: float | None = Field(default=None, gt=0, lt=1)
+    test: tuple[str, ...] = ()
+    pool: tuple[str, ...] = ()
+    limit: int | None = Field(default=None, ge=2, description="use only this many cases, by hash of their ids")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Split:
+        if (self.test_fraction is None) == (not self.test):
+            raise ValueError("split needs either test_fraction or a list of test cases")
+        return self
+
+
+class StartingBudget(_Part):
+    """How round 0 is chosen; the same for every method of a seed."""
+
+    method: str = "starting_budget"
+    batch: int = Field(ge=1)
+    options: dict[str, Any] = {}
+
+
+class Server(_Part):
+    """How servers are started: `--conf` pairs and environment, beyond what the study itself says."""
+
+    conf: dict[str, Any] = {}
+    env: dict[str, str] = {}
+    start_seconds: float = Field(default=180, gt=0)
+
+
+class Study(_Part):
+    """What `python -m eval run` replays; see `eval/studies`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    about: str = ""
+    data: Path
+    split: Split
+    bundle: str
+    unit: Literal["patch", "slice", "volume"] = "patch"
+    size: tuple[int, int, int] | None = None
+    starting_budget: StartingBudget
+    rounds: int = Field(ge=1, description="trainings: the starting budget's and one after every query")
+    batch: int = Field(ge=1, description="regions asked for in a round")
+    methods: Annotated[tuple[Annotated[Method, BeforeValidator(_method)], ...], Field(min_length=1)]
+    seeds: tuple[int, ...] = Field(min_length=1)
+    train: dict[str, Any] = {}
+    score: dict[str, Any] = {}
+    uncertainty: str = "predictive_entropy"
+    query: dict[str, Any] = {}
+    hints_per_class: int = Field(default=8, ge=1)
+    oracle: Literal["perfect"] = "perfect"
+    server: Server = Server()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        labels = [method.label for method in self.methods]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"methods {labels} share a name; give each its own label")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds {list(self.seeds)} must be different and not negative")
+        if self.unit == "patch" and (self.size is None or min(self.size) < 1):
+            raise ValueError("unit patch needs size: three whole numbers of voxels")
+        return self
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study; `data` is resolved against DATA, the file's folder, then the working directory.
+
+    Raises:
+        RefereeError: missing file, broken YAML, unknown or unusable entries, each in one sentence.
+    """
+    if not path.is_file():
+        raise RefereeError(f"study {path} does not exist; ready-made ones are in eval/studies")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RefereeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RefereeError(f"{path} must hold `name: value` entries, found {type(content).__name__}")
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        raise RefereeError("; ".join(_sentence(path, problem) for problem in error.errors())) from error
+    return study.model_copy(update={"data": _data_folder(study.data, path)})
+
+
+def save_study(study: Study) -> str:
+    """The resolved study as YAML; `load_study` reads it back."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def split_cases(study: Study, dataset: Dataset) -> tuple[list[Case], list[Case]]:
+    """(pool, test) cases of the study.
+
+    Raises:
+        RefereeError: a listed case that the dataset does not hold.
+    """
+    by_id = {case.id: case for case in dataset.cases}
+    ids = list(by_id)
+    for case_id in (*study.split.test, *study.split.pool):
+        if case_id not in by_id:
+            near = difflib.get_close_matches(case_id, ids, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RefereeError(f"split names case {case_id}, which {dataset.root} does not hold{hint}")
+    if study.split.limit is not None and study.split.limit < len(ids):
+        ids = hash_split(ids, study.split.limit / len(ids))[1]
+    if study.split.test_fraction is not None:
+        pool, test = hash_split(ids, study.split.test_fraction)
+    else:
+        test = sorted(study.split.test)
+        pool = sorted(study.split.pool or set(ids) - set(test))
+    return [by_id[i] for i in pool], [by_id[i] for i in test]
+
+
+def _data_folder(data: Path, study_path: Path) -> Path:
+    override = os.environ.get("DATA")
+    if override:
+        return Path(override).resolve()
+    project = Path(__file__).resolve().parents[1]
+    for base in (study_path.resolve().parent, Path.cwd(), project):
+        if (base / data).is_dir():
+            return (base / data).resolve()
+    return (Path.cwd() / data).resolve()
+
+
+def _sentence(path: Path, problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "study"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), Study.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known ones are {', '.join(Study.model_fields)}"
+        return f"{path.name}: {where} is not an entry of a study; {hint}"
+    if problem["type"] == "missing":
+        return f"{path.name}: {where} is missing; add it"
+    return f"{path.name}: {where}: {problem['msg'].removeprefix('Value error, ')}, found {problem['input']!r}"

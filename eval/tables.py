@@ -1,0 +1,90 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The tables of a run's folder: rounds.csv, cases.csv and queries.csv, rebuilt from the cells' finished steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from eval.cell import STEPS, Cell
+from eval.errors import RefereeError
+from eval.files import read_json, write_text
+from eval.measure import query_row, round_row
+from eval.study import Study
+
+FILES = ("rounds", "cases", "queries")
+
+
+def write_tables(study: Study, out: Path) -> None:
+    """Write the three CSV files from what every cell has finished; rounds without a test are not in rounds.csv."""
+    for name, table in zip(FILES, build_tables(study, out), strict=True):
+        write_text(out / f"{name}.csv", table.to_csv(index=False))
+
+
+def build_tables(study: Study, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(rounds, cases, queries) of a run's folder, in the order of the study's methods and seeds."""
+    data = read_json(out / "manifest.json")["data"]
+    classes = [name for name, value in data["labels"].items() if value != 0]
+    pool_foreground = sum(data["pool"]["classes"][name] for name in classes)
+    rounds: list[dict[str, Any]] = []
+    cases: list[dict[str, Any]] = []
+    queries: list[dict[str, Any]] = []
+    for method, seed, steps in _cells(study, out):
+        asked: list[dict[str, Any]] = []
+        for round_ in range(study.rounds):
+            key = {"method": method, "seed": seed, "round": round_}
+            if f"{round_}.query" not in steps:
+                break
+            new = steps[f"{round_}.query"]["regions"]
+            asked += new
+            queries += [{**key, **query_row(region, classes)} for region in new]
+            if f"{round_}.test" in steps:
+                tested = steps[f"{round_}.test"]["rows"]
+                seconds = {f"{step}_s": steps[f"{round_}.{step}"]["seconds"] for step in STEPS}
+                rounds.append({**key, **round_row(asked, tested, classes, pool_foreground), **seconds})
+                cases += [{**key, **row} for row in tested]
+    return pd.DataFrame(rounds), pd.DataFrame(cases), pd.DataFrame(queries)
+
+
+def read_table(out: Path, name: str) -> pd.DataFrame:
+    """One table of a run's folder.
+
+    Raises:
+        RefereeError: it is missing or has no row yet.
+    """
+    path = out / f"{name}.csv"
+    if not path.is_file() or path.stat().st_size < 2:
+        raise RefereeError(f"{path} has no finished round yet; run or resume the study first")
+    return pd.read_csv(path)
+
+
+def check_same_start(cells: Sequence[Cell]) -> None:
+    """Methods of one seed must share round 0, or a difference between them means nothing.
+
+    Raises:
+        RefereeError: two cells of a seed that started from different regions.
+    """
+    first: dict[int, tuple[str, list[Any]]] = {}
+    for cell in cells:
+        queried = cell.state.get(0, "query")
+        if queried is None:
+            continue
+        regions = sorted((r["image"], r["start"], r["size"]) for r in queried["regions"])
+        name, expected = first.setdefault(cell.seed, (cell.name, regions))
+        if regions != expected:
+            raise RefereeError(f"{cell.name} and {name} did not start from the same regions; they cannot be compared")
+
+
+def _cells(study: Study, out: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for seed in study.seeds:
+        for method in study.methods:
+            state = read_json(out / "cells" / f"{method.label}_s{seed}" / "state.json")
+            if state is not None:
+                yield method.label, seed, state["steps"]

@@ -1,0 +1,135 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Summary and report: hand-computed numbers, a self-contained file with its figures and tables."""
+
+import base64
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from eval.__main__ import main
+from eval.measure import case_rows, class_means, round_row
+from eval.run import Options, start_run
+from eval.study import load_study
+from eval.summary import mean_curves, plain_table, summarise
+
+
+def rounds_table():
+    rows = []
+    for method, seed, dices in [
+        ("a", 1, [0.2, 0.6, 0.8]),
+        ("a", 2, [0.4, 0.6, 0.6]),
+        ("b", 1, [0.2, 0.4, 0.9]),
+        ("b", 2, [0.4]),
+    ]:
+        for i, value in enumerate(dices):
+            budget = {
+                "regions": 3 + 2 * i,
+                "voxels": 100 * i,
+                "foreground_voxels": 10 * i,
+                "foreground_fraction": i / 10,
+            }
+            rows.append({"method": method, "seed": seed, "round": i, "mean_dice": value, "mean_hd95": 3 - i, **budget})
+    return pd.DataFrame(rows)
+
+
+def test_summary_by_hand():
+    table = summarise(rounds_table()).set_index("method")
+    assert table.loc["a", "aubc"] == pytest.approx((0.55 + 0.55) / 2)
+    assert table.loc["a", "final_dice"] == pytest.approx(0.7)
+    assert table.loc["a", "final_dice_sd"] == pytest.approx(np.sqrt(0.02))
+    assert table.loc["b", "seeds"] == 1  # the second seed is not finished
+    assert table.loc["b", "aubc"] == pytest.approx((0.3 + 0.65) / 2)
+    assert table.loc["b", "regions"] == 7
+    assert np.isnan(table.loc["b", "aubc_sd"])
+
+
+def test_curves_by_hand():
+    curve = mean_curves(rounds_table(), "mean_dice", "regions")["a"]
+    assert curve["cost"].tolist() == [3, 5, 7]
+    np.testing.assert_allclose(curve["mean"], [0.3, 0.6, 0.7])
+    np.testing.assert_allclose(curve["sd"], [np.sqrt(0.02), 0, np.sqrt(0.02)])
+
+
+def test_terminal_table_lines_up():
+    lines = plain_table(summarise(rounds_table())).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "0.5500 ± 0.0000" in lines[2]
+
+
+def test_case_rows_leave_undefined_measures_out():
+    truth = np.zeros((4, 4, 4), dtype=np.uint8)
+    truth[1, 1, 1] = 1
+    rows = case_rows(truth, truth, {"one": 1, "two": 2}, (1, 1, 1))
+    assert rows[0]["dice"] == 1.0
+    assert rows[0]["hausdorff95"] == 0.0
+    assert rows[1]["dice"] is None
+    assert rows[1]["relative_volume_error"] is None
+
+
+def test_means_skip_what_is_undefined():
+    rows = [{"class": "a", "dice": 0.5}, {"class": "a", "dice": None}, {"class": "b", "dice": None}]
+    means = class_means(rows, "dice", ["a", "b"])
+    assert means["a"] == 0.5
+    assert np.isnan(means["b"])
+
+
+def test_round_row_by_hand():
+    regions = [{"size": [2, 3, 4], "classes": {"background": 20, "a": 3, "b": 1}}] * 2
+    tested = [{"class": c, "dice": d, "hausdorff95": h} for c, d, h in [("a", 0.5, 2), ("a", 0.7, 4), ("b", 1.0, 0)]]
+    row = round_row(regions, tested, ["a", "b"], pool_foreground=80)
+    assert row == pytest.approx(
+        {
+            "regions": 2,
+            "voxels": 48,
+            "foreground_voxels": 8,
+            "foreground_fraction": 0.1,
+            "mean_dice": 0.8,
+            "dice_a": 0.6,
+            "dice_b": 1.0,
+            "mean_hd95": 1.5,
+        }
+    )
+
+
+@pytest.fixture
+def finished(write_study, stand_in, tmp_path):
+    start_run(load_study(write_study(rounds=2)), tmp_path / "out", Options(quiet=True))
+    return tmp_path / "out"
+
+
+def test_report_is_one_self_contained_file(finished, capsys):
+    assert main(["report", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert "final Dice" in shown
+    assert str(finished / "report.html") in shown
+    html = (finished / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", html)
+    for name in ("summary", "rounds", "asked", "seconds"):
+        assert f'<table id="{name}"' in html
+    figures = re.findall(r'src="data:(image/[a-z+]+);base64,([^"]+)"', html)
+    assert [kind for kind, _ in figures] == ["image/svg+xml"] * 3 + ["image/png"] * 2
+    for kind, content in figures:
+        start = base64.b64decode(content)[:200]
+        assert start.startswith(b"\x89PNG") if kind == "image/png" else b"<?xml" in start
+    final = pd.read_csv(finished / "rounds.csv").query("method == 'random'")["mean_dice"].iloc[-1]
+    assert f"{final:.4f}" in html
+    assert (finished / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_without_pictures(finished):
+    assert main(["report", "--no-pictures", str(finished)]) == 0
+    assert "image/png" not in (finished / "report.html").read_text()
+
+
+def test_report_without_the_scans(finished, data):
+    import shutil
+
+    shutil.rmtree(data)
+    assert main(["report", str(finished)]) == 0
+    assert "image/png" not in (finished / "report.html").read_text()

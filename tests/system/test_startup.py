@@ -1,0 +1,78 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Start-up: what is refused, and what a broken torchvision does not break."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import BUNDLE, ROOT, fill
+
+APP = ROOT / "apps" / "activelearning"
+
+
+def start(studies: Path, *conf: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Loads the app as the server does, in a process of its own."""
+    code = (
+        "import sys; from monailabel.interfaces.utils.app import app_instance;"
+        f"app = app_instance({str(APP)!r}, {str(studies)!r}, dict(zip(sys.argv[1::2], sys.argv[2::2])));"
+        "print(sorted(app.info()['models']), 'torchvision' in sys.modules)"
+    )
+    path = os.pathsep.join(filter(None, [env.pop("PATHS", ""), str(APP)]))
+    return subprocess.run(
+        [sys.executable, "-c", code, *conf],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_app_loads_where_torchvision_is_broken(tmp_path: Path, phantoms: Path) -> None:
+    fill(tmp_path / "studies", phantoms, 1)
+    broken = tmp_path / "broken" / "torchvision"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    done = start(tmp_path / "studies", "models", BUNDLE, PATHS=str(broken.parent))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == f"['query_region', '{BUNDLE}'] False"
+
+
+@pytest.mark.parametrize(
+    ("conf", "sentence"),
+    [
+        (("modelz", BUNDLE), "--conf modelz is not an option of this app; known options are models, "),
+        (("models", "unet"), "no bundle unet in .*; known bundles are segmentation_dynunet_3d"),
+        (("members", "0"), "--conf members: .*found '0'"),
+        (("labels", '{"a": 2, "b": 5}'), "--conf labels: class ids must be 1, 2, "),
+        (("methods", "power_pi"), "unknown method 'power_pi'"),
+    ],
+)
+def test_unusable_options_end_with_one_sentence_and_code_2(
+    tmp_path: Path, phantoms: Path, conf: tuple[str, str], sentence: str
+) -> None:
+    import re
+
+    fill(tmp_path / "studies", phantoms, 1)
+    before = sorted(p.name for p in (tmp_path / "studies").iterdir())
+    done = start(tmp_path / "studies", *conf)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert re.search(sentence, done.stderr), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in (tmp_path / "studies").iterdir()) == before
+
+
+def test_a_missing_studies_folder_is_said(tmp_path: Path) -> None:
+    done = start(tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr
+    assert not (tmp_path / "nowhere").exists()

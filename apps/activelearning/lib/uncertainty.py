@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float32]
 
-SLAB = 3 << 16  # values worked on at once: a slab of every class and its logarithm stay in the cache
+SLAB = 3 << 17  # values worked on at once: a slab of every class and its logarithm stay in the cache
 _TINY = float(np.finfo(np.float32).tiny)  # log of it is finite, so 0 * log(max(0, tiny)) is 0
 _ABOVE_ONE = 1e-3  # slack for softmax computed in half precision
 
@@ -283,11 +283,13 @@ def _p_log_p(p: torch.Tensor) -> torch.Tensor:
     return p.clamp(min=_TINY).log_().mul_(p)
 
 
-def _check(p: torch.Tensor) -> None:
+def _check(p: torch.Tensor) -> float:
+    """Lowest of `p`, all of which are probabilities."""
     low, high = (float(v) for v in torch.aminmax(p))
     if not (low >= 0 and high <= 1 + _ABOVE_ONE):  # NaN fails both
         what = "a value that is not a number" if np.isnan(low) else f"values from {low:.4g} to {high:.4g}"
         raise ValueError(f"members must hold probabilities from 0 to 1, found {what}: give softmax output, not logits")
+    return low
 
 
 def _entropies_in_step(members: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -297,14 +299,15 @@ def _entropies_in_step(members: tuple[Array, ...]) -> tuple[Array, Array]:
     predictive, expected = (torch.from_numpy(m).view(-1) for m in maps)
     flat = [_by_class(m) for m in members]
     for part in _slabs(flat[0].shape):
-        total = torch.zeros_like(flat[0][:, part])
+        total = flat[0][:, part].clone()
         single = torch.zeros_like(total)
         work = torch.empty_like(total)
-        for probs in flat:
+        for m, probs in enumerate(flat):
             p = probs[:, part]
-            _check(p)
-            single.addcmul_(p, torch.clamp(p, min=_TINY, out=work).log_())
-            total += p
+            positive = p if _check(p) >= _TINY else torch.clamp(p, min=_TINY, out=work)
+            single.addcmul_(p, torch.log(positive, out=work))
+            if m > 0:
+                total += p
         torch.clamp(single.sum(0).mul_(-share), min=0, out=expected[part])
         torch.clamp(_p_log_p(total.mul_(share)).sum(0).neg_(), min=0, out=predictive[part])
     return maps

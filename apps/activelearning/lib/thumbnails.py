@@ -16,7 +16,7 @@ from lib.regions import Box
 
 RGB = NDArray[np.uint8]
 BOX_COLOUR = (255, 204, 0)
-ZOOM_TO = 160
+ZOOM_TO = 240
 
 
 def thumbnail(image_xyz: NDArray[np.float32], score_xyz: NDArray[np.floating] | None, box: Box) -> RGB:

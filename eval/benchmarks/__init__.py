@@ -8,20 +8,17 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from eval.app_path import add_app
 
-_APP = Path(__file__).resolve().parents[2] / "apps" / "activelearning"
+Row = dict[str, Any]
 
 
 def _lazily(module: str) -> Callable[[], list[Row]]:
     def run() -> list[Row]:
-        if str(_APP) not in sys.path:
-            sys.path.insert(0, str(_APP))
+        add_app()
         rows: list[Row] = importlib.import_module(module).run()
         return rows
 

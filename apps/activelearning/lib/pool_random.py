@@ -32,7 +32,7 @@ _SHARES = {"33": FG33, "66": FG66}
 
 
 def select_random(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence | None) -> list[Pick]:
-    """Draw regions uniformly, by hints, or by predicted foreground (nnActive, sections 4.6 and 5).
+    """Draw regions uniformly, by hints, or by predicted foreground (nnActive, section 4).
 
     Raises:
         MethodError: the method works from hints and there are none for this pool.

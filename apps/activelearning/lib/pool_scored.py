@@ -45,7 +45,7 @@ def select_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
     """Greedy, power and softrank selection over the pool, in the order of image ids.
 
     Score = mean of the uncertainty over the unit; utility = score, or log score + Gumbel noise drawn at every position
-    (nnActive, sections 3 and 4). At most `n_per_image` candidates an image; equal utilities keep the order of images.
+    (nnActive, section 4). At most `n_per_image` candidates an image; equal utilities keep the order of images.
     Evidence with a `summaries` store gives the same picks without reading the maps of images that cannot win.
     """
     if ask.method.selector == "softrank":
@@ -63,7 +63,7 @@ def select_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
 
 
 def _select_softrank(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
-    """The best 2 n_per_image of every image by score, ranked over the pool, then noise on the ranks (section 4.2)."""
+    """The best 2 n_per_image of every image by score, ranked over the pool, then noise on the ranks."""
     kept = [c for image in pool for c in image_candidates(ask, image, evidence, 2 * ask.per_image)]
     scores = np.array([c.score for c in kept])
     soft = softrank(scores, float(ask.option("beta")), ask.rng("ranks"))
@@ -81,7 +81,8 @@ def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> Summary:
         grid = unit_grid(score_map(ask, moments_of(image, evidence)), ask.box_size(image), ask.stride)
         ceiling = float(np.fmax.reduce(utility_of(ask, grid, image), axis=None))
     best_one = candidates[0].utility if candidates else -np.inf
-    return Summary(Head(taken_digest(image.taken), best_one, ceiling), tuple(candidates))
+    head = Head(taken_digest(image.taken), best_one, ceiling)
+    return Summary(head, image.taken, tuple(candidates), complete=len(candidates) < ask.per_image)
 
 
 def image_candidates(
@@ -121,7 +122,7 @@ def select_classes(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> l
     """Class-stratified selection: streams U_c = uncertainty * mean_c for every foreground class and one for all.
 
     Beta follows the schedule over rounds (round 1 asks with its first value). What a class lacks is filled from the
-    other streams and told in the reason (ClaSP PE; nnActive, section 4.4).
+    other streams and told in the reason (ClaSP PE; nnActive, section 4).
     """
     ratio, names = float(ask.option("ratio")), {value: name for name, value in ask.labels.items()}
     streams = _pool_streams(ask, pool, evidence, ratio, limited=True)

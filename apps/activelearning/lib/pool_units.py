@@ -207,7 +207,7 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
 
 
 def select_diverse(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
-    """The best 2 n units of every image by score, then those farthest apart in features (nnActive, section 4.5).
+    """The best 2 n units of every image by score, then those farthest apart in features (nnActive, section 4).
 
     Features are divided by their standard deviation; the first pick has the largest norm.
     """

@@ -23,7 +23,7 @@ def interpolate(top: ArrayLike, bottom: ArrayLike, n: int, kind: str = "signed_d
     Each class in turn, in the order of its value; a later one overwrites. A class that is in neither slice stays away;
     one whose two cross-sections share no pixel (or that is in one slice only) leaves the whole block without labels.
     Signed distance: slice i of 1 .. n is [(1 - t) s(top) + t s(bottom) >= 0] with t = i / (n + 1) and
-    s = inside distance - outside distance + 0.5 in pixels (Burmeister 2022, section B.3). `kind="morphological"` needs
+    s = inside distance - outside distance + 0.5 in pixels (Burmeister 2022, appendix A). `kind="morphological"` needs
     the optional package itk-morphologicalcontourinterpolation.
 
     Shapes: top and bottom (X, Y) labels, 0 background -> (n, X, Y) of their type.

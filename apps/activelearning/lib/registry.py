@@ -182,39 +182,39 @@ _ENTRIES = (
     ),
     QueryMethod(
         "power_bald", "ensemble", "bald", "patch", "power",
-        paper=_NNACTIVE, section="4.1", summary="mutual information with power noise",
+        paper=_NNACTIVE, section="4", summary="mutual information with power noise",
     ),
     QueryMethod(
         "power_pe", "ensemble", "predictive_entropy", "patch", "power",
-        paper=_NNACTIVE, section="4.1", summary="predictive entropy with power noise",
+        paper=_NNACTIVE, section="4", summary="predictive entropy with power noise",
     ),
     QueryMethod(
         "softrank_bald", "ensemble", "bald", "patch", "softrank",
-        paper=_NNACTIVE, section="4.2", summary="mutual information with noise on its ranks",
+        paper=_NNACTIVE, section="4", summary="mutual information with noise on its ranks",
     ),
     QueryMethod(
         "kmeans_bald", "ensemble", "bald", "patch", "diverse_top",
-        paper=_NNACTIVE, section="4.5", summary="best mutual information of every image, spread in features",
+        paper=_NNACTIVE, section="4", summary="best mutual information of every image, spread in features",
     ),
     QueryMethod(
         "random", None, None, "patch", "random",
-        paper=_NNACTIVE, section="4.6", summary="uniform random regions",
+        paper=_NNACTIVE, section="4", summary="uniform random regions",
     ),
     QueryMethod(
         "random_fg33", None, None, "patch", "random_fg", {"foreground": "33"},
-        paper=_NNACTIVE, section="4.6", summary="random, one third centred on foreground of the hints",
+        paper=_NNACTIVE, section="4", summary="random, one third centred on foreground of the hints",
     ),
     QueryMethod(
         "random_fg66", None, None, "patch", "random_fg", {"foreground": "66"},
-        paper=_NNACTIVE, section="4.6", summary="random, two thirds centred on foreground of the hints",
+        paper=_NNACTIVE, section="4", summary="random, two thirds centred on foreground of the hints",
     ),
     QueryMethod(
         "random_fg_predicted", "ensemble", None, "patch", "random_fg_predicted",
-        paper=_NNACTIVE, section="4.6", summary="random, two thirds centred on predicted foreground",
+        paper=_NNACTIVE, section="4", summary="random, two thirds centred on predicted foreground",
     ),
     QueryMethod(
         "starting_budget", None, None, "patch", "starting_budget",
-        paper=_NNACTIVE, section="5", summary="first batch: every hinted class in two images, then random",
+        paper=_NNACTIVE, section="5.1", summary="first batch: every hinted class in two images, then random",
     ),
     QueryMethod(
         "precomputed", None, None, "patch", "precomputed",
@@ -222,74 +222,74 @@ _ENTRIES = (
     ),
     QueryMethod(
         "max_entropy", "single", "predictive_entropy", "slice", "greedy",
-        paper=_USIM, section="A.1", summary="highest entropy of one prediction",
+        paper=_USIM, section="4.2", summary="highest entropy of one prediction",
     ),
     QueryMethod(
         "mean_std", "mc_dropout", "mean_std", "slice", "greedy",
-        paper=_USIM, section="A.1", summary="highest mean standard deviation over dropout passes",
+        paper=_USIM, section="4.2", summary="highest mean standard deviation over dropout passes",
     ),
     QueryMethod(
         "core_set", "single", None, "slice", "core_set",
-        paper=_USIM, section="A.2", summary="units farthest in features from all that is labelled",
+        paper=_USIM, section="appendix C", summary="units farthest in features from all that is labelled",
     ),
     QueryMethod(
         "badge", "single", None, "slice", "kmeans_plus_plus",
-        paper=_USIM, section="A.3", summary="k-means++ on gradients of pseudo labels",
+        paper=_USIM, section="appendix C", summary="k-means++ on gradients of pseudo labels",
     ),
     QueryMethod(
         "usim_c", "mc_dropout", None, "slice", "usim", {"kind": "c", "layer": "bottleneck"},
-        _USIM, "A.5", summary="submodular mutual information, cosine of bottleneck gradients",
+        _USIM, "3.3", summary="submodular mutual information, cosine of bottleneck gradients",
     ),
     QueryMethod(
         "usim_f", "mc_dropout", None, "slice", "usim", {"kind": "f", "layer": "decoder"},
-        _USIM, "A.5", summary="submodular mutual information, Fisher kernel of decoder gradients",
+        _USIM, "3.3", summary="submodular mutual information, Fisher kernel of decoder gradients",
     ),
     QueryMethod(
         "least_confidence", "single", "least_confidence", "slice", "greedy",
-        paper=_BURMEISTER, section="B.1", summary="lowest probability of the predicted class",
+        paper=_BURMEISTER, section="3.1", summary="lowest probability of the predicted class",
     ),
     QueryMethod(
         "burmeister_confidence", "single", "burmeister_confidence", "slice", "greedy",
-        paper=_BURMEISTER, section="B.1", summary="nearest to the uniform distribution, as published (LCUS)",
+        paper=_BURMEISTER, section="3.1", summary="nearest to the uniform distribution, as published (LCUS)",
     ),
     QueryMethod(
         "burmeister_entropy", "single", "burmeister_entropy", "slice", "greedy",
-        paper=_BURMEISTER, section="B.1", summary="the published score EntrUS, which is not Shannon's entropy",
+        paper=_BURMEISTER, section="3.1", summary="the published score EntrUS, which is not Shannon's entropy",
     ),
     QueryMethod(
         "stratified", None, None, "slice", "stratified",
-        paper=_BURMEISTER, section="B.2", summary="the same share of every image (StrRS)",
+        paper=_BURMEISTER, section="3.1", summary="the same share of every image (StrRS)",
     ),
     QueryMethod(
         "cluster", "single", None, "slice", "cluster",
-        paper=_BURMEISTER, section="B.2", summary="the same share of every cluster of features (ClustRS)",
+        paper=_BURMEISTER, section="3.1", summary="the same share of every cluster of features (ClustRS)",
     ),
     QueryMethod(
         "distance", "single", None, "slice", "distance",
-        paper=_BURMEISTER, section="B.2", summary="largest mean distance to labelled features (DistRS)",
+        paper=_BURMEISTER, section="3.1", summary="largest mean distance to labelled features (DistRS)",
     ),
     QueryMethod(
         "strided", None, None, "slice", "strided",
-        paper=_BURMEISTER, section="B.3", summary="outer slices of random blocks",
+        paper=_BURMEISTER, section="3.1", summary="outer slices of random blocks",
     ),
     QueryMethod(
         "strided_uncertainty", "single", "burmeister_confidence", "slice", "strided_uncertainty",
-        paper=_BURMEISTER, section="B.3", summary="outer slices of the most uncertain blocks",
+        paper=_BURMEISTER, section="3.1", summary="outer slices of the most uncertain blocks",
     ),
     QueryMethod(
         "stochastic_batch", "single", "predictive_entropy", "slice", "stochastic_batch",
-        paper=_GAILLOCHET, section="C.2", summary="the most uncertain of many random batches",
+        paper=_GAILLOCHET, section="3", summary="the most uncertain of many random batches",
     ),
     QueryMethod(
         "uss", "mc_dropout", "predictive_entropy", "slice", "peaks", {"passes": 20},
-        _CHLEBUS, "D", summary="slices at the peaks of uncertainty",
+        _CHLEBUS, "II.E", summary="slices at the peaks of uncertainty",
     ),
     QueryMethod(
         "uvs", "mc_dropout", "predictive_entropy", "volume", "masked_volume", {"passes": 20},
-        _CHLEBUS, "D", summary="volumes most uncertain around the predicted structure",
+        _CHLEBUS, "II.E", summary="volumes most uncertain around the predicted structure",
     ),
-    QueryMethod("rss", None, None, "slice", "random", paper=_CHLEBUS, section="D", summary="random slices"),
-    QueryMethod("rvs", None, None, "volume", "random", paper=_CHLEBUS, section="D", summary="random volumes"),
+    QueryMethod("rss", None, None, "slice", "random", paper=_CHLEBUS, section="II.E", summary="random slices"),
+    QueryMethod("rvs", None, None, "volume", "random", paper=_CHLEBUS, section="II.E", summary="random volumes"),
     QueryMethod(
         "typiclust", None, None, "patch", "typiclust",
         paper="Hacohen et al. 2022, TypiClust (ICML)", section="3.3", summary="a typical first batch without any label",

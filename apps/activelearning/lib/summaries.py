@@ -8,8 +8,9 @@
 An image's summary holds its best boxes and their utilities under the boxes that were taken when it was made, and the
 highest utility of any position whatsoever, its ceiling. Noise of the noisy methods is drawn for every position when a
 summary is made, from a generator keyed by seed, round, method and image, so a summary is exact for them too: asking
-again in the same round meets the same noise. A summary whose image has had boxes taken or given back since is not
-trusted; its ceiling still bounds what the image can offer, so its maps are read again only if that bound could win.
+again in the same round meets the same noise. When an image's first candidates have been taken since, the rest of them
+is still exact. After any other change its ceiling still bounds what the image can offer, so its maps are read again
+only if that bound could win.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Summary:
-    """Head and candidates (best first) of one image for one key."""
+    """Head, boxes taken then, and candidates (best first) of one image; complete when it has no more boxes to offer."""
 
     head: Head
+    taken: tuple[Box, ...]
     candidates: tuple[Candidate, ...]
+    complete: bool
 
 
 @runtime_checkable
@@ -102,27 +105,43 @@ def best_of_pool(
     """
     key = summary_key(ask)
     heads = store.heads(key)
-    queue: list[tuple[float, int, bool]] = []
+    queue: list[tuple[float, int, str]] = []
     for i, image in enumerate(pool):
         head = heads.get(image.id)
         if head is None:
             head = _renew(store, key, image, summarise).head
         fresh = head.taken == taken_digest(image.taken)
-        queue.append((-(head.best if fresh else head.ceiling), i, fresh))
+        queue.append((-(head.best if fresh else head.ceiling), i, "fresh" if fresh else "outdated"))
     heapq.heapify(queue)
     found: list[tuple[float, int, int, Candidate]] = []
     while queue:
-        negative_bound, i, fresh = heapq.heappop(queue)
+        negative_bound, i, state = heapq.heappop(queue)
         if len(found) >= n and -negative_bound < -found[n - 1][0]:
             break
-        if not fresh:
-            head = _renew(store, key, pool[i], summarise).head
-            heapq.heappush(queue, (-head.best, i, True))
+        summary = store.load(key, pool[i].id)
+        offered = _remaining(summary, pool[i].taken)
+        if offered is None or state == "beyond":
+            found = [entry for entry in found if entry[1] != i]
+            heapq.heappush(queue, (-_renew(store, key, pool[i], summarise).head.best, i, "fresh"))
             continue
-        candidates = store.load(key, pool[i].id).candidates
-        found += [(-c.utility, i, rank, c) for rank, c in enumerate(candidates)]
+        found += [(-c.utility, i, rank, c) for rank, c in enumerate(offered)]
         found = sorted(found, key=lambda entry: entry[:3])[:n]
+        if not summary.complete and len(offered) < ask.per_image:
+            heapq.heappush(queue, (-summary.candidates[-1].utility, i, "beyond"))
     return [c for _, _, _, c in found]
+
+
+def _remaining(summary: Summary, taken: Sequence[Box]) -> tuple[Candidate, ...] | None:
+    """Candidates left when the first few of them have been taken since, None when anything else has changed.
+
+    Greedy selection goes on from its first picks as if it had never stopped, so what is left is exact.
+    """
+    before, now = set(summary.taken), set(taken)
+    since = now - before
+    first = summary.candidates[: len(since)]
+    if not before <= now or since != {(c.start, c.size) for c in first}:
+        return None
+    return summary.candidates[len(since) :]
 
 
 def _renew(store: SummaryStore, key: str, image: PoolImage, summarise: Callable[[PoolImage], Summary]) -> Summary:

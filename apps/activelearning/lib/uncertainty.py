@@ -257,7 +257,7 @@ UNCERTAINTIES: dict[str, Callable[[Moments], Array]] = {
 
 
 def class_weighted(moments: Moments, weights_c: ArrayLike) -> Array:
-    """sum_c w_c Var_m(p_c) (X, Y, Z), variance with ddof 1: the weighted uncertainty of USIM (section A.5).
+    """sum_c w_c Var_m(p_c) (X, Y, Z), variance with ddof 1: the weighted uncertainty of USIM (section 3.3).
 
     Raises:
         ValueError: not one finite, non-negative weight a class.

@@ -19,7 +19,7 @@ UNITS = ("patch", "slice", "volume")
 
 
 def box_mean(score: ArrayLike, size: Sequence[int], stride: Sequence[int] = (1, 1, 1)) -> Array:
-    """Mean over every box of `size` that lies wholly inside `score`, one value a position (nnActive, section 2).
+    """Mean over every box of `size` that lies wholly inside `score`, one value a position (nnActive, section 4).
 
     out[i] = (1 / prod K) sum of score over [i s, i s + K), K = min(size, shape); the result has floor((S - K)/s) + 1
     positions an axis, position i starting at voxel i s. Sums are built by doubling their width in float32, so that

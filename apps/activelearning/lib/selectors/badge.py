@@ -16,7 +16,7 @@ from lib.selectors.core_set import SquaredDistances, feature_matrix
 def kmeans_plus_plus(embeddings: ArrayLike, k: int, rng: np.random.Generator) -> NDArray[np.intp]:
     """Indices of `k` rows: the first has the largest norm, each further one is drawn with probability D^2 / sum D^2.
 
-    D is the Euclidean distance to the nearest row chosen before (Ash et al. 2020; USIM, section A.3). No row is drawn
+    D is the Euclidean distance to the nearest row chosen before (Ash et al. 2020; USIM, appendix C). No row is drawn
     twice; where all rows left coincide with chosen ones the draw is uniform over them.
 
     Shapes: embeddings (U, D) -> (min(k, U),).

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def image_limits(n_per_image: int, ratio: float, classes: Sequence[int]) -> dict[int, int]:
-    """Most candidates of each stream from one image (nnActive, section 4.4).
+    """Most candidates of each stream from one image (nnActive, section 4).
 
     max(1, floor(n ratio / (|F| + 1))) for each foreground class F of `classes`, max(1, floor(n (1 - ratio))) for `ALL`.
     """

@@ -18,7 +18,7 @@ def k_center(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) -> NDArr
     """Indices of `k` rows of `unlabelled`, each the farthest from `labelled` and the ones before (Sener & Savarese).
 
     i* = argmax_u min_{l in labelled and chosen} ||x_u - x_l||; the first index among equals, so without labelled
-    rows the first pick is row 0 (USIM, section A.2). Each pick costs one product of the features with one row.
+    rows the first pick is row 0 (USIM, appendix C). Each pick costs one product of the features with one row.
 
     Shapes: unlabelled (U, D), labelled (L, D) or None -> (min(k, U),).
 

@@ -86,7 +86,7 @@ def best_boxes(
 ) -> list[ScoredBox]:
     """Best boxes of `size`, best first, none overlapping another or a `taken` (start, size); touching is allowed.
 
-    `grid` (GX, GY, GZ) holds one score a position, position i starting at voxel i * stride (nnActive, section 3). Ties
+    `grid` (GX, GY, GZ) holds one score a position, position i starting at voxel i * stride (nnActive, section 4). Ties
     go to the lowest flat index; NaN is never chosen; -inf is chosen last. Stops after `limit` boxes, or at the first
     one that does not exceed `floor`.
     """

@@ -19,7 +19,7 @@ def power(scores: ArrayLike, beta: float, rng: np.random.Generator) -> Array:
     """log(score) + Gumbel(0, 1/beta), one draw a position; a score of zero or below gives -inf, NaN stays last as -inf.
 
     The best k are then a sample without replacement with probability proportional to score^beta (Kirsch et al.,
-    Stochastic batch acquisition; nnActive, section 4.1).
+    Stochastic batch acquisition; nnActive, section 4).
 
     Raises:
         ValueError: beta not above zero.
@@ -31,7 +31,7 @@ def power(scores: ArrayLike, beta: float, rng: np.random.Generator) -> Array:
 
 
 def softrank(scores: ArrayLike, beta: float, rng: np.random.Generator) -> Array:
-    """-log(rank) + Gumbel(0, 1/beta) with rank 1 for the highest score, in the order of `scores` (nnActive, 4.2).
+    """-log(rank) + Gumbel(0, 1/beta) with rank 1 for the highest score, in the order of `scores` (nnActive, section 4).
 
     Equal scores keep their order. The draws are taken in the order of rank.
 

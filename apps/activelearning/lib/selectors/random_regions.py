@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Random regions: uniform, aware of foreground by hints, and the starting budget (nnActive, sections 4.6 and 5)."""
+"""Random regions: uniform, aware of foreground by hints, and the starting budget (nnActive, section 4)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def flqmi(
     """Greedy maximisation of facility-location mutual information; the chosen indices and the gain of each step.
 
     f(A) = sum_q max(0, max_{a in A} S_aq) + eta sum_{a in A} max(0, max_q S_aq), similarities clamped at zero as in the
-    published optimiser (USIM, section A.5). "lazy" and "naive" give the same indices and gains; "stochastic" looks at
+    published optimiser (USIM, section 3.3). "lazy" and "naive" give the same indices and gains; "stochastic" looks at
     ceil(U / k ln(1 / 0.01)) random candidates a step and needs `rng`. Ties go to the lowest index.
 
     Shapes: similarity (U, Q) of candidates to queries -> (min(k, U),) and (min(k, U),).
@@ -83,9 +83,10 @@ def _lazy(problem: _Coverage, steps: int) -> tuple[NDArray[np.intp], NDArray[np.
     """Gains only fall, so a gain of an earlier step is an upper bound; only the highest bounds are evaluated again."""
     bounds = problem.gains(np.arange(len(problem.matrix)))
     chosen, gains = np.empty(steps, np.intp), np.empty(steps)
+    first_look = 1
     for step in range(steps):
         fresh = np.zeros(len(bounds), bool)
-        batch = 1
+        batch, looked = first_look, 0
         while not fresh[best := int(bounds.argmax())]:
             stale = np.where(fresh, -np.inf, bounds)
             count = min(batch, len(bounds))
@@ -93,7 +94,9 @@ def _lazy(problem: _Coverage, steps: int) -> tuple[NDArray[np.intp], NDArray[np.
             rows = rows[stale[rows] > -np.inf]
             bounds[rows] = problem.gains(rows)
             fresh[rows] = True
-            batch = min(2 * batch, _ROWS)
+            looked += len(rows)
+            batch = min(max(16, looked // 2), _ROWS)
+        first_look = max(1, looked // 2)  # what the last step needed tells where to start
         chosen[step], gains[step] = best, bounds[best]
         problem.take(best)
         bounds[best] = -np.inf

@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 
 def class_weights(frequencies: ArrayLike, background: int | None = 0) -> Array:
-    """w_c = 1 / f_c, 0 for the background, normalised to a sum of one (USIM, section A.5).
+    """w_c = 1 / f_c, 0 for the background, normalised to a sum of one (USIM, section 3.3).
 
     `frequencies` (C,) sums over labelled images the share of their voxels labelled c. A class nobody has labelled yet
     gets the largest weight among the others, where published code divides by zero.
@@ -43,7 +43,7 @@ def class_weights(frequencies: ArrayLike, background: int | None = 0) -> Array:
 def elbow(descending: ArrayLike) -> int | None:
     """Rank at the knee of a convex descending curve: argmax of (1 - y) - x, both scaled to [0, 1].
 
-    None where the curve is straight or constant and has no knee (Kneedle's normalised difference; USIM, section A.5).
+    None where the curve is straight or constant and has no knee (Kneedle's normalised difference; USIM, section 3.3).
     """
     y = np.asarray(descending, dtype=np.float64)
     span = y.max() - y.min() if y.size > 1 else 0.0

@@ -5,13 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs
-DATA ?=
 STUDY ?= eval/studies/demo.yaml
 
 .PHONY: demo test test-slow lint bench study install clean
 
 demo: $(STAMP)
-	$(BIN)/python -m eval.demo --out $(OUT)/demo $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
@@ -25,7 +24,8 @@ lint: $(STAMP)
 	$(BIN)/mypy apps/activelearning eval sample-datasets
 
 bench: $(STAMP)
-	$(BIN)/python -m eval bench all
+	$(BIN)/python -m eval bench query
+	$(BIN)/python -m eval bench training
 
 study: $(STAMP)
 	$(BIN)/python -m eval run $(STUDY) --out $(OUT)/$(basename $(notdir $(STUDY)))
@@ -37,7 +37,7 @@ $(STAMP): requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.10, 3.11 or 3.12, or name one with PYTHON=..."; exit 2; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "Python %d.%d found at " % v + sys.executable + ": 3.10 to 3.12 is supported; name one with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 clean:

@@ -217,7 +217,11 @@ class Cell:
         return {}
 
     def _train(self, client: LabelClient, round_: int) -> dict[str, Any]:
-        client.train(self.study.bundle, {**self.study.train, "seed": self.seed, "round": round_}, self._watch)
+        def watch() -> None:
+            self._watch()
+            self.notice(self, f"round {round_} train{_progress(client.info(), self.study.bundle)}")
+
+        client.train(self.study.bundle, {**self.study.train, "seed": self.seed, "round": round_}, watch)
         said = client.info().get("patchwise") or {}
         return {"model": said.get("model"), "options": said.get("options")}
 
@@ -292,6 +296,14 @@ class Cell:
         leaked = sorted({case.id for case in self.material.test} & held)
         if leaked:
             raise RefereeError(f"the server's pool holds test case {leaked[0]} ({len(leaked)} in all); remove them")
+
+
+def _progress(info: Mapping[str, Any], bundle: str) -> str:
+    """How far a training is, as the server says it in /info; empty when it does not."""
+    said = (info.get("patchwise") or {}).get("training", {}).get(bundle) or {}
+    if not said:
+        return ""
+    return f" member {said['member']}/{said['members']} step {said['step']}/{said['steps']}"
 
 
 def place(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from eval.errors import RefereeError
 from eval.oracle import from_nifti
 
+_POLL_SECONDS = 1.0
 _BUSY = ("SUBMITTED", "RUNNING")
 
 

@@ -23,13 +23,13 @@ from lib.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.errors import SPEAKING, refuse
 from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
-from lib.methods import QueryMethod, resolve
+from lib.methods import resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
 from lib.options import OptionError, describe_options, parse_options
 from lib.routes import install
 from lib.scoring import MomentsScoring
-from lib.strategies import QueryStrategy, listed_methods
+from lib.strategies import COMPOSE, QueryStrategy, listed_methods
 from lib.training.recipe import Bundle
 from lib.training.task import EnsembleTrainTask
 from lib.uncertainty import UNCERTAINTIES
@@ -95,7 +95,7 @@ class PatchwiseApp(MONAILabelApp):
         return dict(self.trainers)
 
     def init_strategies(self) -> dict[str, Strategy]:
-        return {name: self._strategy(resolve(name)) for name in self.listed_methods}
+        return {name: self._strategy(name) for name in self.listed_methods}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         return {name: MomentsScoring(name, self.segmenters, self.cache) for name in UNCERTAINTIES}
@@ -122,11 +122,12 @@ class PatchwiseApp(MONAILabelApp):
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Regions by any registry name, listed or not."""
         name = str(request.get("strategy") or self.listed_methods[0])
-        try:
-            method = resolve(name)
-        except SPEAKING as error:
-            refuse(str(error), 404)
-        answer = self._strategy(method)(request, self.store)
+        if name != COMPOSE:
+            try:
+                resolve(name)
+            except SPEAKING as error:
+                refuse(str(error), 404)
+        answer = self._strategy(name)(request, self.store)
         return {**answer, "path": self.store.get_image_uri(answer["id"])} if answer else {}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
@@ -152,8 +153,9 @@ class PatchwiseApp(MONAILabelApp):
             "labelled_voxels": sum(region.voxels for _, region in regions),
         }
 
-    def _strategy(self, method: QueryMethod) -> QueryStrategy:
-        return QueryStrategy(method.name, method.summary, self.classes, self.options, self.segmenters, self.cache)
+    def _strategy(self, name: str) -> QueryStrategy:
+        description = "a combination without a name" if name == COMPOSE else resolve(name).summary
+        return QueryStrategy(name, description, self.classes, self.options, self.segmenters, self.cache)
 
     def _run(self, what: str, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""

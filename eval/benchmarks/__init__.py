@@ -28,4 +28,7 @@ def _lazily(module: str) -> Callable[[], list[Row]]:
     return run
 
 
-BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"query": _lazily("eval.benchmarks.query")}
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+    "query": _lazily("eval.benchmarks.query"),
+    "training": _lazily("eval.benchmarks.training"),
+}

@@ -15,6 +15,7 @@ from scipy import stats
 from lib.engine import PoolExhausted, PoolImage, select
 from lib.methods import MethodError, resolve
 from lib.regions import boxes_overlap
+from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams, pick_streams
 from lib.selectors.greedy import best_boxes
 from lib.selectors.noise import power, softrank
 from lib.uncertainty import UNCERTAINTIES, Moments
@@ -103,6 +104,48 @@ def test_published_query_stage(shared: Path, run: str) -> None:
             chosen = sorted(kept, key=lambda c: -c[2])[:query]
         np.testing.assert_array_equal([s for _, s, _ in chosen], golden[f"{method}__sel_coords"], err_msg=method)
         assert [f"{i}.nii.gz" for i, _, _ in chosen] == golden[f"{method}__sel_file"].tolist()
+
+
+BETAS = {
+    "class_pe66": None, "class_pe33": None, "class_power_pe66": 1.0, "class_power_pe66_exp": 10**0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", ["s1", "s2", "s122"])
+@pytest.mark.parametrize("method", BETAS)
+def test_published_class_stratified_stage(shared: Path, run: str, method: str) -> None:
+    folder = shared / "reference/nnactive/golden"
+    inputs, golden = np.load(folder / "cd_inputs.npz"), np.load(folder / f"cd_query_{run}.npz")
+    config = json.loads(str(golden["config"]))
+    stride = config["agg_stride"]
+    stride = tuple(stride) if isinstance(stride, list) else (stride,) * 3
+    ratio, query, per_image = float(resolve(method).options["ratio"]), config["query_size"], config["n_patch_per_image"]
+    rng = np.random.default_rng(int(inputs["seed"]))
+    streams: dict[int, list] = {1: [], 2: [], ALL: []}
+    for image in map(str, inputs["image_order"]):
+        moments = Moments.from_members(inputs[f"probs_{image}"])
+        size = tuple(min(6, n) for n in moments.shape[1:])
+        grids = {c: box_mean(moments.class_entropy(c), size, stride).astype(np.float64) for c in (1, 2, ALL)}
+        if BETAS[method]:
+            grids = {c: power(g, BETAS[method], rng) for c, g in grids.items()}
+        taken = [
+            (tuple(map(int, c)), tuple(map(int, s)))
+            for f, c, s in zip(inputs["ann_file"], inputs["ann_coords"], inputs["ann_size"], strict=True)
+            if f == image
+        ]
+        found = pick_streams(grids, size, stride, taken, image_limits(per_image, ratio, [1, 2]), rng)
+        for stream, boxes in found.items():
+            streams[stream] += [(score, (image, start)) for start, score in boxes]
+    for stream, kept in streams.items():
+        np.testing.assert_array_equal([s for _, (_, s) in kept], golden[f"{method}__top_cls{stream}_coords"])
+        np.testing.assert_allclose(
+            [u for u, _ in kept], golden[f"{method}__top_cls{stream}_score"], atol=2e-6, rtol=2e-5
+        )
+    chosen, lacking = merge_streams(streams, allot(query, ratio, [1, 2], rng))
+    assert not lacking
+    mine = sorted((f"{image}.nii.gz", tuple(start)) for _, (image, start) in chosen)
+    published = zip(golden[f"{method}__sel_file"], golden[f"{method}__sel_coords"], strict=True)
+    assert mine == sorted((str(f), tuple(int(v) for v in c)) for f, c in published)
 
 
 def test_greedy_picks_of_the_engine_are_the_published_ones(shared: Path) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 
 from lib.pool import Ask, Candidate, Evidence, Pick, PoolExhausted, PoolImage
 from lib.pool_random import select_precomputed, select_random
-from lib.pool_scored import select_scored
+from lib.pool_scored import select_classes, select_peaks, select_scored, select_volumes
+from lib.pool_units import (
+    select_by_features,
+    select_by_gradients,
+    select_diverse,
+    select_stochastic,
+    select_stratified,
+    select_strided,
+)
 from lib.regions import triple
 from lib.registry_schema import MethodError, QueryMethod
 
@@ -25,6 +33,20 @@ _STAGES: dict[str, _Stage] = {
     "greedy": select_scored,
     "power": select_scored,
     "softrank": select_scored,
+    "class_stratified": select_classes,
+    "peaks": select_peaks,
+    "masked_volume": select_volumes,
+    "stochastic_batch": select_stochastic,
+    "stratified": lambda ask, pool, evidence: select_stratified(ask, pool),
+    "strided": select_strided,
+    "strided_uncertainty": select_strided,
+    "core_set": select_by_features,
+    "cluster": select_by_features,
+    "distance": select_by_features,
+    "typiclust": select_by_features,
+    "kmeans_plus_plus": select_by_gradients,
+    "usim": select_by_gradients,
+    "diverse_top": select_diverse,
     "random": select_random,
     "random_fg": select_random,
     "random_fg_predicted": select_random,
@@ -81,6 +103,8 @@ def _check(ask: Ask, images: Sequence[PoolImage], evidence: Evidence | None) -> 
         raise MethodError(f"size and stride must be one voxel or more, found {ask.size} and {ask.stride}")
     if ask.method.unit == "patch" and ask.size is None and ask.method.selector != "precomputed":
         raise MethodError(f"{ask.method.name} asks for patches: give their size in voxels or millimetres")
+    if "features" in ask.method.needs and ask.method.posterior is None and evidence is None:
+        raise MethodError(f"{ask.method.name} needs features of the images and there are none: use random")
     if ask.method.posterior is not None and evidence is None:
         raise MethodError(f"{ask.method.name} needs a trained model and there is none yet: train first, or use random")
     if ask.axis not in (0, 1, 2):

@@ -145,6 +145,18 @@ class QueryLedger:
             boxes.setdefault(row["image"], []).append(to_region(row))
         return boxes
 
+    def answered_regions(self) -> dict[str, list[Region]]:
+        """Regions that are annotated, by image."""
+        boxes: dict[str, list[Region]] = {}
+        with self._connect() as connection:
+            rows = connection.execute(
+                "SELECT answers.image, answered.* FROM answered JOIN answers ON answers.id = answered.answer"
+                " WHERE answers.active = 1 ORDER BY answers.id"
+            ).fetchall()
+        for row in rows:
+            boxes.setdefault(row["image"], []).append(to_region(row))
+        return {image: list(dict.fromkeys(regions)) for image, regions in boxes.items()}
+
     def open_queries(self, image: str | None = None, client: str | None = None) -> list[Query]:
         """Leased regions, of one image and one client where given."""
         clauses, values = ["status = 'open'"], []

@@ -21,6 +21,7 @@ from lib.posterior import Ensemble
 from lib.training.recipe import Bundle, Recipe
 
 KEPT_TRAININGS = 2
+QUERY_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class ModelStore:
         """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
         networks = []
         for member in range(int(model.facts["members"])):
-            network = bundle.network(len(model.facts["classes"]))
+            # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
+            network = bundle.network(len(model.facts["classes"]), dropout=QUERY_DROPOUT)
             path = self.member_path(model.digest, member)
             network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
             networks.append(network)

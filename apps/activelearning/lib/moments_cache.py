@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,13 +22,12 @@ from lib.datastore import PartialLabelDatastore
 from lib.files import text_digest, write_atomic
 from lib.images import load_image
 from lib.models import Model
-from lib.posterior import Ensemble
+from lib.posterior import DEEP_ENSEMBLE, Ensemble, PosteriorSpec
 from lib.uncertainty import Moments
 
 logger = logging.getLogger(__name__)
 
 QUERY_OVERLAP = 0.25
-POSTERIOR_OPTIONS = {"posterior": "ensemble", "overlap": QUERY_OVERLAP}
 
 
 class MomentsCache:
@@ -44,38 +44,45 @@ class MomentsCache:
         self.datastore = datastore
         self.keep = keep
 
-    def path(self, model: Model, image: str) -> Path:
+    def path(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> Path:
         """File of one image's moments."""
-        key = text_digest(self.datastore.image_digest(image), POSTERIOR_OPTIONS)
+        key = text_digest(self.datastore.image_digest(image), asdict(spec), QUERY_OVERLAP)
         return self.root / model.digest[:16] / f"{key[:32]}.npz"
 
-    def missing(self, model: Model, images: Sequence[str]) -> list[str]:
-        """Images whose moments for this model are not cached."""
-        return [image for image in images if not self.path(model, image).is_file()]
+    def missing(self, model: Model, images: Sequence[str], spec: PosteriorSpec = DEEP_ENSEMBLE) -> list[str]:
+        """Images whose moments for this model and posterior are not cached."""
+        return [image for image in images if not self.path(model, image, spec).is_file()]
 
-    def load(self, model: Model, image: str) -> Moments:
+    def load(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> Moments:
         """Moments of one image.
 
         Raises:
             FileNotFoundError: not scored with this model.
         """
-        with np.load(self.path(model, image)) as arrays:
+        with np.load(self.path(model, image, spec)) as arrays:
             return Moments.from_arrays(dict(arrays))
 
     def fill(
-        self, model: Model, ensemble: Callable[[], Ensemble], images: Sequence[str], report: Callable[[int, int], None]
+        self,
+        model: Model,
+        ensemble: Callable[[], Ensemble],
+        images: Sequence[str],
+        report: Callable[[int, int], None],
+        spec: PosteriorSpec = DEEP_ENSEMBLE,
     ) -> int:
         """Computes what is missing and removes the moments of older models; how many images were computed.
 
         Each image is read once. Files appear whole, so a scorer that was killed goes on with the next image.
         """
-        missing = self.missing(model, images)
+        missing = self.missing(model, images, spec)
         loaded = ensemble() if missing else None
         for done, image in enumerate(tqdm(missing, desc="scoring", unit="image", mininterval=5, disable=None), start=1):
             assert loaded is not None, "an ensemble is loaded whenever an image is missing"
             volume = load_image(self.datastore.image_path(image))
-            arrays = Moments.from_members(loaded.members(volume, QUERY_OVERLAP)).to_arrays()
-            write_atomic(self.path(model, image), partial(_save, arrays))
+            # Dropout and views follow from the image alone, whatever the order in which the pool is scored.
+            seed = int(self.datastore.image_digest(image)[:8], 16)
+            arrays = Moments.from_members(loaded.members(volume, QUERY_OVERLAP, spec, seed)).to_arrays()
+            write_atomic(self.path(model, image, spec), partial(_save, arrays))
             report(done, len(missing))
         self._prune(model)
         return len(missing)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lib.methods import QueryMethod
 from lib.randomness import child_rng
 from lib.regions import Box, Triple, boxes_overlap, triple
+from lib.registry_schema import MethodError, QueryMethod
 from lib.uncertainty import Moments
 from lib.units import unit_size
 
@@ -40,6 +40,32 @@ class Evidence(Protocol):
 
     def moments(self, image: str) -> Moments:
         """Moments of the posterior on the grid of the stored image."""
+        ...
+
+
+@runtime_checkable
+class FeatureEvidence(Protocol):
+    """What methods that need "features" read besides."""
+
+    def features(self, image: str, boxes: Sequence[Box]) -> NDArray[np.floating]:
+        """One feature vector a box, (N, D); what they are made of is the same for all images."""
+        ...
+
+    def labelled_features(self) -> NDArray[np.floating]:
+        """Features of the regions annotated so far, (L, D); L may be 0."""
+        ...
+
+
+@runtime_checkable
+class GradientEvidence(Protocol):
+    """What methods that need "gradients" read besides."""
+
+    def gradients(self, image: str, boxes: Sequence[Box], layer: str) -> NDArray[np.floating]:
+        """One gradient a box, (N, P), of the pseudo-label log likelihood with respect to the weights of `layer`."""
+        ...
+
+    def class_frequencies(self) -> NDArray[np.floating]:
+        """Per class, the sum over annotated images of the share of their voxels labelled so, (C,)."""
         ...
 
 
@@ -102,6 +128,28 @@ class Ask:
     def box_size(self, image: PoolImage) -> Triple:
         """Size of this query's unit in `image`."""
         return unit_size(self.method.unit, image.shape, self.size, self.axis)
+
+
+def with_features(evidence: Evidence, ask: Ask) -> FeatureEvidence:
+    """`evidence`, known to offer features.
+
+    Raises:
+        MethodError: it offers none.
+    """
+    if not isinstance(evidence, FeatureEvidence):
+        raise MethodError(f"{ask.method.name} needs features of the network and this model offers none: use power_pe")
+    return evidence
+
+
+def with_gradients(evidence: Evidence, ask: Ask) -> GradientEvidence:
+    """`evidence`, known to offer gradients.
+
+    Raises:
+        MethodError: it offers none.
+    """
+    if not isinstance(evidence, GradientEvidence):
+        raise MethodError(f"{ask.method.name} needs gradients of the network and this model offers none: use power_pe")
+    return evidence
 
 
 @dataclass(frozen=True)

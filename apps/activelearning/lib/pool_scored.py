@@ -7,17 +7,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from lib.pool import Ask, Candidate, Evidence, Pick, PoolImage, class_shares, picks_from
+from lib.regions import Triple, triple
 from lib.registry_schema import MethodError
-from lib.selectors.greedy import best_boxes
-from lib.selectors.noise import power, softrank
+from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams, pick_streams
+from lib.selectors.greedy import best_boxes, open_grid
+from lib.selectors.noise import beta_at, power, softrank
+from lib.selectors.peaks import ranked_slices
+from lib.selectors.random_regions import BACKGROUND
 from lib.uncertainty import UNCERTAINTIES, Moments
-from lib.units import unit_grid
+from lib.units import unit_grid, volume_mean
 
 
 def moments_of(image: PoolImage, evidence: Evidence) -> Moments:
@@ -71,8 +76,7 @@ def image_candidates(
     """
     moments = moments_of(image, evidence)
     size, stride = ask.box_size(image), ask.stride
-    assert ask.method.uncertainty is not None
-    grid = unit_grid(UNCERTAINTIES[ask.method.uncertainty](moments), size, stride)
+    grid = unit_grid(score_map(ask, moments), size, stride)
     utilities = utility_of(ask, grid, image)
     found = []
     for start, utility in best_boxes(utilities, size, stride, image.taken, limit, floor):
@@ -82,11 +86,118 @@ def image_candidates(
     return found
 
 
+def score_map(ask: Ask, moments: Moments) -> NDArray[np.float32]:
+    """The method's uncertainty at every voxel, (X, Y, Z)."""
+    assert ask.method.uncertainty is not None, "a method that ranks has an uncertainty"
+    return UNCERTAINTIES[ask.method.uncertainty](moments)
+
+
 def utility_of(ask: Ask, grid: NDArray[np.float32], image: PoolImage) -> NDArray[np.floating]:
     """What the selection ranks by: the scores themselves, or the scores with power noise."""
     if ask.method.selector == "power":
         return power(grid, float(ask.option("beta")), ask.rng("noise", image.id))
     return grid
+
+
+def select_classes(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
+    """Class-stratified selection: streams U_c = uncertainty * mean_c for every foreground class and one for all.
+
+    Beta follows the schedule over rounds (round 1 asks with its first value). What a class lacks is filled from the
+    other streams and told in the reason (ClaSP PE; nnActive, section 4.4).
+    """
+    ratio, names = float(ask.option("ratio")), {value: name for name, value in ask.labels.items()}
+    streams = _pool_streams(ask, pool, evidence, ratio, limited=True)
+    if sum(map(len, streams.values())) < ask.n and ask.n_per_image is None:
+        streams = _pool_streams(ask, pool, evidence, ratio, limited=False)
+    quotas = allot(ask.n, ratio, sorted(s for s in streams if s != ALL), ask.rng("quotas"))
+    chosen, lacking = merge_streams(streams, quotas)
+    told = {"lacking": {names.get(s, str(s)): n for s, n in lacking.items()}} if lacking else {}
+    labelled = []
+    for stream, c in chosen:
+        name = "all" if stream == ALL else names.get(stream, str(stream))
+        reason = {**c.reason, "stream": name, **told}
+        labelled.append(Candidate(c.image, c.start, c.size, c.score, c.utility, reason))
+    return picks_from(ask, labelled)
+
+
+def _pool_streams(
+    ask: Ask, pool: Sequence[PoolImage], evidence: Evidence, ratio: float, limited: bool
+) -> dict[int, list[tuple[float, Candidate]]]:
+    """The n best of every stream over the pool; not `limited`, one image may give a whole batch to any stream."""
+    background, streams = ask.labels.get(BACKGROUND, 0), dict[int, list[tuple[float, Candidate]]]()
+    for image in pool:
+        moments = moments_of(image, evidence)
+        classes = [c for c in range(moments.shape[0]) if c != background]
+        limits = image_limits(ask.per_image, ratio, classes)
+        if not limited:
+            limits = dict.fromkeys(limits, ask.n)
+        for stream, found in _streams(ask, image, moments, limits).items():
+            kept = streams.setdefault(stream, [])
+            kept += [(c.utility, c) for c in found]
+            streams[stream] = sorted(kept, key=lambda item: -item[0])[: ask.n]
+    return streams
+
+
+def _streams(ask: Ask, image: PoolImage, moments: Moments, limits: Mapping[int, int]) -> dict[int, list[Candidate]]:
+    size, stride, score = ask.box_size(image), ask.stride, score_map(ask, moments)
+    maps = {s: score if s == ALL else score * moments.mean_of(s) for s in limits}
+    grids = {s: unit_grid(m, size, stride) for s, m in maps.items()}
+    utilities: dict[int, NDArray[np.floating]] = dict(grids)
+    if ask.option("schedule") != "none":
+        beta = _beta(ask)
+        utilities = {c: power(g, beta, ask.rng("noise", image.id, c)) for c, g in grids.items()}
+    picked = pick_streams(utilities, size, stride, image.taken, limits, ask.rng("order", image.id))
+    found: dict[int, list[Candidate]] = {}
+    for stream, boxes in picked.items():
+        for start, utility in boxes:
+            reason = {"predicted": class_shares(moments, (start, size), ask.labels)}
+            x, y, z = (a // s for a, s in zip(start, stride, strict=True))
+            score_here = float(grids[stream][x, y, z])
+            found.setdefault(stream, []).append(Candidate(image.id, start, size, score_here, utility, reason))
+        found.setdefault(stream, [])
+    return found
+
+
+def _beta(ask: Ask) -> float:
+    rounds = ask.rounds_total or int(ask.option("rounds"))
+    first, last = float(ask.option("beta")), float(ask.option("beta_last"))
+    return beta_at(str(ask.option("schedule")), ask.round - 1, rounds, first, last)
+
+
+def select_peaks(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
+    """Slices at the peaks of each image's profile, the highest of the pool; other slices when peaks run short (USS)."""
+    distance, found = int(ask.option("distance")), list[tuple[int, Candidate]]()
+    for image in pool:
+        moments = moments_of(image, evidence)
+        size = ask.box_size(image)
+        grid = unit_grid(score_map(ask, moments), size)
+        taken = ~np.isfinite(open_grid(grid, size, (1, 1, 1), image.taken)).ravel()
+        order, tiers = ranked_slices(grid.ravel(), taken, distance)
+        for i, tier in zip(order[: ask.per_image], tiers, strict=False):
+            start: Triple = triple(int(i) if a == ask.axis else 0 for a in range(3))
+            reason = {"peak": bool(tier == 0), "predicted": class_shares(moments, (start, size), ask.labels)}
+            score = float(grid.ravel()[i])
+            found.append((int(tier), Candidate(image.id, start, size, score, score, reason)))
+        found = sorted(found, key=lambda entry: (entry[0], -entry[1].utility))[: ask.n + 1]
+    chosen = [c for _, c in found]
+    return picks_from(ask, chosen[: ask.n], chosen[ask.n] if len(chosen) > ask.n else None)
+
+
+def select_volumes(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
+    """Whole volumes by their mean uncertainty inside the predicted foreground, dilated by a box (UVS).
+
+    An image without predicted foreground counts with the mean over all of it.
+    """
+    width, background, found = int(ask.option("dilation")), ask.labels.get(BACKGROUND, 0), list[Candidate]()
+    for image in pool:
+        if image.taken:
+            continue
+        moments = moments_of(image, evidence)
+        mask = ndimage.maximum_filter((moments.predicted() != background).astype(np.uint8), width, mode="constant")
+        score = volume_mean(score_map(ask, moments), mask)
+        reason = {"predicted": class_shares(moments, ((0, 0, 0), image.shape), ask.labels)}
+        found = best([*found, Candidate(image.id, (0, 0, 0), image.shape, score, score, reason)], ask.n + 1)
+    return picks_from(ask, found[: ask.n], found[ask.n] if len(found) > ask.n else None)
 
 
 def best(candidates: Sequence[Candidate], n: int) -> list[Candidate]:

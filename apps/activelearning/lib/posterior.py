@@ -3,13 +3,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Who predicts: an ensemble of networks whose members' class probabilities are streamed, one at a time."""
+"""Who predicts: ensemble members, dropout passes and augmented views, their probabilities streamed one at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,10 +23,45 @@ from lib.images import Volume
 from lib.regions import Triple
 from lib.training.cases import network_image, to_grid
 from lib.training.trainer import autocast_type
+from lib.views import View, identity, views
 
 # An image up to this many times the training crop goes through the network whole: one window instead of overlapping
 # ones, which for small scans saves most of the work.
 WHOLE_IMAGE_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class PosteriorSpec:
+    """Which predictions a posterior is made of: a product of its factors.
+
+    `ensemble` takes every member (otherwise the first), `passes` repeats each with dropout of rate `dropout`, and test
+    time augmentation adds mirrored and turned views.
+    """
+
+    ensemble: bool = True
+    passes: int = 0
+    dropout: float = 0.0
+    tta: bool = False
+    flips: bool = False
+    rotations: int = 0
+    noise: float = 0.0
+
+    @classmethod
+    def of(cls, factors: Sequence[str], options: Mapping[str, Any]) -> PosteriorSpec:
+        """From the factors of a method ("ensemble", "mc_dropout", "tta", "single") and its options."""
+        dropout, tta = "mc_dropout" in factors, "tta" in factors
+        return cls(
+            ensemble="ensemble" in factors,
+            passes=int(options["passes"]) if dropout else 0,
+            dropout=float(options["dropout"]) if dropout else 0.0,
+            tta=tta,
+            flips=bool(options["flips"]) if tta else False,
+            rotations=int(options["rotations"]) if tta else 0,
+            noise=float(options["noise"]) if tta else 0.0,
+        )
+
+
+DEEP_ENSEMBLE = PosteriorSpec()
 
 
 class Ensemble:
@@ -52,14 +89,34 @@ class Ensemble:
         self.spacing = spacing
         self.device = device
 
-    def members(self, volume: Volume, overlap: float = 0.25) -> Iterator[NDArray[np.float32]]:
-        """Softmax probabilities (C, X, Y, Z) of each member on the stored grid of the image.
+    def members(
+        self, volume: Volume, overlap: float = 0.25, spec: PosteriorSpec = DEEP_ENSEMBLE, seed: int = 0
+    ) -> Iterator[NDArray[np.float32]]:
+        """Softmax probabilities (C, X, Y, Z) of each prediction of the posterior, on the stored grid of the image.
 
-        Sliding window with Gaussian weights; `overlap` 0.25 is nnActive's tile step of 0.75 for queries.
+        Sliding window with Gaussian weights; `overlap` 0.25 is nnActive's tile step of 0.75 for queries. Dropout and
+        views are drawn from `seed`; every network sees the same views.
         """
         image = network_image(volume, self.spacing).to(self.device)
-        for network in self.networks:
-            probs = torch.softmax(to_grid(self._logits(network, image, overlap), volume.shape), dim=0)
+        for number, network in enumerate(self.networks if spec.ensemble else self.networks[:1]):
+            for pass_ in range(max(1, spec.passes)):
+                with _dropout(network, spec.dropout if spec.passes else None, seed + 1000 * number + pass_):
+                    yield from self._views(network, image, volume.shape, overlap, spec, seed)
+
+    def _views(
+        self, network: nn.Module, image: Tensor, shape: Triple, overlap: float, spec: PosteriorSpec, seed: int
+    ) -> Iterator[NDArray[np.float32]]:
+        rng = np.random.default_rng(seed)
+        chosen: Sequence[View] = list(views(spec.flips, spec.rotations, spec.noise, rng)) if spec.tta else [identity()]
+        plain: Tensor | None = None
+        for view in chosen:
+            logits, kept = view.inverse(self._logits(network, view.forward(image), overlap))
+            probs = torch.softmax(to_grid(logits, shape), dim=0)
+            plain = probs if plain is None else plain
+            if kept is not None:
+                # What a view did not hold says nothing, so there it repeats the prediction of the image itself.
+                seen = to_grid(kept[None].float(), shape)[0] > 0.5
+                probs = torch.where(seen, probs, plain)
             yield probs.cpu().numpy()
 
     def mean(self, volume: Volume, overlap: float = 0.5) -> NDArray[np.float32]:
@@ -89,3 +146,24 @@ class Ensemble:
             )
         assert isinstance(logits, Tensor)
         return logits[0].float()
+
+
+@contextmanager
+def _dropout(network: nn.Module, rate: float | None, seed: int) -> Iterator[None]:
+    """Dropout switched on at `rate` inside of the block, drawn from `seed`; None changes nothing."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Dropout | nn.Dropout2d | nn.Dropout3d)]
+    if rate is None:
+        yield
+        return
+    before = [layer.p for layer in layers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in layers:
+            layer.p = rate
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer, p in zip(layers, before, strict=True):
+                layer.p = p
+                layer.eval()

@@ -14,9 +14,12 @@ from typing import Any
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from lib.datastore import PartialLabelDatastore
+from lib.evidence import spec_of
 from lib.errors import refuse, speaking_errors
 from lib.inference import SegmentationTask
+from lib.methods import resolve
 from lib.moments_cache import MomentsCache
+from lib.posterior import DEEP_ENSEMBLE, PosteriorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class MomentsScoring(ScoringMethod):
         self.cache = cache
 
     def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any]:
-        """Scores the pool with bundle `model` (default: the first one).
+        """Scores the pool with bundle `model` (default: the first one) for the posterior of `query_method`.
 
         Raises:
             HTTPException: 4xx: unknown model, nothing trained yet, an empty pool, an unreadable image (named).
@@ -47,9 +50,20 @@ class MomentsScoring(ScoringMethod):
             refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
         started = time.time()
         with speaking_errors():
-            computed = self.cache.fill(model, segmenter.ensemble, images, _log)
+            spec = _spec(request)
+            computed = self.cache.fill(model, segmenter.ensemble, images, _log, spec)
         seconds = round(time.time() - started, 2)
         return {"model": model.digest, "round": model.round, "images": len(images), "computed": computed, "s": seconds}
+
+
+def _spec(request: dict[str, Any]) -> PosteriorSpec:
+    """The posterior of `query_method` with its options, or of `posterior`; the deep ensemble without either."""
+    method = request.get("query_method") or request.get("posterior")
+    if method is None:
+        return DEEP_ENSEMBLE
+    known = {k: v for k, v in request.items() if k not in ("method", "query_method", "model", "gpus")}
+    resolved = resolve(str(request.get("query_method") or "predictive_entropy"), known)
+    return spec_of(resolved)
 
 
 def _log(done: int, total: int) -> None:

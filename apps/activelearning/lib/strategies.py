@@ -21,18 +21,20 @@ from lib.annotations import ANONYMOUS
 from lib.datastore import PartialLabelDatastore
 from lib.engine import PoolExhausted, PoolImage, select
 from lib.errors import refuse, speaking_errors
+from lib.evidence import DescriptorEvidence, ModelEvidence, spec_of
 from lib.images import image_geometry
 from lib.inference import SegmentationTask
 from lib.ledger_records import Asked, Query
-from lib.methods import QueryMethod, resolve
+from lib.methods import QueryMethod, compose, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
 from lib.options import AppOptions, problems
 from lib.regions import Region, Triple, millimetres_to_voxels
 from lib.registry import RECOMMENDED, REGISTRY
-from lib.uncertainty import Moments
 
 logger = logging.getLogger(__name__)
+
+COMPOSE = "compose"
 
 
 class QueryRequest(BaseModel):
@@ -55,17 +57,6 @@ class QueryRequest(BaseModel):
     n_per_image: int | None = Field(default=None, ge=1)
     hints: list[dict[str, Any]] = Field(default_factory=list)
     regions: list[dict[str, Any]] = Field(default_factory=list)
-
-
-class CachedEvidence:
-    """What the engine may ask about an image, answered from the moments cache."""
-
-    def __init__(self, cache: MomentsCache, model: Model) -> None:
-        self.cache = cache
-        self.model = model
-
-    def moments(self, image: str) -> Moments:
-        return self.cache.load(self.model, image)
 
 
 class QueryStrategy(Strategy):
@@ -97,7 +88,7 @@ class QueryStrategy(Strategy):
             HTTPException: 4xx with a sentence.
         """
         with speaking_errors():
-            method = resolve(self.method, request)
+            method = compose(request) if self.method == COMPOSE else resolve(self.method, request)
             wanted = _parse(request)
             datastore.ledger.expire()
             note, queries = self._queries(method, wanted, datastore)
@@ -142,7 +133,7 @@ class QueryStrategy(Strategy):
             picks = select(
                 method,
                 pool,
-                self._evidence(model, pool) if method.posterior else None,
+                self._evidence(method, wanted, model, pool, datastore),
                 wanted.batch or self.options.batch,
                 size=size,
                 seed=wanted.seed,
@@ -184,16 +175,26 @@ class QueryStrategy(Strategy):
             )
         return model
 
-    def _evidence(self, model: Model | None, pool: Sequence[PoolImage]) -> CachedEvidence:
-        assert model is not None, "a method with a posterior was refused without a model"
-        missing = self.cache.missing(model, [image.id for image in pool])
+    def _evidence(
+        self,
+        method: QueryMethod,
+        wanted: QueryRequest,
+        model: Model | None,
+        pool: Sequence[PoolImage],
+        datastore: PartialLabelDatastore,
+    ) -> ModelEvidence | DescriptorEvidence:
+        segmenter = self.segmenters[wanted.model or next(iter(self.segmenters))]
+        if model is None:
+            return DescriptorEvidence(datastore)
+        spec = spec_of(method)
+        missing = self.cache.missing(model, [image.id for image in pool], spec) if method.posterior else []
         if missing:
             refuse(
                 f"{len(missing)} of {len(pool)} images (first: {missing[0]}) have not been scored with the current "
-                "model; POST /scoring/predictive_entropy first",
+                f'model and posterior; POST /scoring/predictive_entropy {{"query_method": "{method.name}"}} first',
                 409,
             )
-        return CachedEvidence(self.cache, model)
+        return ModelEvidence(self.cache, model, spec, segmenter, datastore, self.classes)
 
     def _pool(self, datastore: PartialLabelDatastore) -> list[PoolImage]:
         taken = datastore.ledger.taken()

@@ -195,10 +195,14 @@ class Moments:
         top = np.partition(self.mean, self.shape[0] - 2, axis=0)[-2:]
         return np.asarray(np.clip(1 - (top[1] - top[0]), 0, None))
 
+    def mean_of(self, c: int) -> Array:
+        """Mean probability of class `c` (X, Y, Z)."""
+        return np.asarray(self._ready()[0][c] / np.float32(self.count))
+
     def class_entropy(self, c: int) -> Array:
         """U_c = predictive entropy * mean_c (X, Y, Z); c = -1 gives plain predictive entropy (ClaSP PE)."""
         entropy = self.predictive_entropy()
-        return entropy if c == -1 else np.asarray(entropy * (self._ready()[0][c] / np.float32(self.count)))
+        return entropy if c == -1 else np.asarray(entropy * self.mean_of(c))
 
     def predicted_fractions(self, box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
         """Share of the voxels of `box` for which each class is the most probable one, (C,)."""

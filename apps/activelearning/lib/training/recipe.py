@@ -35,6 +35,7 @@ class Recipe(BaseModel):
     clip: float = Field(gt=0, description="largest norm of the gradient")
     foreground: float = Field(ge=0, le=1, description="share of crops centred on foreground")
     mirror: tuple[int, ...] = Field(default=(0,), description="axes that may be flipped")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
     augment: bool = Field(default=True, description="whether crops are augmented")
 
 
@@ -72,6 +73,17 @@ class Bundle:
         for stride in self._config["strides"]:
             total = [t * s for t, s in zip(total, stride, strict=True)]
         return total[0], total[1], total[2]
+
+    def layers(self, what: str) -> list[str]:
+        """Names of the network's parts that serve as `bottleneck`, `bottleneck_weights`, `last_decoder` or `decoder`.
+
+        Raises:
+            RecipeError: the bundle names none, so methods on features or gradients cannot work with it.
+        """
+        found = self._config.get("layers", {}).get(what)
+        if not found:
+            raise RecipeError(f"bundle {self.name} names no layers for {what!r}; add them to configs/network.json")
+        return [found] if isinstance(found, str) else list(found)
 
     def network(self, classes: int, dropout: float | None = None) -> nn.Module:
         """A fresh network with `classes` foreground classes; MONAI's ConfigParser resolves `network_def`."""

@@ -189,7 +189,7 @@ class EnsembleTrainTask(TrainTask):
         # Networks draw their weights from torch's global generator; forking keeps the process as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0]) >> 1)
-            network = self.bundle.network(len(self.classes))
+            network = self.bundle.network(len(self.classes), recipe.dropout or None)
 
         def report(progress: Progress) -> None:
             done = (member + progress.step / progress.steps) / wanted.members

@@ -1,0 +1,71 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Pseudo labels for the slices between two annotated ones."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+KINDS = ("signed_distance", "morphological")
+_MORPHOLOGICAL = "itk-morphologicalcontourinterpolation"
+
+
+def interpolate(top: ArrayLike, bottom: ArrayLike, n: int, kind: str = "signed_distance") -> NDArray[np.generic] | None:
+    """Label slices between `top` and `bottom`, from the top, or None where a class does not overlap itself.
+
+    Each class in turn, in the order of its value; a later one overwrites. A class that is in neither slice stays away;
+    one whose two cross-sections share no pixel (or that is in one slice only) leaves the whole block without labels.
+    Signed distance: slice i of 1 .. n is [(1 - t) s(top) + t s(bottom) >= 0] with t = i / (n + 1) and
+    s = inside distance - outside distance + 0.5 in pixels (Burmeister 2022, section B.3). `kind="morphological"` needs
+    the optional package itk-morphologicalcontourinterpolation.
+
+    Shapes: top and bottom (X, Y) labels, 0 background -> (n, X, Y) of their type.
+
+    Raises:
+        ValueError: slices that differ in shape, n below zero, an unknown kind, or the optional package is missing.
+    """
+    first, last = np.asarray(top), np.asarray(bottom)
+    if first.shape != last.shape or first.ndim != 2:
+        raise ValueError(f"both slices must be planes of one shape, found {first.shape} and {last.shape}")
+    if n < 0:
+        raise ValueError(f"the number of slices between must be zero or more, found {n}")
+    if kind not in KINDS:
+        raise ValueError(f"pseudo labels are made by {' or '.join(KINDS)}, found {kind!r}")
+    found = np.zeros((n, *first.shape), dtype=np.result_type(first, last))
+    for value in np.union1d(np.unique(first), np.unique(last)):
+        if value == 0:
+            continue
+        a, b = first == value, last == value
+        if not (a & b).any():
+            return None
+        found[_between(a, b, n) if kind == "signed_distance" else _morphological(a, b, n)] = value
+    return found
+
+
+def signed_distance(mask: ArrayLike) -> NDArray[np.float64]:
+    """Distance to the background inside, minus distance to the mask outside, plus 0.5; in pixels, same shape."""
+    inside = np.asarray(mask, dtype=bool)
+    return np.asarray(ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside) + 0.5)
+
+
+def _between(a: NDArray[np.bool_], b: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
+    t = (np.arange(1, n + 1) / (n + 1))[:, None, None]
+    return np.asarray((1 - t) * signed_distance(a) + t * signed_distance(b) >= 0)
+
+
+def _morphological(a: NDArray[np.bool_], b: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
+    if importlib.util.find_spec("itk.itkMorphologicalContourInterpolatorPython") is None:
+        raise ValueError(f"morphological pseudo labels need a package that is missing: pip install {_MORPHOLOGICAL}")
+    import itk
+
+    volume = np.zeros((n + 2, *a.shape), np.uint8)
+    volume[0], volume[-1] = a, b
+    filled = itk.morphological_contour_interpolator(itk.image_from_array(volume))
+    return np.asarray(itk.array_from_image(filled)[1:-1] > 0)

@@ -1,0 +1,133 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""One training step against the usual way: MONAI dictionary transforms over a CacheDataset, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from monai.losses import DiceCELoss
+from monai.transforms import (
+    Compose,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandGaussianNoised,
+    RandRotated,
+    RandScaleIntensityd,
+    RandZoomd,
+    SpatialPadd,
+)
+from torch import Tensor, nn
+
+from eval.benchmarks import Row
+from eval.benchmarks.timing import ratio
+from lib.training.cases import TrainingCase
+from lib.training.loss import PartialDiceCELoss
+from lib.training.recipe import Bundle, Recipe
+from lib.training.trainer import CropStream, autocast_type
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation_dynunet_3d"
+SHAPE = (36, 50, 35)
+CASES = 8
+
+
+def run() -> list[Row]:
+    """Rows of the training side."""
+    rng = np.random.default_rng(0)
+    images = [rng.normal(size=SHAPE).astype(np.float32) for _ in range(CASES)]
+    labels = [(rng.random(SHAPE) < 0.05).astype(np.uint8) * rng.integers(1, 3, SHAPE).astype(np.uint8) for _ in images]
+    bundle = Bundle(BUNDLE)
+    recipe = bundle.recipe({})
+    return [step_row(bundle, recipe, images, labels), data_row(recipe, images, labels)]
+
+
+def step_row(bundle: Bundle, recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]) -> Row:
+    """A whole step, data included, of the same network: this project's trainer against the usual one."""
+    mine, plain = our_batches(recipe, images, labels), monai_batches(recipe, images, labels)
+    half = autocast_type(torch.device("cpu"))
+    kind = "bf16" if half else "fp32: no native bf16 here"
+    usual = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    return ratio(
+        f"training step with data ({kind})",
+        _stepper(bundle.network(2), mine, PartialDiceCELoss(), half),
+        _stepper(bundle.network(2), plain, usual, None),
+        1.0,
+        5,
+        5,
+    )
+
+
+def data_row(recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]) -> Row:
+    """The batch alone: crops and augmentation."""
+    ours, plain = our_batches(recipe, images, labels), monai_batches(recipe, images, labels)
+    return ratio("batch of augmented crops", ours, plain, 1.0, 9, 9)
+
+
+def our_batches(
+    recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    cases = [
+        TrainingCase(str(i), torch.from_numpy(image)[None], torch.from_numpy(label))
+        for i, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    return CropStream(cases, recipe, np.random.default_rng(0)).next
+
+
+def monai_batches(
+    recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The same kinds of change, as a MONAI training script would write them."""
+    keys, mode = ("image", "label"), ("bilinear", "nearest")
+    angle = float(np.deg2rad(15))
+    augment = Compose(
+        [
+            SpatialPadd(keys, recipe.patch),
+            RandCropByPosNegLabeld(keys, "label", recipe.patch, pos=1, neg=2),
+            RandRotated(keys, angle, angle, angle, prob=0.5, mode=mode),
+            RandZoomd(keys, prob=0.5, min_zoom=0.82, max_zoom=1.22, mode=("trilinear", "nearest")),
+            RandFlipd(keys, prob=0.5, spatial_axis=0),
+            RandScaleIntensityd("image", factors=0.25, prob=0.5),
+            RandGaussianNoised("image", prob=0.5, std=0.1),
+        ]
+    )
+    items = [
+        {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)[None]}
+        for image, label in zip(images, labels, strict=True)
+    ]
+    dataset = CacheDataset(items, augment, progress=False)
+    order = np.random.default_rng(0)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        # RandCropByPosNegLabeld answers a list of crops an item, here of one.
+        drawn = [dataset[int(i)][0] for i in order.integers(len(dataset), size=recipe.batch)]
+        image, label = (torch.stack([item[key].as_tensor() for item in drawn]) for key in keys)
+        return image, label
+
+    return batch
+
+
+def _stepper(
+    network: nn.Module, batches: Callable[[], tuple[Tensor, Tensor]], loss_function: nn.Module, half: torch.dtype | None
+) -> Callable[[], float]:
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    network.train()
+
+    def step() -> float:
+        images, labels = batches()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None):
+            logits = network(images)
+        loss = loss_function(logits.float(), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 12.0)
+        optimiser.step()
+        return float(loss.detach())
+
+    return step

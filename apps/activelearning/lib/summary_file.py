@@ -18,12 +18,13 @@ from typing import Any
 from fastapi import HTTPException
 
 from lib.pool import Candidate
+from lib.regions import triple
 from lib.summaries import Head, Summary
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS summaries (
     key TEXT NOT NULL, image TEXT NOT NULL, digest TEXT NOT NULL, taken TEXT NOT NULL,
-    best REAL NOT NULL, ceiling REAL NOT NULL, candidates TEXT NOT NULL, PRIMARY KEY (key, image)
+    best REAL NOT NULL, ceiling REAL NOT NULL, content TEXT NOT NULL, PRIMARY KEY (key, image)
 ) WITHOUT ROWID
 """
 
@@ -75,17 +76,21 @@ class SummaryFile:
         """
         with self._connect() as connection:
             row = connection.execute(
-                "SELECT taken, best, ceiling, candidates FROM summaries WHERE key = ? AND image = ?", (key, image)
+                "SELECT taken, best, ceiling, content FROM summaries WHERE key = ? AND image = ?", (key, image)
             ).fetchone()
         if row is None:
             raise KeyError(image)
-        taken, best, ceiling, candidates = row
-        return Summary(Head(taken, best, ceiling), tuple(_candidate(c) for c in json.loads(candidates)))
+        taken, best, ceiling, text = row
+        content = json.loads(text)
+        boxes = tuple((triple(start, "start"), triple(size)) for start, size in content["taken"])
+        candidates = tuple(_candidate(c) for c in content["candidates"])
+        return Summary(Head(taken, best, ceiling), boxes, candidates, bool(content["complete"]))
 
     def save(self, key: str, image: str, summary: Summary) -> None:
         """Keep a summary in place of an older one."""
-        text = json.dumps([asdict(c) for c in summary.candidates])
         head = summary.head
+        candidates = [asdict(c) for c in summary.candidates]
+        text = json.dumps({"taken": summary.taken, "candidates": candidates, "complete": summary.complete})
         with self._connect() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO summaries VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -94,5 +99,5 @@ class SummaryFile:
 
 
 def _candidate(content: dict[str, Any]) -> Candidate:
-    start, size = (tuple(content.pop(name)) for name in ("start", "size"))
+    start, size = triple(content.pop("start"), "start"), triple(content.pop("size"))
     return Candidate(start=start, size=size, **content)

@@ -96,6 +96,12 @@ def _methods(options: argparse.Namespace) -> None:
         sys.stdout.write(f"{row['name']:<28} {row.get('summary', '')}\n")
 
 
+def _gallery(options: argparse.Namespace) -> None:
+    from eval.gallery import write_gallery
+
+    sys.stdout.write(f"gallery: {write_gallery(options.out)}\n")
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from eval.doctor import findings
 
@@ -139,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true")
     methods = add("methods", _methods, "list the query methods")
     methods.add_argument("--json", action="store_true")
+    gallery = add("gallery", _gallery, "draw what every method picks on the same phantom posterior")
+    gallery.add_argument("--out", type=Path, default=Path("gallery.html"), help="the page to write")
     add("doctor", _doctor, "check the installation")
     return parser
 

@@ -154,7 +154,9 @@ class Cell:
             "test": self._test,
         }
         for step in STEPS:
-            if self.state.get(round_, step) is not None:
+            # Scoring is repeated before a query that was not finished: cached moments cost nothing, missing ones all.
+            done = "query" if step == "score" else step
+            if self.state.get(round_, done) is not None:
                 continue
             self._watch()
             self.notice(self, f"round {round_} {step}")
@@ -167,9 +169,8 @@ class Cell:
         """Moments of the pool under the model of the round before; round 0 has no model."""
         if round_ == 0 or not self._needs_scores(client):
             return {}
-        request = {"model": self.study.bundle, "query_method": self.method.name, **self.method.options}
-        request.update(self.study.score)
-        client.score(self.study.uncertainty, request)
+        request = {"model": self.study.bundle, "round": round_, "seed": self.seed, "query_method": self.method.name}
+        client.score(self.study.uncertainty, {**request, **self.method.options, **self.study.score})
         return {}
 
     def _needs_scores(self, client: LabelClient) -> bool:

@@ -146,7 +146,8 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
 
     def finished_step(cell: Cell, step: str) -> None:
         with lock:
-            bar.update()
+            bar.n = _finished_steps(cells)
+            bar.refresh()
             if step == "query":
                 check_same_start(cells)
             elif step == "test":
@@ -155,7 +156,7 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
     cells = cells_of(material, out, url=options.url, stop=stop, notice=notice, finished_step=finished_step)
     if options.url is not None and len(cells) > 1:
         raise RefereeError(f"--server serves one method and seed, but the study has {len(cells)} cells; leave it out")
-    bar.update(sum(len(cell.state.content["steps"]) for cell in cells))
+    bar.update(_finished_steps(cells))
     failed: list[str] = []
 
     def work(cell: Cell) -> None:
@@ -183,6 +184,10 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
         raise RefereeError("; ".join(failed) + f"; finished steps are kept, so `python -m eval resume {out}` goes on")
     manifest = read_json(out / "manifest.json")
     write_json(out / "manifest.json", {**manifest, "finished": manifest["finished"] or now()})
+
+
+def _finished_steps(cells: Sequence[Cell]) -> int:
+    return sum(len(cell.state.content["steps"]) for cell in cells)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from lib.methods import resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
 from lib.options import OptionError, describe_options, parse_options
+from lib.reasons import Reasons
 from lib.registry import REGISTRY
 from lib.routes import install
 from lib.scoring import MomentsScoring
@@ -64,6 +65,7 @@ class PatchwiseApp(MONAILabelApp):
         self.root = root
         self.store = PartialLabelDatastore(root, self.classes, self.ledger)
         self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
+        self.reasons = Reasons(root / STATE_FOLDER / "reasons")
         self.segmenters = {
             name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
             for name, bundle in self.bundles.items()
@@ -158,7 +160,7 @@ class PatchwiseApp(MONAILabelApp):
 
     def _strategy(self, name: str) -> QueryStrategy:
         description = "a combination without a name" if name == COMPOSE else resolve(name).summary
-        return QueryStrategy(name, description, self.classes, self.options, self.segmenters, self.cache)
+        return QueryStrategy(name, description, self.classes, self.options, self.segmenters, self.cache, self.reasons)
 
     def _run(self, what: str, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""

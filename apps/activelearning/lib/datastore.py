@@ -19,13 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from numpy.typing import NDArray
 
 from lib.annotations import Annotations
 from lib.errors import refuse, speaking_errors
 from lib.files import atomic_path, file_digest
-from lib.images import load_image
+from lib.images import image_geometry, load_image
 from lib.ledger import QueryLedger
+from lib.regions import Triple
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 FINAL = DefaultLabelTag.FINAL.value
@@ -87,6 +90,8 @@ class PartialLabelDatastore(Datastore):
         self._images = FolderListing(studies)
         self._labels: dict[str, FolderListing] = {}
         self._lock = threading.Lock()
+        self._digests: dict[str, dict[str, Any]] = {}
+        self._geometries: dict[str, tuple[list[int], tuple[Triple, NDArray[np.float64]]]] = {}
         for tag in (FINAL, DefaultLabelTag.ORIGINAL.value):
             (studies / "labels" / tag).mkdir(parents=True, exist_ok=True)
         self.annotations = Annotations(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger)
@@ -277,14 +282,28 @@ class PartialLabelDatastore(Datastore):
 
     def image_digest(self, image_id: str) -> str:
         """SHA-256 of an image file, remembered in the ledger until the file's size or time changes."""
-        path = self.image_path(image_id)
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        known = self.ledger.get_info(image_id, ":digest")
+        path, stamp = self._stamp(image_id)
+        known = self._digests.get(image_id)
+        if known is None or known["stamp"] != stamp:
+            known = self.ledger.get_info(image_id, ":digest")
         if known.get("stamp") != stamp:
             known = {"stamp": stamp, "sha256": file_digest(path)}
             self.ledger.update_info(image_id, known, ":digest")
+        self._digests[image_id] = known
         return str(known["sha256"])
+
+    def geometry(self, image_id: str) -> tuple[Triple, NDArray[np.float64]]:
+        """Shape and affine of an image; its header is read once until the file changes."""
+        path, stamp = self._stamp(image_id)
+        known = self._geometries.get(image_id)
+        if known is None or known[0] != stamp:
+            known = self._geometries[image_id] = (stamp, image_geometry(path))
+        return known[1]
+
+    def _stamp(self, image_id: str) -> tuple[Path, list[int]]:
+        path = self.image_path(image_id)
+        stat = path.stat()
+        return path, [stat.st_size, stat.st_mtime_ns]
 
 
 def _checked_name(name: str, what: str) -> str:

@@ -57,6 +57,7 @@ class ModelEvidence:
     ) -> None:
         self.cache = cache
         self.model = model
+        self.summaries = cache.summaries(model)
         self.spec = spec
         self.segmenter = segmenter
         self.datastore = datastore

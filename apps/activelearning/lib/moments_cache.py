@@ -23,6 +23,7 @@ from lib.files import text_digest, write_atomic
 from lib.images import load_image
 from lib.models import Model
 from lib.posterior import DEEP_ENSEMBLE, Ensemble, PosteriorSpec
+from lib.summary_file import SummaryFile
 from lib.uncertainty import Moments
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,13 @@ class MomentsCache:
 
     def missing(self, model: Model, images: Sequence[str], spec: PosteriorSpec = DEEP_ENSEMBLE) -> list[str]:
         """Images whose moments for this model and posterior are not cached."""
-        return [image for image in images if not self.path(model, image, spec).is_file()]
+        folder = self.root / model.digest[:16]
+        cached = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return [image for image in images if self.path(model, image, spec).name not in cached]
+
+    def summaries(self, model: Model) -> SummaryFile:
+        """Where candidates made of this model's moments are kept."""
+        return SummaryFile(self.root / model.digest[:16] / "summaries.sqlite", self.datastore.image_digest)
 
     def load(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> Moments:
         """Moments of one image.

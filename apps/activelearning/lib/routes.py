@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from monailabel.config import settings
 from monailabel.endpoints import train as upstream_train
 from monailabel.endpoints.user.auth import RBAC, User
@@ -81,5 +81,28 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         with speaking_errors():
             trainer.parse(params or {})
         return upstream_train.run_model(model, params, run_sync, enqueue)
+
+    @router.get("/patchwise/queries/{query_id}", tags=["Patchwise"], summary="A query and its reason")
+    async def query(
+        query_id: int,
+        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),  # noqa: B008
+    ) -> dict[str, Any]:
+        found = patchwise.ledger.query(query_id)
+        if found is None:
+            refuse(f"there is no query {query_id}", 404)
+        picture = (
+            f"/patchwise/queries/{query_id}/picture.png" if patchwise.reasons.picture(query_id).is_file() else None
+        )
+        return {**found.to_json(), "status": found.status, "picture": picture}
+
+    @router.get("/patchwise/queries/{query_id}/picture.png", tags=["Patchwise"], summary="Image and score map")
+    async def picture(
+        query_id: int,
+        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),  # noqa: B008
+    ) -> FileResponse:
+        path = patchwise.reasons.picture(query_id)
+        if not path.is_file():
+            refuse(f"there is no picture of query {query_id}", 404)
+        return FileResponse(path, media_type="image/png")
 
     return router

@@ -22,13 +22,13 @@ from lib.datastore import PartialLabelDatastore
 from lib.engine import PoolExhausted, PoolImage, select
 from lib.errors import refuse, speaking_errors
 from lib.evidence import COMPOSE, DescriptorEvidence, ModelEvidence, spec_of
-from lib.images import image_geometry
 from lib.inference import SegmentationTask
 from lib.ledger_records import Asked, Query
 from lib.methods import QueryMethod, compose, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
 from lib.options import AppOptions, problems
+from lib.reasons import Reasons, draw
 from lib.regions import Region, Triple, millimetres_to_voxels
 from lib.registry import RECOMMENDED, REGISTRY
 
@@ -68,6 +68,7 @@ class QueryStrategy(Strategy):
         options: AppOptions,
         segmenters: Mapping[str, SegmentationTask],
         cache: MomentsCache,
+        reasons: Reasons,
     ) -> None:
         super().__init__(description)
         self.method = method
@@ -75,6 +76,7 @@ class QueryStrategy(Strategy):
         self.options = options
         self.segmenters = segmenters
         self.cache = cache
+        self.reasons = reasons
 
     def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any] | None:
         """Regions for the client, leased to it; None when nothing is left to ask.
@@ -108,8 +110,11 @@ class QueryStrategy(Strategy):
             planned = ledger.proposed(method.name, round_, method.unit)
             if planned:
                 return None, ledger.lease([planned[0].id], client, minutes)
-        note, asked = self._choose(method, wanted, datastore, model, round_)
+        evidence = self._evidence(method, wanted, model, datastore)
+        note, asked = self._choose(method, wanted, datastore, evidence, round_)
+        pictures = draw(method, [a.region for a in asked], datastore, evidence)
         recorded = ledger.ask(batch, method.name, round_, asked)
+        self.reasons.keep(recorded, pictures)
         handed = recorded if wanted.batch else recorded[:1]
         return note, ledger.lease([query.id for query in handed], client, minutes) if handed else []
 
@@ -118,7 +123,7 @@ class QueryStrategy(Strategy):
         method: QueryMethod,
         wanted: QueryRequest,
         datastore: PartialLabelDatastore,
-        model: Model | None,
+        evidence: ModelEvidence | DescriptorEvidence,
         round_: int,
     ) -> tuple[str | None, list[Asked]]:
         pool = self._pool(datastore)
@@ -131,7 +136,7 @@ class QueryStrategy(Strategy):
             picks = select(
                 method,
                 pool,
-                self._evidence(method, wanted, model, pool, datastore),
+                evidence,
                 wanted.batch or self.options.batch,
                 size=size,
                 seed=wanted.seed,
@@ -178,14 +183,14 @@ class QueryStrategy(Strategy):
         method: QueryMethod,
         wanted: QueryRequest,
         model: Model | None,
-        pool: Sequence[PoolImage],
         datastore: PartialLabelDatastore,
     ) -> ModelEvidence | DescriptorEvidence:
         segmenter = self.segmenters[wanted.model or next(iter(self.segmenters))]
         if model is None:
             return DescriptorEvidence(datastore)
         spec = spec_of(method)
-        missing = self.cache.missing(model, [image.id for image in pool], spec) if method.posterior else []
+        pool = datastore.list_images()
+        missing = self.cache.missing(model, pool, spec) if method.posterior else []
         if missing:
             refuse(
                 f"{len(missing)} of {len(pool)} images (first: {missing[0]}) have not been scored with the current "
@@ -198,7 +203,7 @@ class QueryStrategy(Strategy):
         taken = datastore.ledger.taken()
         pool = []
         for image in datastore.list_images():
-            shape, affine = image_geometry(datastore.image_path(image))
+            shape, affine = datastore.geometry(image)
             x, y, z = (float((affine[:3, axis] ** 2).sum() ** 0.5) for axis in range(3))
             boxes = tuple(region.box for region in taken.get(image, []))
             pool.append(PoolImage(id=image, shape=shape, spacing=(x, y, z), taken=boxes))

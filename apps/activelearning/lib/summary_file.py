@@ -1,0 +1,103 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Candidate summaries on disk, beside the moments they were made of: one SQLite file a model."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+
+from lib.pool import Candidate
+from lib.regions import triple
+from lib.summaries import Head, Summary
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS summaries (
+    key TEXT NOT NULL, image TEXT NOT NULL, digest TEXT NOT NULL, taken TEXT NOT NULL,
+    best REAL NOT NULL, ceiling REAL NOT NULL, content TEXT NOT NULL, PRIMARY KEY (key, image)
+) WITHOUT ROWID
+"""
+
+
+class SummaryFile:
+    """Keeps what each image offers to a query; losing it costs time, never a result.
+
+    Args:
+        path: the SQLite file, in the folder of the model's moments, so that both are removed together.
+        digest: digest of an image's file; a summary of other content is not found.
+    """
+
+    def __init__(self, path: Path, digest: Callable[[str], str]) -> None:
+        self.path = path
+        self.digest = digest
+
+    @contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            # A cache: after a power failure it is made again.
+            connection.execute("PRAGMA synchronous=OFF")
+            connection.execute(_SCHEMA)
+            yield connection
+        finally:
+            connection.close()
+
+    def heads(self, key: str) -> Mapping[str, Head]:
+        """Heads of every image that has a summary under `key`."""
+        with self._connect() as connection:
+            rows = connection.execute(
+                "SELECT image, digest, taken, best, ceiling FROM summaries WHERE key = ?", (key,)
+            ).fetchall()
+        return {image: Head(*head) for image, digest, *head in rows if digest == self._digest(image)}
+
+    def _digest(self, image: str) -> str | None:
+        try:
+            return self.digest(image)
+        except HTTPException:  # the image has left the pool
+            return None
+
+    def load(self, key: str, image: str) -> Summary:
+        """One summary.
+
+        Raises:
+            KeyError: there is none under this key.
+        """
+        with self._connect() as connection:
+            row = connection.execute(
+                "SELECT taken, best, ceiling, content FROM summaries WHERE key = ? AND image = ?", (key, image)
+            ).fetchone()
+        if row is None:
+            raise KeyError(image)
+        taken, best, ceiling, text = row
+        content = json.loads(text)
+        boxes = tuple((triple(start, "start"), triple(size)) for start, size in content["taken"])
+        candidates = tuple(_candidate(c) for c in content["candidates"])
+        return Summary(Head(taken, best, ceiling), boxes, candidates, bool(content["complete"]))
+
+    def save(self, key: str, image: str, summary: Summary) -> None:
+        """Keep a summary in place of an older one."""
+        head = summary.head
+        candidates = [asdict(c) for c in summary.candidates]
+        text = json.dumps({"taken": summary.taken, "candidates": candidates, "complete": summary.complete})
+        with self._connect() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO summaries VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (key, image, self.digest(image), head.taken, head.best, head.ceiling, text),
+            )
+
+
+def _candidate(content: dict[str, Any]) -> Candidate:
+    start, size = triple(content.pop("start"), "start"), triple(content.pop("size"))
+    return Candidate(start=start, size=size, **content)

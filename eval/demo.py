@@ -18,7 +18,7 @@ from pathlib import Path
 from eval.__main__ import main as referee
 from eval.server import PROJECT
 
-CASES, SEED = 20, 1
+CASES, SEED = 24, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -79,7 +79,7 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-_LEVELS = 40  # grey levels of the brightest tissue: few enough that noise still compresses well
+_LEVELS = 30  # grey levels of the brightest tissue: few enough that noise still compresses well
 
 
 def make_case(

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from eval.errors import RefereeError
 
 
@@ -75,14 +77,14 @@ def _bench(options: argparse.Namespace) -> None:
 
     if options.name not in BENCHMARKS:
         raise RefereeError(f"no benchmark {options.name}; there are {', '.join(sorted(BENCHMARKS))}")
-    rows = BENCHMARKS[options.name]()
+    rows = tqdm(BENCHMARKS[options.name](), desc=f"bench {options.name}", unit="row", leave=False)
     if options.json:
-        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        sys.stdout.write(json.dumps(list(rows), indent=1) + "\n")
         return
     for row in rows:
-        bar = f"(bar {row['bar']:g})" if row.get("bar") is not None else ""
-        timing = f"{row['ours_s'] * 1e3:10.2f} ms   {row['reference_s'] * 1e3:10.2f} ms"
-        sys.stdout.write(f"{row['name']:<44} {timing}   {row['ratio']:7.1f}x {bar}\n")
+        factor, unit = (1e3, "ms") if row["unit"] == "s" else (1, row["unit"])
+        sizes = f"{row['ours_s'] * factor:10.2f} {unit:<3} {row['reference_s'] * factor:10.2f} {unit:<3}"
+        rows.write(f"{row['name']:<56} {sizes} {row['ratio']:7.1f}x (bar {row['bar']:g})", file=sys.stdout)
 
 
 def _methods(options: argparse.Namespace) -> None:

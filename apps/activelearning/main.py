@@ -24,7 +24,7 @@ from lib.errors import SPEAKING, refuse
 from lib.evidence import COMPOSE
 from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
-from lib.methods import resolve
+from lib.methods import listed, resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
 from lib.options import OptionError, describe_options, parse_options
@@ -32,7 +32,7 @@ from lib.reasons import Reasons
 from lib.registry import REGISTRY
 from lib.routes import install
 from lib.scoring import MomentsScoring
-from lib.strategies import QueryStrategy, listed_methods
+from lib.strategies import QueryStrategy
 from lib.training.recipe import Bundle
 from lib.training.task import EnsembleTrainTask
 from lib.uncertainty import UNCERTAINTIES
@@ -57,7 +57,7 @@ class PatchwiseApp(MONAILabelApp):
             self.bundles = {name: Bundle(folder / name) for name in self.options.models}
             first = next(iter(self.bundles.values()))
             self.classes = resolve_classes(self.options.labels, root, first.metadata)
-            self.listed_methods = listed_methods(self.options.methods)
+            self.listed_methods = listed(self.options.methods)
             self.ledger = QueryLedger(root / STATE_FOLDER / "ledger.sqlite")
         except SPEAKING as error:
             logger.error("%s", error)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from eval.app_path import add_app
@@ -16,16 +16,15 @@ from eval.app_path import add_app
 Row = dict[str, Any]
 
 
-def _lazily(module: str) -> Callable[[], list[Row]]:
-    def run() -> list[Row]:
+def _lazily(module: str) -> Callable[[], Iterator[Row]]:
+    def run() -> Iterator[Row]:
         add_app()
-        rows: list[Row] = importlib.import_module(module).run()
-        return rows
+        yield from importlib.import_module(module).run()
 
     return run
 
 
-BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "query": _lazily("eval.benchmarks.query"),
     "training": _lazily("eval.benchmarks.training"),
 }

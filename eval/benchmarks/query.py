@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,19 +35,13 @@ SIDE, BOX = 128, (32, 32, 32)
 ONE = (1, 1, 1)
 
 
-def run() -> list[Row]:
-    """Rows of every piece of the query stage."""
+def run() -> Iterator[Row]:
+    """Rows of every piece of the query stage, each as it is measured."""
     rng = np.random.default_rng(0)
-    return [
-        *moments_rows(rng),
-        *aggregation_rows(rng),
-        selection_row(rng),
-        query_row(rng),
-        mutual_information_row(rng),
-        k_center_row(rng),
-        kmeans_row(rng),
-        pool_row(rng),
-    ]
+    yield from moments_rows(rng)
+    yield from aggregation_rows(rng)
+    for piece in (selection_row, query_row, mutual_information_row, k_center_row, kmeans_row, pool_row):
+        yield piece(rng)
 
 
 def moments_rows(rng: np.random.Generator) -> list[Row]:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +38,15 @@ SHAPE = (36, 50, 35)
 CASES = 8
 
 
-def run() -> list[Row]:
-    """Rows of the training side."""
+def run() -> Iterator[Row]:
+    """Rows of the training side, each as it is measured."""
     rng = np.random.default_rng(0)
     images = [rng.normal(size=SHAPE).astype(np.float32) for _ in range(CASES)]
     labels = [(rng.random(SHAPE) < 0.05).astype(np.uint8) * rng.integers(1, 3, SHAPE).astype(np.uint8) for _ in images]
     bundle = Bundle(BUNDLE)
     recipe = bundle.recipe({})
-    return [step_row(bundle, recipe, images, labels), data_row(recipe, images, labels)]
+    yield step_row(bundle, recipe, images, labels)
+    yield data_row(recipe, images, labels)
 
 
 def step_row(bundle: Bundle, recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]) -> Row:

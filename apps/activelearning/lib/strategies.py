@@ -30,7 +30,6 @@ from lib.moments_cache import MomentsCache
 from lib.options import AppOptions, problems
 from lib.reasons import Reasons, draw
 from lib.regions import Region, Triple, millimetres_to_voxels
-from lib.registry import RECOMMENDED, REGISTRY
 
 logger = logging.getLogger(__name__)
 
@@ -226,17 +225,6 @@ class QueryStrategy(Strategy):
             "regions": [query.to_json() for query in queries],
         }
         return answer | ({"note": note} if note else {})
-
-
-def listed_methods(names: Sequence[str] | None) -> list[str]:
-    """Methods the clients' drop-down shows: the recommended ones, those named, or all.
-
-    Raises:
-        MethodError: a name that is no method.
-    """
-    if not names:
-        return list(RECOMMENDED)
-    return list(REGISTRY) if list(names) == ["all"] else [resolve(name).name for name in names]
 
 
 def _parse(request: Mapping[str, Any]) -> QueryRequest:

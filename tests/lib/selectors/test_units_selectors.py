@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.pseudo_labels import interpolate, signed_distance
+from lib.pseudo_labels import fill_between, interpolate, signed_distance
 from lib.selectors.badge import kmeans_plus_plus
 from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams
 from lib.selectors.core_set import k_center
@@ -395,11 +394,22 @@ def test_blocks_without_interpolation() -> None:
         interpolate(a, b, 1, "linear")
 
 
-def test_morphological_labels_name_the_package_they_need(golden: Path) -> None:
+def test_morphological_labels_are_the_published_ones(golden: Path) -> None:
     arrays = np.load(golden / "as_interpolation.npz")
-    if importlib.util.find_spec("itk.itkMorphologicalContourInterpolatorPython") is None:
-        with pytest.raises(ValueError, match="pip install itk-morphologicalcontourinterpolation"):
-            interpolate(arrays["top"], arrays["bottom"], 3, "morphological")
-    else:
-        mine = interpolate(arrays["top"], arrays["bottom"], 3, "morphological")
-        np.testing.assert_array_equal(mine, arrays["morph_multi_5"])
+    for slices in (3, 5, 10):
+        mine = interpolate(arrays["top"], arrays["bottom"], slices - 2, "morphological")
+        np.testing.assert_array_equal(mine, arrays[f"morph_multi_{slices}"])
+
+
+def test_slices_between_annotated_ones_are_filled_where_nothing_is_annotated(golden: Path) -> None:
+    arrays = np.load(golden / "as_interpolation.npz")
+    label = np.full((32, 32, 12), 255, np.uint8)
+    label[..., 1], label[..., 5], label[..., 11] = arrays["top"], arrays["bottom"], arrays["top"]
+    label[3, 4, 2] = 2
+    filled = fill_between(label, thickness=5)
+    expected = np.moveaxis(arrays["sd_multi_5"], 0, -1).astype(np.uint8)
+    expected[3, 4, 0] = 2
+    np.testing.assert_array_equal(filled[..., 2:5], expected)
+    np.testing.assert_array_equal(np.delete(filled, [2, 3, 4], axis=2), np.delete(label, [2, 3, 4], axis=2))
+    turned = fill_between(np.moveaxis(label, 2, 0), thickness=5, axis=0)
+    np.testing.assert_array_equal(np.moveaxis(turned, 0, 2), filled)

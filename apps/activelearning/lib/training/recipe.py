@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
@@ -36,6 +36,11 @@ class Recipe(BaseModel):
     foreground: float = Field(ge=0, le=1, description="share of crops centred on foreground")
     mirror: tuple[int, ...] = Field(default=(0,), description="axes that may be flipped")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
+    pseudo_labels: Literal["none", "signed_distance", "morphological"] = Field(
+        default="none", description="labels interpolated between annotated slices"
+    )
+    pseudo_thickness: int = Field(default=10, ge=3, le=10_000, description="thickest block that is interpolated")
+    pseudo_axis: int = Field(default=2, ge=0, le=2, description="axis that annotated slices lie across")
     augment: bool = Field(default=True, description="whether crops are augmented")
 
 

@@ -25,6 +25,7 @@ from lib.images import check_same_grid, load_image, load_label
 from lib.models import ModelStore, choose_device
 from lib.options import AppOptions, problems
 from lib.partial_labels import UNLABELLED, check_values, labelled_voxels
+from lib.pseudo_labels import fill_between
 from lib.randomness import child_rng, child_seed
 from lib.training.cases import TrainingCase, network_image, network_label
 from lib.training.folds import training_splits
@@ -124,7 +125,7 @@ class EnsembleTrainTask(TrainTask):
             if not labels:
                 refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
             digest = self._digest(wanted, recipe, datastore, labels)
-            cases = [self._case(i, datastore.image_path(i), path) for i, path in sorted(labels.items())]
+            cases = [self._case(i, datastore.image_path(i), path, recipe) for i, path in sorted(labels.items())]
             voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
             if not voxels:
                 refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
@@ -150,12 +151,14 @@ class EnsembleTrainTask(TrainTask):
         options = wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), self.options.spacing
         return text_digest(self.bundle.fingerprint(), self.classes, options, inputs)
 
-    def _case(self, name: str, image: Path, label: Path) -> TrainingCase:
+    def _case(self, name: str, image: Path, label: Path, recipe: Recipe) -> TrainingCase:
         volume, mask = load_image(image), load_label(label)
         check_same_grid(mask, volume.shape, volume.affine, name)
         check_values(mask.array_xyz, self.classes)
-        wanted = self.options.spacing
-        return TrainingCase(name, network_image(volume, wanted), network_label(mask.array_xyz, volume.spacing, wanted))
+        label_xyz, wanted = mask.array_xyz, self.options.spacing
+        if recipe.pseudo_labels != "none":
+            label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
+        return TrainingCase(name, network_image(volume, wanted), network_label(label_xyz, volume.spacing, wanted))
 
     def _train_members(self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase]) -> None:
         if self.options.threads:

@@ -28,6 +28,7 @@ from eval.errors import RefereeError
 from eval.files import read_json, write_json
 from eval.measure import case_rows
 from eval.oracle import answer, child_rng, count_voxels, draw_hints, to_nifti
+from eval.reasons import keep_pictures
 from eval.server import ServerProcess
 from eval.study import Method, Study
 
@@ -203,6 +204,7 @@ class Cell:
         regions = client.query(method.name, request)
         if not regions:
             raise RefereeError(f"{self.name}: round {round_}: {method.name} has nothing left to ask; use fewer rounds")
+        keep_pictures(client, regions, self.folder / "pictures")
         return {"regions": [self._described(region) for region in regions]}
 
     def _described(self, region: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,7 +212,7 @@ class Cell:
         image = region["image"]
         if image not in self._by_id:
             raise RefereeError(f"{self.name}: the server asked for image {image}, which is not in the pool")
-        kept = {key: region.get(key) for key in ("query", "image", "start", "size", "unit", "score")}
+        kept = {key: region.get(key) for key in ("query", "image", "start", "size", "unit", "score", "reason")}
         return {**kept, "classes": count_voxels(self._truth(image).label_xyz, region, self.material.dataset.labels)}
 
     def _annotate(self, client: LabelClient, round_: int) -> dict[str, Any]:

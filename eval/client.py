@@ -61,6 +61,11 @@ class LabelClient:
         reply = self._json("POST", f"/activelearning/{method}", json={**request, "client_id": self.client_id})
         return list(reply.get("regions", []))
 
+    def picture(self, query: int) -> bytes | None:
+        """The server's picture of a region; None where it has none."""
+        reply = self._send("GET", f"/patchwise/queries/{query}/picture.png", allow=(404,))
+        return reply.content if reply.status_code == 200 else None
+
     def save(self, image: str, label: bytes, params: Mapping[str, Any]) -> None:
         """Submit an answer as an annotator's viewer does."""
         sent = json.dumps({**params, "client_id": self.client_id})

@@ -20,6 +20,7 @@ from eval.dataset import Dataset, read_dataset, read_volume
 from eval.errors import RefereeError
 from eval.figures import Picture, learning_curves, region_pictures, to_png, to_svg
 from eval.files import read_json, write_bytes, write_text
+from eval.reasons import reasons_of
 from eval.study import Study, load_study
 from eval.summary import COSTS, plain_table, seconds, summarise, with_sd
 from eval.tables import read_table
@@ -53,6 +54,7 @@ def write_report(folder: Path, *, pictures: bool = True) -> Path:
         distance=_inline(to_svg(learning_curves(rounds, ["mean_hd95"], ["regions"])), "image/svg+xml"),
         pictures={method: _inline(to_png(region_pictures(sheet), 110), "image/png") for method, sheet in shown.items()},
         asked=_asked(queries, classes),
+        reasons=reasons_of(folder, pictures),
         classes=classes,
         seconds=seconds(rounds).to_dict("records"),
         by_round=_by_round(rounds),

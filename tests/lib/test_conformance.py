@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,42 @@ def test_contract(name: str, unit: str) -> None:
     json.dumps([p.reason for p in picks], allow_nan=False)
 
 
+FALLING = ("greedy", "power", "core_set", "usim")
+UNRANKED = ("random", "random_fg", "random_fg_predicted", "starting_budget", "precomputed", "strided")
+
+
+@pytest.mark.parametrize(("name", "unit"), EVERY)
+def test_utilities_of_every_step_are_told_on_request(name: str, unit: str) -> None:
+    n = N[unit]
+    plain, told = ask(name, n, pool(), unit=unit), ask(name, n, pool(), unit=unit, utilities=True)
+    steps = [p.reason["step"] for p in told]
+    assert [replace(p, reason={k: v for k, v in p.reason.items() if k != "step"}) for p in told] == plain
+    json.dumps(steps, allow_nan=False)
+    for k, record in enumerate(steps):
+        assert set(record) == {"utility", "candidates", "left"}
+        assert len(record["candidates"]) <= 5
+        assert record["left"] is None or record["left"] >= len(record["candidates"])
+        for c in record["candidates"]:
+            box = tuple(c["start"]), tuple(c["size"])
+            assert not any(boxes_overlap(box, taken) for taken in TAKEN.get(c["image"], ()))
+            assert not any(o.image == c["image"] and boxes_overlap(o.box, box) for o in told[: k + 1])
+    utilities = [record["utility"] for record in steps]
+    selector = REGISTRY[name].selector
+    if selector in UNRANKED:
+        assert utilities == [None] * n
+        return
+    if selector != "typiclust":  # a unit alone in its cluster is typical of nothing
+        assert all(u is not None for u in utilities[1:])
+    if selector in FALLING:
+        known = [u for u in utilities if u is not None]
+        assert known == sorted(known, reverse=True)
+    if selector not in ("kmeans_plus_plus", "peaks"):  # a draw, and peaks before what is not
+        for record in steps:
+            others = [c["utility"] for c in record["candidates"]]
+            assert others == sorted(others, key=lambda u: -np.inf if u is None else -u)
+            assert record["utility"] is None or all(record["utility"] >= u for u in others)
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_neither_the_order_of_the_pool_nor_of_calls_matters(name: str) -> None:
     first = ask(name, 2, pool())
@@ -145,10 +182,11 @@ def test_another_process_picks_the_same() -> None:
 @pytest.mark.parametrize("name", [name for name in REGISTRY if name != "precomputed"])
 def test_an_exhausted_pool_is_told_and_gives_what_is_left(name: str) -> None:
     with pytest.raises(PoolExhausted, match=r"pool exhausted: asked 5000, \d+ left") as caught:
-        ask(name, 5000, pool())
+        ask(name, 5000, pool(), utilities=True)
     picks = caught.value.picks
     assert str(caught.value) == f"pool exhausted: asked 5000, {len(picks)} left"
     assert picks
+    assert all("step" in pick.reason for pick in picks)
     for k, pick in enumerate(picks):
         assert not any(boxes_overlap(pick.box, box) for box in TAKEN.get(pick.image, ()))
         assert not any(o.image == pick.image and boxes_overlap(o.box, pick.box) for o in picks[:k])

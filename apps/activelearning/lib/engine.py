@@ -71,12 +71,15 @@ def select(
     regions: Sequence[Mapping[str, Any]] = (),
     labels: Mapping[str, int] | None = None,
     rounds_total: int | None = None,
+    utilities: bool = False,
 ) -> list[Pick]:
     """The `n` regions that `method` asks for next, best first, none overlapping another or a taken box.
 
     Depends on nothing but its arguments; the order of `pool` does not matter. `size` is a patch in voxels (clipped to
     the image), `axis` what a slice lies across, `labels` the class values by name, `round_` the round asked for (0 is
-    the starting budget), `rounds_total` the planned number of rounds, for schedules.
+    the starting budget), `rounds_total` the planned number of rounds, for schedules. With `utilities` each reason tells
+    under "step" the utility of the pick at its greedy step, the best candidates of that step that were not taken, and
+    how many were left; the picks are the same.
 
     Raises:
         MethodError: the method cannot work with this request (no model, no hints, no size, a prediction off the grid of
@@ -85,7 +88,7 @@ def select(
     """
     patch, steps = None if size is None else triple(size), triple(stride, "stride")
     names = labels or {}
-    ask = Ask(method, n, patch, seed, round_, axis, steps, n_per_image, hints, regions, names, rounds_total)
+    ask = Ask(method, n, patch, seed, round_, axis, steps, n_per_image, hints, regions, names, rounds_total, utilities)
     images = sorted(pool, key=lambda image: image.id)
     _check(ask, images, evidence)
     picks = _STAGES[method.selector](ask, images, evidence) if images else []

@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +19,8 @@ from lib.regions import Box, Triple, boxes_overlap, triple
 from lib.registry_schema import MethodError, QueryMethod
 from lib.uncertainty import Moments
 from lib.units import unit_size
+
+ALTERNATIVES = 5  # candidates told of a step besides its pick
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Ask:
     regions: Sequence[Mapping[str, Any]] = ()
     labels: Mapping[str, int] = field(default_factory=dict)
     rounds_total: int | None = None
+    utilities: bool = False
 
     @property
     def per_image(self) -> int:
@@ -164,15 +167,65 @@ class Candidate:
     reason: dict[str, Any] = field(default_factory=dict)
 
 
-def picks_from(ask: Ask, chosen: Sequence[Candidate], runner_up: Candidate | None = None) -> list[Pick]:
-    """Picks in the order of `chosen`, each with its rank and a JSON-able reason."""
+Step = dict[str, Any]
+"""One greedy step: "utility" of its pick, best "candidates" not taken by then, how many are "left", if known."""
+
+
+def step(utility: float | None, others: Iterable[Candidate] = (), left: int | None = None) -> Step:
+    """The record of a step, JSON-able; a utility that is not finite is None."""
+    told = [
+        {"image": c.image, "start": list(c.start), "size": list(c.size), "utility": _finite(c.utility)} for c in others
+    ]
+    return {"utility": _finite(utility), "candidates": told, "left": left}
+
+
+def ranked_steps(ranked: Sequence[Candidate], n: int, left: int | None = None) -> list[Step]:
+    """Steps of taking the first `n` of `ranked`, whose utilities never change; `left` of them remain after the last."""
+    return [
+        step(c.utility, ranked[k : k + ALTERNATIVES], None if left is None else left + n - k)
+        for k, c in enumerate(ranked[:n], start=1)
+    ]
+
+
+def traced_steps(
+    units: Sequence[Candidate], chosen: Iterable[int], utilities: Iterable[NDArray[np.floating]]
+) -> list[Step]:
+    """Steps of taking `chosen` of `units`, given the utility of every unit at each step, (U,).
+
+    NaN stands for a unit that is not free, -inf for a free one that does not compare with the pick.
+    """
+    free, found = np.ones(len(units), dtype=bool), list[Step]()
+    for i, values in zip(chosen, utilities, strict=True):
+        free[i] = False
+        comparable = np.flatnonzero(free & (values > -np.inf))
+        best = comparable[np.argsort(-values[comparable], kind="stable")[:ALTERNATIVES]]
+        left = np.count_nonzero(free & ~np.isnan(values))
+        found.append(step(values[i], [replace(units[k], utility=float(values[k])) for k in best], left))
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and np.isfinite(value) else None
+
+
+def picks_from(
+    ask: Ask,
+    chosen: Sequence[Candidate],
+    runner_up: Candidate | None = None,
+    steps: Callable[[], Sequence[Step]] | None = None,
+) -> list[Pick]:
+    """Picks in the order of `chosen`, each with its rank and a JSON-able reason.
+
+    `steps` is called when the query asks for utilities; without it (nothing was ranked) they are told to be unknown.
+    """
     found = []
-    for rank, c in enumerate(chosen, start=1):
+    records = [step(None)] * len(chosen) if steps is None or not ask.utilities else steps()
+    for rank, (c, record) in enumerate(zip(chosen, records, strict=True), start=1):
         reason: dict[str, Any] = {"rank": rank, "score": c.score, "method": ask.method.name}
         reason["selector"] = ask.method.selector
         if ask.method.uncertainty is not None:
             reason["uncertainty"] = ask.method.uncertainty
-            reason["utility"] = c.utility if np.isfinite(c.utility) else None
+            reason["utility"] = _finite(c.utility)
         if runner_up is not None:
             reason["runner_up"] = {
                 "image": runner_up.image,
@@ -180,7 +233,8 @@ def picks_from(ask: Ask, chosen: Sequence[Candidate], runner_up: Candidate | Non
                 "size": list(runner_up.size),
                 "score": runner_up.score,
             }
-        found.append(Pick(c.image, c.start, c.size, ask.method.unit, c.score, rank, {**reason, **c.reason}))
+        reason |= {**c.reason, **({"step": record} if ask.utilities else {})}
+        found.append(Pick(c.image, c.start, c.size, ask.method.unit, c.score, rank, reason))
     return found
 
 

@@ -8,12 +8,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from lib.pool import Ask, Candidate, Evidence, Pick, PoolImage, class_shares, picks_from
+from lib.pool import (
+    ALTERNATIVES,
+    Ask,
+    Candidate,
+    Evidence,
+    Pick,
+    PoolImage,
+    Step,
+    class_shares,
+    picks_from,
+    ranked_steps,
+    traced_steps,
+)
 from lib.regions import Triple, triple
 from lib.registry_schema import MethodError
 from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams, pick_streams
@@ -50,16 +63,29 @@ def select_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
     """
     if ask.method.selector == "softrank":
         return _select_softrank(ask, pool, evidence)
+    kept = _best_scored(ask, pool, evidence)
+    chosen, runner_up = kept[: ask.n], kept[ask.n] if len(kept) > ask.n else None
+    return picks_from(
+        ask, chosen, runner_up, lambda: ranked_steps(_best_scored(_wider(ask), pool, evidence), len(chosen))
+    )
+
+
+def _wider(ask: Ask) -> Ask:
+    """`ask` for so many more regions that its last step has alternatives, from one image too."""
+    return replace(ask, n=ask.n + ALTERNATIVES)
+
+
+def _best_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Candidate]:
+    """The n + 1 best candidates of the pool."""
     store = getattr(evidence, "summaries", None)
     if isinstance(store, SummaryStore):
-        kept = best_of_pool(ask, pool, store, lambda image: summarise(ask, image, evidence), ask.n + 1)
-        return picks_from(ask, kept[: ask.n], kept[ask.n] if len(kept) > ask.n else None)
-    kept = []
+        return best_of_pool(ask, pool, store, lambda image: summarise(ask, image, evidence), ask.n + 1)
+    kept = list[Candidate]()
     for image in pool:
         floor = kept[ask.n].utility if len(kept) > ask.n else None
         kept += image_candidates(ask, image, evidence, ask.per_image, floor)
         kept = best(kept, ask.n + 1)
-    return picks_from(ask, kept[: ask.n], kept[ask.n] if len(kept) > ask.n else None)
+    return kept
 
 
 def _select_softrank(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
@@ -68,8 +94,9 @@ def _select_softrank(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) ->
     scores = np.array([c.score for c in kept])
     soft = softrank(scores, float(ask.option("beta")), ask.rng("ranks"))
     noisy = [Candidate(c.image, c.start, c.size, c.score, float(u), c.reason) for c, u in zip(kept, soft, strict=True)]
-    chosen = best(noisy, ask.n + 1)
-    return picks_from(ask, chosen[: ask.n], chosen[ask.n] if len(chosen) > ask.n else None)
+    ranked = best(noisy, len(noisy))
+    chosen, rest = ranked[: ask.n], ranked[ask.n :]
+    return picks_from(ask, chosen, rest[0] if rest else None, lambda: ranked_steps(ranked, len(chosen), left=len(rest)))
 
 
 def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> Summary:
@@ -136,13 +163,29 @@ def select_classes(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> l
         name = "all" if stream == ALL else names.get(stream, str(stream))
         reason = {**c.reason, "stream": name, **told}
         labelled.append(Candidate(c.image, c.start, c.size, c.score, c.utility, reason))
-    return picks_from(ask, labelled)
+    return picks_from(ask, labelled, steps=lambda: _stream_steps(streams, chosen))
+
+
+def _stream_steps(
+    streams: Mapping[int, Sequence[tuple[float, Candidate]]], chosen: Sequence[tuple[int, Candidate]]
+) -> list[Step]:
+    """Steps within the stream of each pick, since utilities of different streams do not compare."""
+    units = [(stream, c) for stream, found in streams.items() for _, c in found]
+    place = {(c.image, c.start): i for i, (_, c) in enumerate(units)}
+    values = np.array([c.utility for _, c in units], dtype=np.float64)
+    of_stream = np.array([stream for stream, _ in units], dtype=np.intp)
+    steps = traced_steps(
+        [c for _, c in units],
+        [place[c.image, c.start] for _, c in chosen],
+        (np.where(of_stream == stream, values, -np.inf) for stream, _ in chosen),
+    )
+    return [{**record, "left": None} for record in steps]  # streams hold their best only
 
 
 def _pool_streams(
     ask: Ask, pool: Sequence[PoolImage], evidence: Evidence, ratio: float, limited: bool
 ) -> dict[int, list[tuple[float, Candidate]]]:
-    """The n best of every stream over the pool; not `limited`, one image may give a whole batch to any stream."""
+    """The best of every stream over the pool, n or more; not `limited`, one image may give a whole batch to each."""
     background, streams = ask.labels.get(BACKGROUND, 0), dict[int, list[tuple[float, Candidate]]]()
     for image in pool:
         moments = moments_of(image, evidence)
@@ -153,7 +196,7 @@ def _pool_streams(
         for stream, found in _streams(ask, image, moments, limits).items():
             kept = streams.setdefault(stream, [])
             kept += [(c.utility, c) for c in found]
-            streams[stream] = sorted(kept, key=lambda item: -item[0])[: ask.n]
+            streams[stream] = sorted(kept, key=lambda item: -item[0])[: ask.n + ALTERNATIVES]
     return streams
 
 
@@ -185,6 +228,15 @@ def _beta(ask: Ask) -> float:
 
 def select_peaks(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
     """Slices at the peaks of each image's profile, the highest of the pool; other slices when peaks run short (USS)."""
+    kept = _best_peaks(ask, pool, evidence)
+    chosen, runner_up = kept[: ask.n], kept[ask.n] if len(kept) > ask.n else None
+    return picks_from(
+        ask, chosen, runner_up, lambda: ranked_steps(_best_peaks(_wider(ask), pool, evidence), len(chosen))
+    )
+
+
+def _best_peaks(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Candidate]:
+    """The n + 1 best slices of the pool, peaks first."""
     distance, found = int(ask.option("distance")), list[tuple[int, Candidate]]()
     for image in pool:
         moments = moments_of(image, evidence)
@@ -198,8 +250,7 @@ def select_peaks(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> lis
             score = float(grid.ravel()[i])
             found.append((int(tier), Candidate(image.id, start, size, score, score, reason)))
         found = sorted(found, key=lambda entry: (entry[0], -entry[1].utility))[: ask.n + 1]
-    chosen = [c for _, c in found]
-    return picks_from(ask, chosen[: ask.n], chosen[ask.n] if len(chosen) > ask.n else None)
+    return [c for _, c in found]
 
 
 def select_volumes(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
@@ -208,15 +259,15 @@ def select_volumes(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> l
     An image without predicted foreground counts with the mean over all of it.
     """
     width, background, found = int(ask.option("dilation")), ask.labels.get(BACKGROUND, 0), list[Candidate]()
-    for image in pool:
-        if image.taken:
-            continue
+    free = [image for image in pool if not image.taken]
+    for image in free:
         moments = moments_of(image, evidence)
         mask = ndimage.maximum_filter((moments.predicted() != background).astype(np.uint8), width, mode="constant")
         score = volume_mean(score_map(ask, moments), mask)
         reason = {"predicted": class_shares(moments, ((0, 0, 0), image.shape), ask.labels)}
-        found = best([*found, Candidate(image.id, (0, 0, 0), image.shape, score, score, reason)], ask.n + 1)
-    return picks_from(ask, found[: ask.n], found[ask.n] if len(found) > ask.n else None)
+        found = best([*found, Candidate(image.id, (0, 0, 0), image.shape, score, score, reason)], ask.n + ALTERNATIVES)
+    chosen, runner_up = found[: ask.n], found[ask.n] if len(found) > ask.n else None
+    return picks_from(ask, chosen, runner_up, lambda: ranked_steps(found, len(chosen), left=len(free) - len(chosen)))
 
 
 def best(candidates: Sequence[Candidate], n: int) -> list[Candidate]:

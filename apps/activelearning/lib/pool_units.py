@@ -7,37 +7,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.neighbors import NearestNeighbors
 
 from lib.pool import (
+    ALTERNATIVES,
     Ask,
     Candidate,
     Evidence,
     Pick,
     PoolImage,
+    Step,
     picks_from,
+    step,
+    traced_steps,
     with_features,
     with_gradients,
 )
-from lib.pool_scored import image_candidates, moments_of, score_map
-from lib.regions import Triple
+from lib.pool_scored import best, image_candidates, moments_of, score_map
+from lib.regions import Triple, triple
 from lib.registry_schema import MethodError
 from lib.selectors.badge import kmeans_plus_plus
-from lib.selectors.core_set import k_center
+from lib.selectors.core_set import CHUNK, SquaredDistances, feature_matrix, k_center
 from lib.selectors.random_regions import BACKGROUND
 from lib.selectors.representative import (
+    OUTLIER,
     farthest_on_average,
+    mean_distances,
     mean_shift_clusters,
     reduced_features,
     stratified,
 )
 from lib.selectors.stochastic import stochastic_batch
-from lib.selectors.strided import strided_blocks
-from lib.selectors.typiclust import typiclust
+from lib.selectors.strided import Block, strided_blocks
+from lib.selectors.typiclust import MAX_CLUSTERS, typiclust
 from lib.selectors.usim import usim
 from lib.units import unit_grid
 
@@ -96,7 +105,9 @@ def select_stochastic(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -
         groups=int(ask.option("groups")) or None,
         resample=bool(ask.option("resample")),
     )
-    return picks_from(ask, [units[i] for i in indices])
+    worth = getattr(np.array([units[i].score for i in indices]), str(ask.option("statistic")))()
+    left = len(units) - len(indices)
+    return picks_from(ask, [units[i] for i in indices], steps=lambda: [step(worth, (), left)] * len(indices))
 
 
 def select_stratified(ask: Ask, pool: Sequence[PoolImage]) -> list[Pick]:
@@ -104,8 +115,9 @@ def select_stratified(ask: Ask, pool: Sequence[PoolImage]) -> list[Pick]:
     units = [(i, start, ask.box_size(i)) for i in pool for start in tiles(ask, i)]
     labelled = [not image.is_free((start, size)) for image, start, size in units]
     rng = ask.rng("strata")
-    indices = stratified([i.id for i, _, _ in units], labelled, ask.n, rng, str(ask.option("equal")))
-    return _plain(ask, units, indices)
+    strata, equal = [i.id for i, _, _ in units], str(ask.option("equal"))
+    indices = stratified(strata, labelled, ask.n, rng, equal)
+    return _plain(ask, units, indices, lambda: _evenness(strata, labelled, indices, equal))
 
 
 def select_strided(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence | None) -> list[Pick]:
@@ -131,7 +143,32 @@ def select_strided(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence | Non
             start = tiles(ask, image)[position]
             score = float(scores[block.scan][position]) if scores else 0.0
             chosen.append(Candidate(image.id, start, ask.box_size(image), score, score, reason))
-    return picks_from(ask, chosen)
+    return picks_from(ask, chosen, steps=lambda: _block_steps(ask, images, free, scores, blocks))
+
+
+def _block_steps(
+    ask: Ask,
+    images: Mapping[str, PoolImage],
+    free: Mapping[str, NDArray[np.bool_]],
+    scores: Mapping[str, NDArray[np.floating]] | None,
+    blocks: Sequence[Block],
+) -> list[Step]:
+    """A step for each annotated slice: the sum of scores of its block, against free blocks of the same thickness."""
+    left, found = {scan: flags.copy() for scan, flags in free.items()}, list[Step]()
+    for block in blocks:
+        left[block.scan][block.bottom : block.top + 1] = False
+        others = list[Candidate]()
+        for scan, flags in left.items():
+            size = list(ask.box_size(images[scan]))
+            size[ask.axis] = block.thickness
+            runs = np.convolve(flags, np.ones(block.thickness), mode="valid") == block.thickness
+            for bottom in np.flatnonzero(runs) if len(flags) >= block.thickness else ():
+                worth = float(scores[scan][bottom : bottom + block.thickness].sum()) if scores else np.nan
+                others.append(Candidate(scan, tiles(ask, images[scan])[bottom], triple(size), 0.0, worth))
+        worth = float(scores[block.scan][block.bottom : block.top + 1].sum()) if scores else np.nan
+        record = step(worth, best(others, ALTERNATIVES) if scores else (), len(others))
+        found += [record] * len(block.annotated)
+    return found
 
 
 def select_by_features(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
@@ -144,15 +181,22 @@ def select_by_features(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) 
     labelled = source.labelled_features()
     rng, selector = ask.rng("features"), ask.method.selector
     if selector == "core_set":
-        return _plain(ask, units, k_center(features, labelled, ask.n))
-    if selector == "distance":
-        return _plain(ask, units, farthest_on_average(*_reduced(features, labelled, ask), ask.n))
+        indices = k_center(features, labelled, ask.n)
+        start = _to_nearest(features, labelled)
+        return _plain(ask, units, indices, lambda: map(np.sqrt, _nearest(features, indices, start, start)))
     if selector == "typiclust":
-        return _plain(ask, units, typiclust(features, labelled, ask.n, rng, int(ask.option("neighbours"))))
+        neighbours = int(ask.option("neighbours"))
+        indices = typiclust(features, labelled, ask.n, rng, neighbours)
+        again = ask.rng("features")
+        return _plain(ask, units, indices, lambda: _typicality(features, labelled, ask.n, again, neighbours, indices))
     free, known = _reduced(features, labelled, ask)
+    if selector == "distance":
+        indices = farthest_on_average(free, known, ask.n)
+        return _plain(ask, units, indices, lambda: _mean_distance(free, known, indices))
     clusters = mean_shift_clusters(np.concatenate([free, known]), float(ask.option("bandwidth")) or None)
     flags = np.arange(len(clusters)) >= len(free)
-    return _plain(ask, units, stratified(clusters.tolist(), flags, ask.n, rng))
+    indices = stratified(clusters.tolist(), flags, ask.n, rng)
+    return _plain(ask, units, indices, lambda: (v[: len(units)] for v in _evenness(clusters.tolist(), flags, indices)))
 
 
 def _reduced(
@@ -173,7 +217,8 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
     gradients = np.concatenate([source.gradients(i.id, boxes, layer) for i, boxes in _by_image(units)])
     rng = ask.rng("gradients")
     if ask.method.selector == "kmeans_plus_plus":
-        return _plain(ask, units, kmeans_plus_plus(gradients, ask.n, rng))
+        indices = kmeans_plus_plus(gradients, ask.n, rng)
+        return _plain(ask, units, indices, lambda: _nearest(gradients, indices, np.square(gradients).sum(axis=1)))
     variances = np.concatenate(
         [
             unit_scores(ask, image, list(moments_of(image, evidence).class_variance()), [s for s, _ in boxes])
@@ -203,7 +248,10 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
         Candidate(units[i][0].id, units[i][1], units[i][2], float(scores[i]), float(gain), {"gain": float(gain)})
         for i, gain in zip(choice.indices, choice.gains, strict=True)
     ]
-    return picks_from(ask, chosen)
+    left = len(units) - np.arange(1, len(chosen) + 1)
+    return picks_from(
+        ask, chosen, steps=lambda: [step(c.utility, (), int(n)) for c, n in zip(chosen, left, strict=True)]
+    )
 
 
 def select_diverse(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
@@ -222,7 +270,12 @@ def select_diverse(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> l
     first = int(np.square(features).sum(axis=1).argmax())
     rest = np.delete(np.arange(len(units)), first)
     order = [first, *rest[k_center(features[rest], features[[first]], ask.n - 1)]] if ask.n > 1 else [first]
-    return picks_from(ask, [units[i] for i in order])
+    norms = np.square(features).sum(axis=1)
+    return picks_from(
+        ask,
+        [units[i] for i in order],
+        steps=lambda: traced_steps(units, order, map(np.sqrt, _nearest(features, order, norms))),
+    )
 
 
 def _by_image(units: Units) -> list[tuple[PoolImage, list[tuple[Triple, Triple]]]]:
@@ -235,5 +288,100 @@ def _by_image(units: Units) -> list[tuple[PoolImage, list[tuple[Triple, Triple]]
     return found
 
 
-def _plain(ask: Ask, units: Units, indices: Sequence[int] | NDArray[np.intp]) -> list[Pick]:
-    return picks_from(ask, [Candidate(units[i][0].id, units[i][1], units[i][2], 0.0, 0.0) for i in indices])
+def _plain(
+    ask: Ask,
+    units: Units,
+    indices: NDArray[np.intp],
+    utilities: Callable[[], Iterable[NDArray[np.floating]]],
+) -> list[Pick]:
+    """Picks of units without a score; `utilities` gives those of every unit at each step, where they are asked for."""
+
+    def steps() -> list[Step]:
+        return traced_steps([Candidate(i.id, s, d, 0.0, 0.0) for i, s, d in units], indices.tolist(), utilities())
+
+    chosen = [Candidate(units[i][0].id, units[i][1], units[i][2], 0.0, 0.0) for i in indices]
+    return picks_from(ask, chosen, steps=steps)
+
+
+def _to_nearest(features: NDArray[np.floating], labelled: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Squared distance of each row to the nearest labelled one, (U,); infinite where there is none."""
+    rows, nearest = feature_matrix(features, "unlabelled"), np.full(len(features), np.inf, np.float32)
+    if not len(labelled):
+        return nearest
+    known = feature_matrix(labelled, "labelled")
+    for a in range(0, len(rows), CHUNK):
+        part = torch.cdist(rows[a : a + CHUNK], known, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest[a : a + CHUNK] = part.min(dim=1).values.square().numpy()
+    return nearest
+
+
+def _nearest(
+    features: NDArray[np.floating],
+    chosen: Sequence[int] | NDArray[np.intp],
+    first: NDArray[np.floating],
+    start: NDArray[np.floating] | None = None,
+) -> Iterator[NDArray[np.floating]]:
+    """`first`, then at each further step the squared distance to the nearest row chosen before, at most `start`."""
+    distances = SquaredDistances(feature_matrix(features, "unlabelled"))
+    nearest = np.full(len(features), np.inf, np.float32) if start is None else start
+    yield first
+    for row in chosen[:-1]:
+        nearest = np.minimum(nearest, distances.to(int(row)))
+        yield nearest
+
+
+def _mean_distance(
+    features: NDArray[np.floating], labelled: NDArray[np.floating], chosen: NDArray[np.intp]
+) -> Iterator[NDArray[np.floating]]:
+    """Mean distance to labelled rows and those chosen before, at each step; infinite where there are none."""
+    count = len(labelled)
+    total = mean_distances(features, labelled) * count if count else np.zeros(len(features))
+    for row in chosen:
+        yield total / count if count else np.full(len(features), np.inf)
+        total, count = total + mean_distances(features, features[[row]]), count + 1
+
+
+def _evenness(
+    strata: Sequence[Hashable],
+    labelled: Sequence[bool] | NDArray[np.bool_],
+    chosen: NDArray[np.intp],
+    equal: str = "fraction",
+) -> Iterator[NDArray[np.floating]]:
+    """Minus the labelled share (or count) of each unit's stratum at each step; outliers lie below all others."""
+    names, code = np.unique(np.array(strata), return_inverse=True)
+    done, sizes = np.array(labelled, dtype=bool), np.bincount(code)
+    counts = np.bincount(code[done], minlength=len(names))
+    below = np.array([name == OUTLIER for name in names.tolist()]) * (sizes.max() + 1)
+    for i in chosen:
+        share = counts / sizes if equal == "fraction" else counts
+        yield np.where(done, np.nan, 0.0 - (share + below)[code])
+        done[i] = True
+        counts[code[i]] += 1
+
+
+def _typicality(
+    features: NDArray[np.floating],
+    labelled: NDArray[np.floating],
+    k: int,
+    rng: np.random.Generator,
+    neighbours: int,
+    chosen: NDArray[np.intp],
+) -> Iterator[NDArray[np.floating]]:
+    """Typicality in the clusters of `typiclust`, drawn again by the same `rng`; -inf outside of the pick's cluster.
+
+    A cluster of one has no neighbours to be typical of: infinite.
+    """
+    rows = feature_matrix(np.concatenate([features, labelled]) if len(labelled) else features, "all").numpy()
+    spread = rows.std(axis=0)
+    rows = (rows - rows.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    clusters = max(1, min(len(labelled) + k, MAX_CLUSTERS, len(np.unique(rows, axis=0))))
+    cluster = KMeans(clusters, n_init=4, random_state=int(rng.integers(2**31))).fit_predict(rows)[: len(features)]
+    far = np.zeros(len(features))
+    for c in np.unique(cluster):
+        members = np.flatnonzero(cluster == c)
+        if len(members) > 1:
+            near = NearestNeighbors(n_neighbors=min(neighbours, len(members) - 1)).fit(rows[members])
+            far[members] = near.kneighbors()[0].mean(axis=1)
+    typicality = np.divide(1, far, out=np.full(len(far), np.inf), where=far > 0)
+    for i in chosen:
+        yield np.where(cluster == cluster[i], typicality, -np.inf)

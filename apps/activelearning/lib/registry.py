@@ -320,6 +320,7 @@ ALIASES: dict[str, tuple[str, dict[str, object]]] = {
         {"posterior": "mc_dropout", "uncertainty": "bald", "passes": 8, "dropout": 0.5},
     ),
     "tta_jsd": ("stochastic_batch", {"posterior": "tta", "uncertainty": "bald", "flips": False}),
+    "learning_loss": ("stochastic_batch", {"posterior": "ensemble", "uncertainty": "learning_loss"}),
     "random-label": ("random_fg66", {}),
     "random-label2": ("random_fg33", {}),
     "random-label2-all-classes": ("starting_budget", {}),

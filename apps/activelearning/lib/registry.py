@@ -162,11 +162,11 @@ SELECTORS: dict[str, Selector] = {
 _ENTRIES = (
     QueryMethod(
         "clasp_pe", "ensemble", "predictive_entropy", "patch", "class_stratified",
-        {"schedule": "exponential"}, _CLASP, "3", summary="class-stratified entropy, power noise on a schedule",
+        {"schedule": "exponential"}, _CLASP, "method", summary="class-stratified entropy, power noise on a schedule",
     ),
     QueryMethod(
         "class_stratified", "ensemble", "predictive_entropy", "patch", "class_stratified",
-        paper=_CLASP, section="3", summary="class-stratified predictive entropy without noise",
+        paper=_CLASP, section="method", summary="class-stratified predictive entropy without noise",
     ),
     QueryMethod(
         "predictive_entropy", "ensemble", "predictive_entropy", "patch", "greedy",

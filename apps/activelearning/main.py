@@ -35,7 +35,7 @@ from lib.scoring import MomentsScoring
 from lib.strategies import QueryStrategy
 from lib.training.recipe import Bundle
 from lib.training.task import EnsembleTrainTask
-from lib.uncertainty import UNCERTAINTIES
+from lib.uncertainty import SCORE_MAPS
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class PatchwiseApp(MONAILabelApp):
         return {name: self._strategy(name) for name in self.listed_methods}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        return {name: MomentsScoring(name, self.segmenters, self.cache) for name in UNCERTAINTIES}
+        return {name: MomentsScoring(name, self.segmenters, self.cache) for name in SCORE_MAPS}
 
     def on_init_complete(self) -> None:
         repaired = self.store.annotations.repair({i: self.store.image_path(i) for i in self.store.list_images()})

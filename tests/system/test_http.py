@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -86,6 +87,48 @@ def test_regions_are_new_inside_and_leased(trained: Client, studies: Path, metho
         if label.exists():
             cut = np.asarray(nib.load(label).dataobj)[tuple(slice(a, b) for a, b in zip(region["start"], stop))]  # noqa: B905
             assert np.all(cut == UNLABELLED)
+
+
+@pytest.mark.parametrize(
+    "method", ["clasp_pe", "uss", "core_set", "badge", "usim_f", "stratified", "strided", "tta_jsd"]
+)
+def test_methods_of_every_kind_work_live(trained: Client, method: str) -> None:
+    """Score for the method's own posterior, then ask; what it holds is given back by a short lease."""
+    options = {"passes": 2} if method == "uss" else {}
+    scoring = {"query_method": method, **options}
+    scored = trained.http.post("/scoring/bald", params={"run_sync": "true"}, json=scoring)
+    assert scored.status_code == 200, scored.text
+    request = {"batch": 2, "seed": 1, "client_id": method, "lease_minutes": 1e-4, "size": [10, 10, 10]}
+    answer = trained.ask(method, **request, **options).json()
+    assert len(answer["regions"]) == 2, answer
+    time.sleep(0.05)
+
+
+def test_a_composed_method_scores_and_asks(trained: Client) -> None:
+    parts = {"posterior": "ensemble", "uncertainty": "margin", "unit": "slice", "selector": "power", "beta": 5}
+    answer = trained.ask("compose", batch=1, lease_minutes=1e-4, **parts).json()
+    assert answer["regions"][0]["unit"] == "slice"
+    assert answer["regions"][0]["size"][2] == 1
+    refused = trained.ask("compose", batch=1, **{**parts, "selector": "masked_volume"})
+    assert refused.status_code == 400
+    assert "volume" in refused.json()["detail"]
+    time.sleep(0.05)
+
+
+def test_a_query_tells_its_reason_and_shows_its_picture(trained: Client) -> None:
+    region = trained.ask("bald", batch=1, seed=4, client_id="why", lease_minutes=1e-4).json()["regions"][0]
+    told = trained.http.get(f"/patchwise/queries/{region['query']}").json()
+    assert told["reason"]["uncertainty"] == "bald"
+    assert told["reason"]["score"] == pytest.approx(region["score"])
+    picture = trained.http.get(told["picture"])
+    assert picture.content.startswith(b"\x89PNG")
+    assert trained.http.get("/patchwise/queries/999999").status_code == 404
+
+
+def test_a_model_without_a_head_predicts_no_loss(trained: Client) -> None:
+    reply = trained.ask("learning_loss", batch=1)
+    assert reply.status_code == 409
+    assert "learning_loss" in reply.json()["detail"]
 
 
 def test_clients_that_ask_singly_share_a_batch_and_no_region(trained: Client) -> None:
@@ -217,10 +260,16 @@ def test_nothing_left_to_ask_is_an_empty_answer(trained: Client) -> None:
     assert trained.ask("random", batch=1, size=[24, 24, 24], client_id="last").json() == {}
 
 
-def test_an_empty_pool_is_said(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
+def test_an_empty_pool_is_said_and_a_first_batch_needs_no_model(
+    start_server: Start, tmp_path: Path, phantoms: Path
+) -> None:
     fill(tmp_path / "studies", phantoms, count=0)
     server, client = start_server(tmp_path / "studies")
     reply = client.ask("random", batch=1, size=[8, 8, 8])
     assert reply.status_code == 409
     assert "the pool is empty" in reply.json()["detail"]
+    fill(tmp_path / "studies", phantoms, count=4)
+    first = client.ask("typiclust", batch=3, size=[12, 12, 12]).json()
+    assert len(first["regions"]) == 3
+    assert len({region["image"] for region in first["regions"]}) > 1
     server.stop()

@@ -24,7 +24,7 @@ def start(studies: Path, *conf: str, **env: str) -> subprocess.CompletedProcess[
     code = (
         "import sys; from monailabel.interfaces.utils.app import app_instance;"
         f"app = app_instance({str(APP)!r}, {str(studies)!r}, dict(zip(sys.argv[1::2], sys.argv[2::2])));"
-        "print(sorted(app.info()['models']), 'torchvision' in sys.modules)"
+        "print(sorted(app.info()['models']), 'torchvision' in sys.modules, app._auto_update_scoring)"
     )
     path = os.pathsep.join(filter(None, [env.pop("PATHS", ""), str(APP)]))
     return subprocess.run(
@@ -37,14 +37,16 @@ def start(studies: Path, *conf: str, **env: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_the_app_loads_where_torchvision_is_broken(tmp_path: Path, phantoms: Path) -> None:
+def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_path: Path, phantoms: Path) -> None:
     fill(tmp_path / "studies", phantoms, 1)
     broken = tmp_path / "broken" / "torchvision"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    done = start(tmp_path / "studies", "models", BUNDLE, PATHS=str(broken.parent))
+    # Upstream's default would start a scoring process for every request; the app never does.
+    env = {"PATHS": str(broken.parent), "MONAI_LABEL_AUTO_UPDATE_SCORING": "true"}
+    done = start(tmp_path / "studies", "models", BUNDLE, **env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1] == f"['query_region', '{BUNDLE}'] False"
+    assert done.stdout.strip().splitlines()[-1] == f"['query_region', '{BUNDLE}'] False False"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 from lib.registry import ALIASES, POSTERIOR_OPTIONS, RECOMMENDED, REGISTRY, SELECTORS
 from lib.registry_schema import MethodError, Option, QueryMethod, Selector
-from lib.uncertainty import UNCERTAINTIES
+from lib.uncertainty import SCORE_MAPS
 
 __all__ = [
     "REGISTRY", "REQUEST_KEYS", "MethodError", "Option", "QueryMethod", "Selector",
@@ -176,8 +176,8 @@ def _check(method: QueryMethod) -> None:
     selector, unit, score = SELECTORS[method.selector], method.unit, method.uncertainty
     if unit not in selector.units:
         raise MethodError(f"{method.name} asks for the unit {' or '.join(selector.units)}, found {unit!r}")
-    if score is not None and score not in UNCERTAINTIES:
-        raise MethodError(f"unknown uncertainty {score!r}{_nearest(score, UNCERTAINTIES)}")
+    if score is not None and score not in SCORE_MAPS:
+        raise MethodError(f"unknown uncertainty {score!r}{_nearest(score, SCORE_MAPS)}")
     if selector.scored and score is None:
         raise MethodError(f"the selector {method.selector} ranks by an uncertainty, found none: name one")
     if not selector.scored and score is not None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.files import read_json, write_atomic, write_json
 from lib.posterior import Ensemble
+from lib.training.learned_loss import LossHead, fresh_head
 from lib.training.recipe import Bundle, Recipe
 
 KEPT_TRAININGS = 2
@@ -52,8 +53,16 @@ class ModelStore:
         """File of one member of a training."""
         return self.folder / digest[:16] / f"member_{member}.pt"
 
-    def save_member(self, digest: str, member: int, weights: Mapping[str, Tensor]) -> None:
-        """Stores a finished member."""
+    def head_path(self, digest: str, member: int) -> Path:
+        """File of the head that predicts a member's losses; absent where it was trained without one."""
+        return self.folder / digest[:16] / f"member_{member}.head.pt"
+
+    def save_member(
+        self, digest: str, member: int, weights: Mapping[str, Tensor], head: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Stores a finished member; its own file is written last, so that it is only there when all is."""
+        if head is not None:
+            write_atomic(self.head_path(digest, member), lambda stream: torch.save(dict(head), stream))
         write_atomic(self.member_path(digest, member), lambda stream: torch.save(dict(weights), stream))
 
     def publish(self, digest: str, facts: Mapping[str, Any]) -> Model:
@@ -71,15 +80,22 @@ class ModelStore:
 
     def load(self, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
         """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
-        networks = []
+        networks: list[nn.Module] = []
+        heads: list[LossHead] = []
         for member in range(int(model.facts["members"])):
             # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
             network = bundle.network(len(model.facts["classes"]), dropout=QUERY_DROPOUT)
             path = self.member_path(model.digest, member)
             network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
             networks.append(network)
+            if self.head_path(model.digest, member).is_file():
+                head = fresh_head(network, bundle.layers("loss_taps"), bundle.divisor)
+                weights = torch.load(self.head_path(model.digest, member), map_location=device, weights_only=True)
+                head.load_state_dict(weights)
+                heads.append(head)
         recipe = Recipe.model_validate(model.facts["recipe"])
-        return Ensemble(networks, recipe.patch, bundle.divisor, model.facts["spacing"], device)
+        taps = bundle.layers("loss_taps") if heads else []
+        return Ensemble(networks, recipe.patch, bundle.divisor, model.facts["spacing"], device, heads, taps)
 
     def _folders(self) -> list[Path]:
         """Folders of trainings, newest first."""

@@ -88,7 +88,9 @@ class MomentsCache:
             volume = load_image(self.datastore.image_path(image))
             # Dropout and views follow from the image alone, whatever the order in which the pool is scored.
             seed = int(self.datastore.image_digest(image)[:8], 16)
-            arrays = Moments.from_members(loaded.members(volume, QUERY_OVERLAP, spec, seed)).to_arrays()
+            moments = Moments.from_members(loaded.members(volume, QUERY_OVERLAP, spec, seed))
+            moments.loss = loaded.learning_loss(volume)
+            arrays = moments.to_arrays()
             write_atomic(self.path(model, image, spec), partial(_save, arrays))
             report(done, len(missing))
         self._prune(model)

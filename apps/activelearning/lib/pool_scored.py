@@ -35,7 +35,7 @@ from lib.selectors.noise import beta_at, power, softrank
 from lib.selectors.peaks import ranked_slices
 from lib.selectors.random_regions import BACKGROUND
 from lib.summaries import Head, Summary, SummaryStore, best_of_pool, taken_digest
-from lib.uncertainty import UNCERTAINTIES, Moments
+from lib.uncertainty import SCORE_MAPS, Moments
 from lib.units import unit_grid, volume_mean
 
 
@@ -135,7 +135,7 @@ def image_candidates(
 def score_map(ask: Ask, moments: Moments) -> NDArray[np.float32]:
     """The method's uncertainty at every voxel, (X, Y, Z)."""
     assert ask.method.uncertainty is not None, "a method that ranks has an uncertainty"
-    return UNCERTAINTIES[ask.method.uncertainty](moments)
+    return SCORE_MAPS[ask.method.uncertainty](moments)
 
 
 def utility_of(ask: Ask, grid: NDArray[np.float32], image: PoolImage) -> NDArray[np.floating]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from lib.images import Volume
 from lib.regions import Triple
 from lib.training.cases import network_image, to_grid
+from lib.training.learned_loss import LossHead, tapped
 from lib.training.trainer import autocast_type
 from lib.views import View, identity, views
 
@@ -73,6 +75,7 @@ class Ensemble:
         divisor: sizes of an input must be multiples of it.
         spacing: spacing in mm the networks work at; None for the spacing of each image.
         device: where the networks run.
+        heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
     """
 
     def __init__(
@@ -82,7 +85,11 @@ class Ensemble:
         divisor: Triple,
         spacing: Sequence[float] | None,
         device: torch.device,
+        heads: Sequence[LossHead] = (),
+        taps: Sequence[str] = (),
     ) -> None:
+        self.heads = [head.to(device).eval() for head in heads]
+        self.taps = list(taps)
         self.networks = [network.to(device).eval() for network in networks]
         self.patch = patch
         self.divisor = divisor
@@ -127,6 +134,30 @@ class Ensemble:
         assert total is not None, "an ensemble has at least one member"
         return total / np.float32(len(self.networks))
 
+    def learning_loss(self, volume: Volume) -> NDArray[np.float32] | None:
+        """Predicted loss (X, Y, Z) on the stored grid, never negative; None for members without a head.
+
+        Each window of half the training crop gets softplus of its predicted loss; overlapping windows are averaged with
+        Gaussian weights, members equally.
+
+        Source: Yoo & Kweon 2019; Gaillochet et al. 2023. The published score is one number an image; windows make it a
+        map, so that every unit can be ranked by it.
+        """
+        if not self.heads:
+            return None
+        image = network_image(volume, self.spacing).to(self.device)
+        whole = (math.ceil(n / d) * d for n, d in zip(image.shape[1:], self.divisor, strict=True))
+        half = (max(2, math.ceil(p / 2 / d)) * d for p, d in zip(self.patch, self.divisor, strict=True))
+        window = tuple(min(a, b) for a, b in zip(half, whole, strict=True))
+        total = torch.zeros(volume.shape)
+        for network, head in zip(self.networks, self.heads, strict=True):
+            predictor = partial(_predicted_loss, network, head, self.taps)
+            with torch.inference_mode():
+                found = sliding_window_inference(image[None], window, 4, predictor, overlap=0.5, mode="gaussian")
+            assert isinstance(found, Tensor)
+            total += to_grid(found[0].float().cpu(), volume.shape)[0]
+        return cast("NDArray[np.float32]", (total / len(self.heads)).numpy())
+
     def window(self, shape: Sequence[int]) -> Triple:
         """Input size for an image of `shape`: all of it, rounded up to the divisor, where that is small enough."""
         whole = tuple(math.ceil(n / d) * d for n, d in zip(shape, self.divisor, strict=True))
@@ -167,3 +198,11 @@ def _dropout(network: nn.Module, rate: float | None, seed: int) -> Iterator[None
             for layer, p in zip(layers, before, strict=True):
                 layer.p = p
                 layer.eval()
+
+
+def _predicted_loss(network: nn.Module, head: LossHead, taps: Sequence[str], windows: Tensor) -> Tensor:
+    """Predicted loss of each window, spread over its voxels: (B, 1, X, Y, Z)."""
+    with tapped(network, taps) as activations:
+        network(windows)
+        predicted = torch.nn.functional.softplus(head(activations))
+    return predicted[:, None, None, None, None].expand(-1, 1, *windows.shape[2:]).contiguous()

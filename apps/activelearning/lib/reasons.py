@@ -24,7 +24,7 @@ from lib.ledger_records import Query
 from lib.methods import QueryMethod
 from lib.regions import Region
 from lib.thumbnails import RGB, thumbnail
-from lib.uncertainty import UNCERTAINTIES
+from lib.uncertainty import SCORE_MAPS
 
 
 class Reasons:
@@ -71,6 +71,6 @@ def _save(rgb: RGB, stream: BinaryIO) -> None:
 
 
 def _score_map(method: QueryMethod, evidence: object, image: str) -> NDArray[np.floating] | None:
-    if method.uncertainty not in UNCERTAINTIES or not isinstance(evidence, ModelEvidence):
+    if method.uncertainty not in SCORE_MAPS or not isinstance(evidence, ModelEvidence):
         return None
-    return UNCERTAINTIES[method.uncertainty](evidence.moments(image))
+    return SCORE_MAPS[method.uncertainty](evidence.moments(image))

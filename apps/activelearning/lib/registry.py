@@ -162,11 +162,11 @@ SELECTORS: dict[str, Selector] = {
 _ENTRIES = (
     QueryMethod(
         "clasp_pe", "ensemble", "predictive_entropy", "patch", "class_stratified",
-        {"schedule": "exponential"}, _CLASP, "3", summary="class-stratified entropy, power noise on a schedule",
+        {"schedule": "exponential"}, _CLASP, "method", summary="class-stratified entropy, power noise on a schedule",
     ),
     QueryMethod(
         "class_stratified", "ensemble", "predictive_entropy", "patch", "class_stratified",
-        paper=_CLASP, section="3", summary="class-stratified predictive entropy without noise",
+        paper=_CLASP, section="method", summary="class-stratified predictive entropy without noise",
     ),
     QueryMethod(
         "predictive_entropy", "ensemble", "predictive_entropy", "patch", "greedy",
@@ -320,6 +320,7 @@ ALIASES: dict[str, tuple[str, dict[str, object]]] = {
         {"posterior": "mc_dropout", "uncertainty": "bald", "passes": 8, "dropout": 0.5},
     ),
     "tta_jsd": ("stochastic_batch", {"posterior": "tta", "uncertainty": "bald", "flips": False}),
+    "learning_loss": ("stochastic_batch", {"posterior": "ensemble", "uncertainty": "learning_loss"}),
     "random-label": ("random_fg66", {}),
     "random-label2": ("random_fg33", {}),
     "random-label2-all-classes": ("starting_budget", {}),

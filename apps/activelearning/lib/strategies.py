@@ -187,6 +187,8 @@ class QueryStrategy(Strategy):
         segmenter = self.segmenters[wanted.model or next(iter(self.segmenters))]
         if model is None:
             return DescriptorEvidence(datastore)
+        if method.uncertainty == "learning_loss" and not model.facts["recipe"].get("learning_loss"):
+            refuse('the current model predicts no loss; POST /train with {"learning_loss": 1} and score again', 409)
         spec = spec_of(method)
         pool = datastore.list_images()
         missing = self.cache.missing(model, pool, spec) if method.posterior else []

@@ -36,6 +36,7 @@ class Moments:
             raise ValueError(f"a member has four axes (class, x, y, z), found the shape {tuple(shape)}")
         self.shape: tuple[int, int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3]))
         self.count = 0
+        self.loss: Array | None = None  # predicted loss (X, Y, Z) of members that have a head for it
         self._sums: tuple[Array, Array, Array] | None = None  # p, spread, entropy
         self._held: tuple[Array, ...] = ()  # members given as a list: read in place until sums per class are asked for
         self._held_maps: tuple[Array, Array] | None = None  # their predictive and expected entropy
@@ -121,7 +122,8 @@ class Moments:
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """What a cache stores: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
         total, spread, entropy = self._ready()
-        return {"sum": total, "spread": spread, "entropy": entropy, "count": np.array(self.count)}
+        stored = {"sum": total, "spread": spread, "entropy": entropy, "count": np.array(self.count)}
+        return stored | ({} if self.loss is None else {"learning_loss": self.loss})
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Moments:
@@ -142,7 +144,19 @@ class Moments:
             np.asarray(arrays["entropy"], np.float32),
         )
         moments.count = int(arrays["count"])
+        if "learning_loss" in arrays:
+            moments.loss = np.asarray(arrays["learning_loss"], np.float32)
         return moments
+
+    def learning_loss(self) -> Array:
+        """Loss (X, Y, Z) that the members' heads predict; it comes with the moments, not from the probabilities.
+
+        Raises:
+            ValueError: the members were trained without such a head.
+        """
+        if self.loss is None:
+            raise ValueError("the members predict no loss: train with learning_loss above 0 and score again")
+        return self.loss
 
     @property
     def mean(self) -> Array:
@@ -254,6 +268,10 @@ UNCERTAINTIES: dict[str, Callable[[Moments], Array]] = {
     "burmeister_confidence": burmeister_confidence,
     "burmeister_entropy": burmeister_entropy,
 }
+"""Maps that follow from the members' probabilities."""
+
+SCORE_MAPS: dict[str, Callable[[Moments], Array]] = {**UNCERTAINTIES, "learning_loss": Moments.learning_loss}
+"""Every map that units can be ranked by."""
 
 
 def class_weighted(moments: Moments, weights_c: ArrayLike) -> Array:

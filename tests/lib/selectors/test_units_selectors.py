@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib.pseudo_labels import fill_between, interpolate, signed_distance
 from lib.selectors.badge import kmeans_plus_plus
 from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams
 from lib.selectors.core_set import k_center
@@ -368,48 +367,3 @@ def test_published_blocks_and_earlier_pseudo_labels(golden: Path) -> None:
 def test_an_odd_budget_is_spent_to_the_last_slice() -> None:
     blocks = strided_blocks({"a": np.ones(12, bool)}, 5, 5, np.random.default_rng(0))
     assert sum(len(b.annotated) for b in blocks) == 5
-
-
-def test_published_interpolation(golden: Path) -> None:
-    arrays = np.load(golden / "as_interpolation.npz")
-    for slices in (3, 5, 10):
-        mine = interpolate(arrays["top"], arrays["bottom"], slices - 2)
-        np.testing.assert_array_equal(mine, arrays[f"sd_multi_{slices}"])
-    np.testing.assert_array_equal(signed_distance(arrays["signed_dist_1d_mask"]), arrays["signed_dist_1d_value"])
-    empty = np.zeros((32, 32), int)
-    np.testing.assert_array_equal(interpolate(empty, empty, 3), arrays["both_empty"])
-
-
-def test_blocks_without_interpolation() -> None:
-    a, b = np.zeros((8, 8), int), np.zeros((8, 8), int)
-    a[:3, :3], b[5:, 5:] = 1, 1
-    assert interpolate(a, b, 2) is None
-    assert interpolate(a, np.zeros_like(a), 2) is None
-    assert interpolate(a, a, 0).shape == (0, 8, 8)
-    with pytest.raises(ValueError, match="one shape"):
-        interpolate(a, b[1:], 2)
-    with pytest.raises(ValueError, match="zero or more"):
-        interpolate(a, b, -1)
-    with pytest.raises(ValueError, match="signed_distance or morphological"):
-        interpolate(a, b, 1, "linear")
-
-
-def test_morphological_labels_are_the_published_ones(golden: Path) -> None:
-    arrays = np.load(golden / "as_interpolation.npz")
-    for slices in (3, 5, 10):
-        mine = interpolate(arrays["top"], arrays["bottom"], slices - 2, "morphological")
-        np.testing.assert_array_equal(mine, arrays[f"morph_multi_{slices}"])
-
-
-def test_slices_between_annotated_ones_are_filled_where_nothing_is_annotated(golden: Path) -> None:
-    arrays = np.load(golden / "as_interpolation.npz")
-    label = np.full((32, 32, 12), 255, np.uint8)
-    label[..., 1], label[..., 5], label[..., 11] = arrays["top"], arrays["bottom"], arrays["top"]
-    label[3, 4, 2] = 2
-    filled = fill_between(label, thickness=5)
-    expected = np.moveaxis(arrays["sd_multi_5"], 0, -1).astype(np.uint8)
-    expected[3, 4, 0] = 2
-    np.testing.assert_array_equal(filled[..., 2:5], expected)
-    np.testing.assert_array_equal(np.delete(filled, [2, 3, 4], axis=2), np.delete(label, [2, 3, 4], axis=2))
-    turned = fill_between(np.moveaxis(label, 2, 0), thickness=5, axis=0)
-    np.testing.assert_array_equal(np.moveaxis(turned, 0, 2), filled)

@@ -36,6 +36,11 @@ class Recipe(BaseModel):
     foreground: float = Field(ge=0, le=1, description="share of crops centred on foreground")
     mirror: tuple[int, ...] = Field(default=(0,), description="axes that may be flipped")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
+    learning_loss: float = Field(default=0.0, ge=0, le=1000, description="weight of the head that predicts losses")
+    learning_loss_margin: float = Field(default=1.0, ge=0, le=1000, description="margin of its ranking loss")
+    learning_loss_share: float = Field(
+        default=0.27, ge=0, le=1, description="share of the steps in which the head trains the network too"
+    )
     pseudo_labels: Literal["none", "signed_distance", "morphological"] = Field(
         default="none", description="labels interpolated between annotated slices"
     )

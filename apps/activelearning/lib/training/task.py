@@ -29,6 +29,7 @@ from lib.pseudo_labels import fill_between
 from lib.randomness import child_rng, child_seed
 from lib.training.cases import TrainingCase, network_image, network_label
 from lib.training.folds import training_splits
+from lib.training.learned_loss import fresh_head
 from lib.training.recipe import Bundle, Recipe, RecipeError
 from lib.training.trainer import Progress, train_member
 
@@ -105,7 +106,10 @@ class EnsembleTrainTask(TrainTask):
         if unknown:
             known = ", ".join([*TrainRequest.model_fields, *Recipe.model_fields])
             raise RecipeError(f"unknown training option {', '.join(unknown)}; known options are {known}")
-        return wanted, self.bundle.recipe(given)
+        recipe = self.bundle.recipe(given)
+        if recipe.learning_loss and recipe.batch % 2:
+            raise RecipeError(f"learning_loss compares pairs of crops: batch must be even, found {recipe.batch}")
+        return wanted, recipe
 
     def progress(self) -> dict[str, Any]:
         """Member, step and estimated seconds left of the training that runs or ran last."""
@@ -193,13 +197,16 @@ class EnsembleTrainTask(TrainTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0]) >> 1)
             network = self.bundle.network(len(self.classes), recipe.dropout or None)
+            taps = self.bundle.layers("loss_taps") if recipe.learning_loss else []
+            head = fresh_head(network, taps, self.bundle.divisor) if recipe.learning_loss else None
 
         def report(progress: Progress) -> None:
             done = (member + progress.step / progress.steps) / wanted.members
             self._report(member, wanted.members, progress, (time.time() - begun) * (1 - done) / max(done, 1e-9))
 
         device = choose_device(self.options.device)
-        self.store.save_member(digest, member, train_member(network, cases, recipe, crops_seed, device, report))
+        weights = train_member(network, cases, recipe, crops_seed, device, report, head, taps)
+        self.store.save_member(digest, member, weights, head.cpu().state_dict() if head else None)
 
     def _report(self, member: int, members: int, progress: Progress, seconds_left: float) -> None:
         logger.info(

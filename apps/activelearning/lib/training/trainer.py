@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib.regions import Triple
 from lib.training.augmentation import Augmentation, augmented_crop, crop
 from lib.training.cases import TrainingCase
+from lib.training.learned_loss import LossHead, pair_loss, sample_losses, tapped
 from lib.training.loss import PartialDiceCELoss
 from lib.training.recipe import Recipe
 from lib.training.sampling import AnnotatedCase, RegionSampler
@@ -81,18 +82,22 @@ def train_member(
     seed: np.random.SeedSequence,
     device: torch.device,
     report: Callable[[Progress], None] = lambda _: None,
+    head: LossHead | None = None,
+    taps: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Trains `network` in place from the weights it has and returns its last weights, on the CPU.
 
     AdamW with warm-up and poly decay, gradients clipped, Dice + cross-entropy over annotated voxels. The last weights
     are kept: choosing by validation Dice would spend labels that an active-learning study pretends not to have.
+    A `head` on the activations of `taps` learns to rank the samples of a batch by their loss, in place.
 
     Raises:
         ValueError: no annotated voxel in any case.
     """
     network.to(device).train()
     stream = CropStream(cases, recipe, np.random.default_rng(seed))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    parameters = [*network.parameters(), *(head.to(device).train().parameters() if head else ())]
+    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     loss_function = PartialDiceCELoss()
     half = autocast_type(device)
     scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
@@ -102,12 +107,20 @@ def train_member(
             group["lr"] = learning_rate(engine.state.iteration - 1, recipe)
         images, labels = (batch.to(device, non_blocking=True) for batch in stream.next())
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None):
+        with (
+            torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None),
+            tapped(network, taps) as activations,
+        ):
             logits = network(images)
         loss: Tensor = loss_function(logits, labels)
+        if head is not None:
+            if engine.state.iteration > recipe.learning_loss_share * recipe.steps:
+                activations = [activation.detach() for activation in activations]
+            ranking = pair_loss(head(activations), sample_losses(logits, labels), recipe.learning_loss_margin)
+            loss = loss + recipe.learning_loss * ranking
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)
-        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(parameters, recipe.clip)
         scaler.step(optimiser)
         scaler.update()
         return loss.detach()

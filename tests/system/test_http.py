@@ -120,6 +120,12 @@ def test_a_query_tells_its_reason_and_shows_its_picture(trained: Client) -> None
     told = trained.http.get(f"/patchwise/queries/{region['query']}").json()
     assert told["reason"]["uncertainty"] == "bald"
     assert told["reason"]["score"] == pytest.approx(region["score"])
+    assert "step" not in told["reason"]
+    steps = trained.ask("bald", batch=2, seed=5, client_id="steps", lease_minutes=1e-4, utilities=True).json()[
+        "regions"
+    ]
+    found = [region["reason"]["step"]["utility"] for region in steps]
+    assert found == sorted(found, reverse=True)
     picture = trained.http.get(told["picture"])
     assert picture.content.startswith(b"\x89PNG")
     assert trained.http.get("/patchwise/queries/999999").status_code == 404

@@ -52,6 +52,7 @@ class QueryRequest(BaseModel):
     axis: int = Field(default=2, ge=0, le=2)
     stride: tuple[int, int, int] = (1, 1, 1)
     n_per_image: int | None = Field(default=None, ge=1)
+    utilities: bool = False
     hints: list[dict[str, Any]] = Field(default_factory=list)
     regions: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -144,6 +145,7 @@ class QueryStrategy(Strategy):
                 stride=wanted.stride,
                 n_per_image=wanted.n_per_image,
                 rounds_total=wanted.rounds,
+                utilities=wanted.utilities,
                 hints=wanted.hints,
                 regions=wanted.regions,
                 labels=self.classes,

@@ -67,10 +67,11 @@ class ServerProcess:
         env: Mapping[str, str] | None = None,
         port: int | None = None,
     ) -> None:
-        self.studies = studies
+        # The server runs in a folder of its own, where relative paths would mean something else.
+        self.studies = studies.resolve()
         self.conf = dict(conf)
-        self.log = log
-        self.note = log.with_suffix(".pid.json")
+        self.log = log.resolve()
+        self.note = self.log.with_suffix(".pid.json")
         self.threads = threads
         self.env = dict(env or {})
         self.port = port

@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -60,8 +62,7 @@ class PatchwiseApp(MONAILabelApp):
             self.listed_methods = listed(self.options.methods)
             self.ledger = QueryLedger(root / STATE_FOLDER / "ledger.sqlite")
         except SPEAKING as error:
-            logger.error("%s", error)
-            raise SystemExit(2) from error
+            _end(str(error))
         self.root = root
         self.store = PartialLabelDatastore(root, self.classes, self.ledger)
         self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
@@ -174,3 +175,17 @@ class PatchwiseApp(MONAILabelApp):
                 raise
             logger.error("%s refused: %s", what, refused.detail)
             raise SystemExit(2) from refused
+
+
+def _end(sentence: str) -> NoReturn:
+    """Ends the process with one sentence and exit code 2.
+
+    Inside of the running server an exception would be printed as a traceback by everything it passes through.
+    """
+    logger.error("%s", sentence)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise SystemExit(2) from None
+    logging.shutdown()
+    os._exit(2)

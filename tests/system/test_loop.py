@@ -70,7 +70,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 @pytest.fixture(scope="module")
 def uninterrupted(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "uninterrupted"
-    finish(referee("run", str(study), "--out", str(out)))
+    # Relative, as a person types it.
+    finish(referee("run", str(study), "--out", os.path.relpath(out, ROOT)))
     return out
 
 

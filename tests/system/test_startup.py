@@ -73,6 +73,18 @@ def test_unusable_options_end_with_one_sentence_and_code_2(
     assert sorted(p.name for p in (tmp_path / "studies").iterdir()) == before
 
 
+def test_the_server_itself_ends_with_one_sentence_and_no_traceback(tmp_path: Path, phantoms: Path) -> None:
+    fill(tmp_path / "studies", phantoms, 1)
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies"]
+    command += [str(tmp_path / "studies"), "--host", "127.0.0.1", "--port", "0", "--conf", "modelz", "x"]
+    env = {**os.environ, "PYTHONPATH": str(APP)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert "--conf modelz is not an option of this app" in output
+    assert "Traceback" not in output
+
+
 def test_a_missing_studies_folder_is_said(tmp_path: Path) -> None:
     done = start(tmp_path / "nowhere")
     assert done.returncode == 2

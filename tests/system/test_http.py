@@ -120,6 +120,7 @@ def test_a_query_tells_its_reason_and_shows_its_picture(trained: Client) -> None
     told = trained.http.get(f"/patchwise/queries/{region['query']}").json()
     assert told["reason"]["uncertainty"] == "bald"
     assert told["reason"]["score"] == pytest.approx(region["score"])
+    assert set(told["reason"]["predicted"]) <= {"background", "anterior", "posterior"}
     assert "step" not in told["reason"]
     steps = trained.ask("bald", batch=2, seed=5, client_id="steps", lease_minutes=1e-4, utilities=True).json()[
         "regions"

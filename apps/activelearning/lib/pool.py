@@ -240,7 +240,7 @@ def picks_from(
 
 def class_shares(moments: Moments, box: Box, labels: Mapping[str, int]) -> dict[str, float]:
     """Share of the voxels of `box` predicted to be each class, by name where `labels` knows it; zeros left out."""
-    names = {value: name for name, value in labels.items()}
+    names = {0: "background"} | {value: name for name, value in labels.items()}
     cut = triple(a + d for a, d in zip(*box, strict=True))
     slices = (slice(box[0][0], cut[0]), slice(box[0][1], cut[1]), slice(box[0][2], cut[2]))
     shares: NDArray[np.float64] = moments.predicted_fractions(slices)

@@ -18,44 +18,9 @@ from lib.regions import boxes_overlap
 from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams, pick_streams
 from lib.selectors.greedy import best_boxes
 from lib.selectors.noise import power, softrank
-from lib.summaries import MemorySummaries
 from lib.uncertainty import UNCERTAINTIES, Moments
 from lib.units import box_mean
-
-LABELS = {"background": 0, "one": 1, "two": 2}
-
-
-class Members:
-    """Evidence from member probabilities in memory; counts what is read."""
-
-    def __init__(self, members: dict[str, np.ndarray]) -> None:
-        self.members, self.read = members, list[str]()
-
-    def moments(self, image: str) -> Moments:
-        self.read.append(image)
-        return Moments.from_members(self.members[image])
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (e / e.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def world(images: int = 3, shape: tuple[int, int, int] = (14, 12, 10)) -> tuple[list[PoolImage], Members]:
-    rng = np.random.default_rng(0)
-    probs = {f"case_{i}": softmax(rng.normal(0, 2, (3, 3, *shape))) for i in range(images)}
-    pool = [PoolImage(name, shape, taken=(((0, 0, 0), (4, 4, 4)),)) for name in probs]
-    return pool, Members(probs)
-
-
-def hints_for(pool: list[PoolImage]) -> list[dict]:
-    return [
-        {"image": i.id, "voxel": [6 + 3 * k, 6, 6], "class": c, "area": area}
-        for i in pool
-        for k, c in enumerate(("background", "one", "two"))
-        for area in ("inside", "border")
-    ]
-
+from tests.lib.worlds import LABELS, Members, hints_for, softmax, world
 
 # --- the whole query stage against published arrays ------------------------------------------------------------------
 
@@ -250,112 +215,6 @@ def test_units_other_than_patches(unit: str) -> None:
     else:
         best = max((scores[i].mean(axis=(0, 2))[k], i, k) for i in scores for k in range(12))
         assert (picks[0].image, picks[0].start, picks[0].size) == (best[1], (0, best[2], 0), (14, 1, 10))
-
-
-class Summarised(Members):
-    def __init__(self, members: dict[str, np.ndarray]) -> None:
-        super().__init__(members)
-        self.summaries = MemorySummaries()
-
-
-@pytest.mark.parametrize("method", ["predictive_entropy", "power_pe", "power_bald"])
-@pytest.mark.parametrize("n_per_image", [None, 2])
-def test_summaries_give_the_same_picks_and_read_only_what_can_win(method: str, n_per_image: int | None) -> None:
-    pool, evidence = world(9)
-    kept, resolved, rng = Summarised(evidence.members), resolve(method), np.random.default_rng(0)
-    for turn in range(5):
-        keys = {"size": (4, 4, 4), "seed": 3, "n_per_image": n_per_image}
-        plain = select(resolved, pool, evidence, 4, **keys)
-        kept.read.clear()
-        assert select(resolved, pool, kept, 4, **keys) == plain
-        assert (len(set(kept.read)) == 9) if turn == 0 else (len(set(kept.read)) < 9)
-        asked = {p.image: p.box for p in plain}
-        pool = [
-            PoolImage(
-                i.id, i.shape, taken=(*i.taken[int(rng.integers(2)) :], *([asked[i.id]] if i.id in asked else []))
-            )
-            for i in pool
-        ]
-
-
-# --- utilities of every step ---------------------------------------------------------------------------------------
-
-
-class WithFeatures(Members):
-    """One feature a box, its first coordinate squared; gradients are twice that."""
-
-    def features(self, image: str, boxes: list) -> np.ndarray:
-        return np.array([[float(start[0] ** 2)] for start, _ in boxes])
-
-    def labelled_features(self) -> np.ndarray:
-        return np.array([[30.0]])
-
-    def gradients(self, image: str, boxes: list, layer: str) -> np.ndarray:
-        return 2 * self.features(image, boxes)
-
-    def class_frequencies(self) -> np.ndarray:
-        return np.ones(3)
-
-
-def steps(method: str, n: int, evidence: Members, pool: list[PoolImage], options: dict | None = None, **keys) -> list:
-    picks = select(resolve(method, options), pool, evidence, n, size=(4, 1, 1), utilities=True, **keys)
-    return [(p.start[0], p.reason["step"]) for p in picks]
-
-
-@pytest.mark.parametrize("method", ["bald", "power_bald"])
-@pytest.mark.parametrize("kind", [Members, Summarised])
-def test_alternatives_of_a_step_are_the_next_best_boxes(method: str, kind: type[Members]) -> None:
-    pool, evidence = world(2)
-    chosen = resolve(method)
-    keys = {"size": (4, 4, 4), "seed": 3}
-    told = select(chosen, pool, kind(evidence.members), 2, utilities=True, **keys)
-    further = select(chosen, pool, evidence, 7, **keys)
-    for k, pick in enumerate(told):
-        assert pick.reason["step"] == {
-            "utility": further[k].reason["utility"],
-            "candidates": [
-                {"image": p.image, "start": list(p.start), "size": [4, 4, 4], "utility": p.reason["utility"]}
-                for p in further[k + 1 : k + 6]
-            ],
-            "left": None,
-        }
-
-
-def test_utilities_of_steps_over_features_by_hand() -> None:
-    pool = [PoolImage("a", (16, 1, 1))]  # features 0, 16, 64 and 144 of the units at 0, 4, 8 and 12; 30 is labelled
-    evidence = WithFeatures({"a": softmax(np.random.default_rng(0).normal(0, 1, (3, 3, 16, 1, 1)))})
-
-    def told(method: str, n: int, **options: object) -> list[tuple[int, float, list, int]]:
-        return [
-            (start, s["utility"], [(c["start"][0], c["utility"]) for c in s["candidates"]], s["left"])
-            for start, s in steps(method, n, evidence, pool, {"unit": "patch", **options})
-        ]
-
-    assert told("core_set", 2) == [
-        (12, 114, [(8, 34), (0, 30), (4, 14)], 3),
-        (8, 34, [(0, 30), (4, 14)], 2),
-    ]
-    start, utility, others, left = told("badge", 2)[0]
-    assert (start, utility, left) == (12, 288.0**2, 3)
-    assert others == [(8, 128.0**2), (4, 32.0**2), (0, 0.0)]
-    start, utility, others, left = told("badge", 2)[1]
-    assert utility == (288.0 - 2 * start**2) ** 2
-    assert left == 2
-    scores = evidence.moments("a").mutual_information().astype(float).reshape(4, 4).mean(axis=1)
-    group = told("stochastic_batch", 2, posterior="ensemble", uncertainty="bald")
-    worth = np.mean([scores[start // 4] for start, *_ in group])
-    assert [(others, left) for _, _, others, left in group] == [([], 2)] * 2
-    assert [utility for _, utility, _, _ in group] == pytest.approx([worth] * 2)
-
-
-def test_utilities_of_evenly_spread_units_are_minus_the_labelled_share() -> None:
-    pool = [PoolImage("a", (16, 1, 1), taken=(((0, 0, 0), (4, 1, 1)),)), PoolImage("b", (8, 1, 1))]
-    picks = select(resolve("stratified", {"unit": "patch"}), pool, None, 3, size=(4, 1, 1), utilities=True)
-    assert [(p.image, p.reason["step"]["utility"], p.reason["step"]["left"]) for p in picks] == [
-        ("b", 0.0, 4),
-        ("a", -0.25, 3),
-        *[(p.image, -0.5, 2) for p in picks[2:]],
-    ]
 
 
 # --- running short and refusing ------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from lib.selectors.greedy import best_boxes, open_grid
 from lib.selectors.noise import beta_at, power, softrank
 from lib.selectors.peaks import ranked_slices
 from lib.selectors.random_regions import BACKGROUND
-from lib.summaries import Head, Summary, SummaryStore, best_of_pool, taken_digest
+from lib.summaries import Head, Summary, SummaryStore, best_of_pool, remembered, summary_key, taken_digest
 from lib.uncertainty import SCORE_MAPS, Moments
 from lib.units import unit_grid, volume_mean
 
@@ -90,7 +90,12 @@ def _best_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> lis
 
 def _select_softrank(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
     """The best 2 n_per_image of every image by score, ranked over the pool, then noise on the ranks."""
-    kept = [c for image in pool for c in image_candidates(ask, image, evidence, 2 * ask.per_image)]
+    store = getattr(evidence, "summaries", None)
+
+    def offers(image: PoolImage) -> list[Candidate]:
+        return image_candidates(ask, image, evidence, 2 * ask.per_image)
+
+    kept = [c for image_offers in remembered(summary_key(ask), pool, store, offers) for c in image_offers]
     scores = np.array([c.score for c in kept])
     soft = softrank(scores, float(ask.option("beta")), ask.rng("ranks"))
     noisy = [Candidate(c.image, c.start, c.size, c.score, float(u), c.reason) for c, u in zip(kept, soft, strict=True)]
@@ -186,17 +191,24 @@ def _pool_streams(
     ask: Ask, pool: Sequence[PoolImage], evidence: Evidence, ratio: float, limited: bool
 ) -> dict[int, list[tuple[float, Candidate]]]:
     """The best of every stream over the pool, n or more; not `limited`, one image may give a whole batch to each."""
-    background, streams = ask.labels.get(BACKGROUND, 0), dict[int, list[tuple[float, Candidate]]]()
-    for image in pool:
-        moments = moments_of(image, evidence)
-        classes = [c for c in range(moments.shape[0]) if c != background]
-        limits = image_limits(ask.per_image, ratio, classes)
-        if not limited:
-            limits = dict.fromkeys(limits, ask.n)
-        for stream, found in _streams(ask, image, moments, limits).items():
-            kept = streams.setdefault(stream, [])
-            kept += [(c.utility, c) for c in found]
-            streams[stream] = sorted(kept, key=lambda item: -item[0])[: ask.n + ALTERNATIVES]
+    background = ask.labels.get(BACKGROUND, 0)
+    classes = [c for c in range(moments_of(pool[0], evidence).shape[0]) if c != background]
+    limits = image_limits(ask.per_image, ratio, classes)
+    if not limited:
+        limits = dict.fromkeys(limits, ask.n)
+
+    def offers(image: PoolImage) -> list[Candidate]:
+        found = _streams(ask, image, moments_of(image, evidence), limits)
+        return [replace(c, reason={**c.reason, "stream": s}) for s, own in found.items() for c in own]
+
+    # Noise, order and schedule depend on seed and round, so what is remembered is good for one round only.
+    key = f"{summary_key(ask)}/{ask.seed}/{ask.round}/{ask.rounds_total}/{ask.n}/{limited}"
+    streams: dict[int, list[tuple[float, Candidate]]] = {stream: [] for stream in limits}
+    for image_offers in remembered(key, pool, getattr(evidence, "summaries", None), offers):
+        for c in image_offers:
+            streams[int(c.reason["stream"])].append((c.utility, c))
+        for stream, found in streams.items():
+            streams[stream] = sorted(found, key=lambda item: -item[0])[: ask.n + ALTERNATIVES]
     return streams
 
 

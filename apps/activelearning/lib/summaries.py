@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -142,6 +143,28 @@ def _remaining(summary: Summary, taken: Sequence[Box]) -> tuple[Candidate, ...] 
     if not before <= now or since != {(c.start, c.size) for c in first}:
         return None
     return summary.candidates[len(since) :]
+
+
+def remembered(
+    key: str, pool: Sequence[PoolImage], store: object, offers: Callable[[PoolImage], Sequence[Candidate]]
+) -> Iterator[Sequence[Candidate]]:
+    """What every image offers, in the order of `pool`; made by `offers` only where boxes were taken since, or never.
+
+    For selectors whose choice needs candidates of every image. Without a store everything is made anew.
+    """
+    if not isinstance(store, SummaryStore):
+        yield from map(offers, pool)
+        return
+    heads = store.heads(key)
+    for image in pool:
+        head, taken = heads.get(image.id), taken_digest(image.taken)
+        if head is not None and head.taken == taken:
+            yield store.load(key, image.id).candidates
+            continue
+        candidates = tuple(offers(image))
+        top = max((c.utility for c in candidates), default=-math.inf)
+        store.save(key, image.id, Summary(Head(taken, top, top), image.taken, candidates, complete=True))
+        yield candidates
 
 
 def _renew(store: SummaryStore, key: str, image: PoolImage, summarise: Callable[[PoolImage], Summary]) -> Summary:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +41,22 @@ class SummaryFile:
         self.path = path
         self.digest = digest
 
-    @contextmanager
-    def _connect(self) -> Iterator[sqlite3.Connection]:
+    @cached_property
+    def _connection(self) -> sqlite3.Connection:
+        """One connection for the life of this object, which is that of a request."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            # A cache: after a power failure it is made again.
-            connection.execute("PRAGMA synchronous=OFF")
-            connection.execute(_SCHEMA)
-            yield connection
-        finally:
-            connection.close()
+        connection.execute("PRAGMA journal_mode=WAL")
+        # A cache: after a power failure it is made again.
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute(_SCHEMA)
+        return connection
 
     def heads(self, key: str) -> Mapping[str, Head]:
         """Heads of every image that has a summary under `key`."""
-        with self._connect() as connection:
-            rows = connection.execute(
-                "SELECT image, digest, taken, best, ceiling FROM summaries WHERE key = ?", (key,)
-            ).fetchall()
+        rows = self._connection.execute(
+            "SELECT image, digest, taken, best, ceiling FROM summaries WHERE key = ?", (key,)
+        ).fetchall()
         return {image: Head(*head) for image, digest, *head in rows if digest == self._digest(image)}
 
     def _digest(self, image: str) -> str | None:
@@ -74,10 +71,9 @@ class SummaryFile:
         Raises:
             KeyError: there is none under this key.
         """
-        with self._connect() as connection:
-            row = connection.execute(
-                "SELECT taken, best, ceiling, content FROM summaries WHERE key = ? AND image = ?", (key, image)
-            ).fetchone()
+        row = self._connection.execute(
+            "SELECT taken, best, ceiling, content FROM summaries WHERE key = ? AND image = ?", (key, image)
+        ).fetchone()
         if row is None:
             raise KeyError(image)
         taken, best, ceiling, text = row
@@ -91,11 +87,10 @@ class SummaryFile:
         head = summary.head
         candidates = [asdict(c) for c in summary.candidates]
         text = json.dumps({"taken": summary.taken, "candidates": candidates, "complete": summary.complete})
-        with self._connect() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO summaries VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (key, image, self.digest(image), head.taken, head.best, head.ceiling, text),
-            )
+        self._connection.execute(
+            "INSERT OR REPLACE INTO summaries VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (key, image, self.digest(image), head.taken, head.best, head.ceiling, text),
+        )
 
 
 def _candidate(content: dict[str, Any]) -> Candidate:

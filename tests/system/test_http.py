@@ -115,6 +115,14 @@ def test_a_composed_method_scores_and_asks(trained: Client) -> None:
     time.sleep(0.05)
 
 
+def test_rounds_count_themselves_and_repeating_a_training_trains_nothing(trained: Client) -> None:
+    before = trained.http.get("/info/").json()["patchwise"]["model"]
+    region = trained.ask("random", batch=1, seed=71, size=[6, 6, 6]).json()["regions"][0]
+    assert region["round"] == before["round"] + 1
+    trained.train(members=2, steps=5, patch=[16, 16, 16], seed=1)
+    assert trained.http.get("/info/").json()["patchwise"]["model"] == before
+
+
 def test_a_query_tells_its_reason_and_shows_its_picture(trained: Client) -> None:
     region = trained.ask("bald", batch=1, seed=4, client_id="why", lease_minutes=1e-4).json()["regions"][0]
     told = trained.http.get(f"/patchwise/queries/{region['query']}").json()

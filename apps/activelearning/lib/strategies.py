@@ -99,7 +99,7 @@ class QueryStrategy(Strategy):
     ) -> tuple[str | None, list[Query]]:
         ledger = datastore.ledger
         model = self._model(wanted, method)
-        round_ = wanted.round if wanted.round is not None else (model.round if model else 0)
+        round_ = wanted.round if wanted.round is not None else (model.round + 1 if model else 0)
         client = wanted.client_id or ANONYMOUS
         minutes = wanted.lease_minutes or self.options.lease_minutes
         batch = wanted.request_id or uuid.uuid4().hex

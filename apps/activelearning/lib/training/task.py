@@ -44,7 +44,7 @@ class TrainRequest(BaseModel):
     members: int = Field(ge=1, le=50, description="ensemble members")
     folds: int | None = Field(default=None, ge=1, le=50, description="folds over annotated images; default: members")
     seed: int = Field(default=0, ge=0, description="seed of folds, weights, crops and augmentation")
-    round: int = Field(default=0, ge=0, description="round this training belongs to")
+    round: int | None = Field(default=None, ge=0, description="round of this training; default: one after the last")
 
 
 # Keys that MONAI Label and its clients put into a training request and that do not change the training.
@@ -128,6 +128,7 @@ class EnsembleTrainTask(TrainTask):
             labels = {i: Path(datastore.get_label_uri(i, "final")) for i in datastore.get_labeled_images()}
             if not labels:
                 refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
+            wanted = self._with_round(wanted, recipe, datastore, labels)
             digest = self._digest(wanted, recipe, datastore, labels)
             cases = [self._case(i, datastore.image_path(i), path, recipe) for i, path in sorted(labels.items())]
             voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
@@ -135,7 +136,7 @@ class EnsembleTrainTask(TrainTask):
                 refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
             self._train_members(wanted, recipe, digest, cases)
         facts = {
-            "round": wanted.round,
+            "round": int(wanted.round or 0),
             "bundle": self.bundle.name,
             "members": wanted.members,
             "classes": self.classes,
@@ -145,8 +146,19 @@ class EnsembleTrainTask(TrainTask):
         self.store.publish(digest, facts)
         stats = self._stats(digest, wanted, len(cases), time.time() - started)
         write_json(self.store.folder / "train_stats.json", stats)
-        datastore.ledger.record_round(wanted.round, self.bundle.name, digest, wanted.model_dump(), stats)
+        datastore.ledger.record_round(int(wanted.round or 0), self.bundle.name, digest, wanted.model_dump(), stats)
         return stats
+
+    def _with_round(
+        self, wanted: TrainRequest, recipe: Recipe, datastore: PartialLabelDatastore, labels: Mapping[str, Path]
+    ) -> TrainRequest:
+        """The request with its round: as given, the current model's where nothing changed since, else the next."""
+        current = self.store.current()
+        if wanted.round is not None or current is None:
+            return wanted.model_copy(update={"round": wanted.round or 0})
+        same = wanted.model_copy(update={"round": current.round})
+        unchanged = self._digest(same, recipe, datastore, labels) == current.digest
+        return same if unchanged else wanted.model_copy(update={"round": current.round + 1})
 
     def _digest(
         self, wanted: TrainRequest, recipe: Recipe, datastore: PartialLabelDatastore, labels: Mapping[str, Path]

@@ -152,6 +152,25 @@ def test_a_label_that_was_there_before_is_kept(store, tmp_path):
     assert np.array_equal(label[query.region.slices], truth()[query.region.slices])
 
 
+@pytest.mark.parametrize("extension", [".nii", ".nrrd"])
+def test_an_older_label_of_another_format_is_kept_and_hides_nothing(store, tmp_path, extension):
+    import itk
+
+    older = store.studies / "labels" / "final" / f"a{extension}"
+    earlier = np.full(SHAPE, UNLABELLED, np.uint8)
+    earlier[8:, 5:, 4:] = 1
+    source = write(tmp_path / "older.nii.gz", earlier, dtype=np.uint8)
+    if extension == ".nii":
+        write(older, earlier, dtype=np.uint8)
+    else:
+        itk.imwrite(itk.imread(str(source)), str(older))
+    query = ask(store)
+    label = submit(store, tmp_path, truth(), queries=[query.id])
+    assert store.get_label_uri("a", "final").endswith("a.nii.gz")
+    assert np.all(label[8:, 5:, 4:] == 1)
+    assert np.array_equal(label[query.region.slices], truth()[query.region.slices])
+
+
 def test_the_label_is_rebuilt_from_the_raw_files(store, tmp_path):
     query = ask(store)
     label = submit(store, tmp_path, truth(), queries=[query.id])

@@ -70,6 +70,16 @@ def test_a_lease_that_runs_out_returns_to_the_pool(ledger, clock):
     assert ledger.lease(ids, "ben", 60)[0].client == "ben"
 
 
+def test_regions_planned_in_an_earlier_round_are_given_back(ledger):
+    old = ledger.ask("b1", "random", 0, asked(0, 2))
+    ledger.lease([old[0].id], "ann", 60)
+    (new,) = ledger.ask("b2", "random", 1, asked(4))
+    assert ledger.withdraw_planned(1) == 1
+    assert [ledger.query(q.id).status for q in (*old, new)] == ["open", "withdrawn", "proposed"]
+    assert [r.start[0] for r in ledger.taken()["a"]] == [0, 4]
+    assert ledger.lease([old[1].id], "ben", 60)[0].status == "withdrawn"
+
+
 def test_last_worked_is_the_expired_region_unless_somebody_else_answered_it(ledger, clock):
     (query,) = ledger.ask("b1", "random", 0, asked(0))
     ledger.lease([query.id], "ann", 1)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib.files import atomic_path, file_digest
-from lib.images import ImageError, check_same_grid, image_geometry, load_label, save_label
+from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label, save_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import Answer
 from lib.partial_labels import LabelError, LabelMap, check_values, merge, remap_by_name, unlabelled
@@ -123,7 +123,7 @@ class Annotations:
 
     def _adopt(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> None:
         """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
-        existing = next((p for p in (self.merged / f"{image_id}{e}" for e in (".nii.gz", ".nii")) if p.is_file()), None)
+        existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.answers(image_id):
             return
         label = load_label(existing)

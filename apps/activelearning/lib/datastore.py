@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 from lib.annotations import Annotations
 from lib.errors import refuse, speaking_errors
 from lib.files import atomic_path, file_digest
-from lib.images import image_geometry, load_image
+from lib.images import EXTENSIONS, image_geometry, load_image
 from lib.ledger import QueryLedger
 from lib.regions import Triple
 
-EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 FINAL = DefaultLabelTag.FINAL.value
 STATE_FOLDER = ".patchwise"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
@@ -56,7 +55,8 @@ class FolderListing:
             return {}
         # A folder changed within the clock's grain could change again unseen, so it is not remembered yet.
         if changed != self._changed:
-            self._files = dict(sorted(filter(None, map(_split, self.folder.iterdir()))))
+            found = sorted(filter(None, map(_split, self.folder.iterdir())), key=_rank, reverse=True)
+            self._files = dict(sorted(dict(found).items()))
             self._changed = changed if time.time_ns() - changed > 20_000_000 else -1
         return self._files
 
@@ -70,6 +70,11 @@ def _split(path: Path) -> tuple[str, str] | None:
     name = path.name
     extension = next((e for e in EXTENSIONS if name.endswith(e)), None)
     return (name[: -len(extension)], extension) if extension and not name.startswith(".") else None
+
+
+def _rank(file: tuple[str, str]) -> int:
+    """Place of a file's extension: sorted by it backwards, the one that counts is the last and stays in a dict."""
+    return EXTENSIONS.index(file[1])
 
 
 class PartialLabelDatastore(Datastore):

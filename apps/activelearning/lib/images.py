@@ -19,6 +19,8 @@ from lib.files import atomic_path
 from lib.regions import Triple
 
 AFFINE_TOLERANCE_MM = 1e-3
+# File names a volume may have; where one id has several, the first of these counts.
+EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 
 
 class ImageError(ValueError):

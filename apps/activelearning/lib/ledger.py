@@ -131,6 +131,17 @@ class QueryLedger:
             )
             return int(cursor.rowcount)
 
+    def withdraw_planned(self, before_round: int) -> int:
+        """Gives up regions planned in earlier rounds that nobody was handed; how many.
+
+        They were chosen by an older model; kept, they would bar the newer one from asking there.
+        """
+        with self._transaction() as connection:
+            cursor = connection.execute(
+                "UPDATE queries SET status = 'withdrawn' WHERE status = 'proposed' AND round < ?", (before_round,)
+            )
+            return int(cursor.rowcount)
+
     def taken(self) -> dict[str, list[Region]]:
         """Regions a method must not ask for again, by image."""
         boxes: dict[str, list[Region]] = {}

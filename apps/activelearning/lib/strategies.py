@@ -110,6 +110,7 @@ class QueryStrategy(Strategy):
             planned = ledger.proposed(method.name, round_, method.unit)
             if planned:
                 return None, ledger.lease([planned[0].id], client, minutes)
+        ledger.withdraw_planned(round_)
         evidence = self._evidence(method, wanted, model, datastore)
         note, asked = self._choose(method, wanted, datastore, evidence, round_)
         pictures = draw(method, [a.region for a in asked], datastore, evidence)

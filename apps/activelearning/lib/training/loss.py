@@ -23,9 +23,9 @@ class PartialDiceCELoss(nn.Module):
 
         L = F_w - mean_c (2 sum w p_c y_c + s) / max(sum w y_c + sum w p_c + s, 1e-8),    c over foreground classes,
 
-    where F_w is the mean of -(1 - p_y)^gamma log p_y over annotated voxels (cross-entropy for gamma = 0). A crop without
-    annotation adds nothing to the sums of batch Dice; a batch without any gives L = 0 and zero gradients. With s = 0 a
-    class that is absent from the annotated voxels contributes 0, as published.
+    where F_w is the mean of -(1 - p_y)^gamma log p_y over annotated voxels (cross-entropy for gamma = 0). A crop
+    without annotation adds nothing to the sums of batch Dice; a batch without any gives L = 0 and zero gradients. With
+    s = 0 a class that is absent from the annotated voxels contributes 0, as published.
 
     Where only some classes were drawn, a voxel is known to be one of a set S of classes (those that nobody drew, and
     background). Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -137,7 +139,7 @@ class DeepSupervisionLoss(nn.Module):
 
 # What a recipe can name. The weighted soft Dice of the slice-sampling paper (Chlebus et al. 2022, section on training)
 # is 1 - Dice over the annotated voxels of the mini-batch: the Dice part alone, up to the constant 1.
-LOSSES = {
+LOSSES: dict[str, Callable[[], PartialDiceCELoss]] = {
     "dice_ce": PartialDiceCELoss,
     "focal": lambda: PartialDiceCELoss(dice_weight=0.0, gamma=5.0),
     "weighted_dice": lambda: PartialDiceCELoss(ce_weight=0.0),

@@ -259,7 +259,14 @@ class Cell:
                     f"the prediction for {case.id} has shape {predicted_xyz.shape} or an affine that is not its "
                     f"image's {truth.label_xyz.shape}; the server must answer on the original grid"
                 )
-            found = case_rows(predicted_xyz, truth.label_xyz, self.material.dataset.foreground, truth.spacing)
+            found = case_rows(
+                predicted_xyz,
+                truth.label_xyz,
+                self.material.dataset.foreground,
+                truth.spacing,
+                tolerance=self.study.surface_tolerance,
+                axis=self.study.slice_axis,
+            )
             rows += [{"case": case.id, **row} for row in found]
         return {"rows": rows}
 

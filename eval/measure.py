@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.metrics.segmentation import dice, relative_volume_error, sensitivity, specificity
+from eval.metrics.segmentation import dice, dice_per_slice, relative_volume_error, sensitivity, specificity
 from eval.metrics.surfaces import Surfaces
 
 
@@ -23,17 +23,27 @@ def case_rows(
     truth_xyz: NDArray[np.uint8],
     foreground: Mapping[str, int],
     spacing: Sequence[float],
+    *,
+    tolerance: float = 1.0,
+    axis: int = 2,
 ) -> list[dict[str, Any]]:
-    """One row a class with every segmentation measure; undefined values are None, so that JSON can hold them."""
+    """One row a class with every segmentation measure; undefined values are None, so that JSON can hold them.
+
+    Distances in mm, all from one pass over both surfaces; `tolerance` in mm of the surface Dice; `axis` whose slices
+    the 2D Dice is a mean of.
+    """
     rows = []
     for name, value in foreground.items():
         prediction, truth = predicted_xyz == value, truth_xyz == value
         surfaces = Surfaces.between(prediction, truth, spacing=spacing)
         measures = {
             "dice": dice(prediction, truth),
+            "dice_2d": dice_per_slice(prediction, truth, axis=axis),
             "hausdorff95": surfaces.hausdorff(95),
+            "hausdorff95_pooled": surfaces.hausdorff(95, pooled=True),
             "hausdorff": surfaces.hausdorff(),
             "mean_surface_distance": surfaces.mean(),
+            "surface_dice": surfaces.dice(tolerance),
             "relative_volume_error": relative_volume_error(prediction, truth),
             "sensitivity": sensitivity(prediction, truth),
             "specificity": specificity(prediction, truth),

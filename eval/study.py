@@ -98,6 +98,8 @@ class Study(_Part):
     score: dict[str, Any] = {}
     uncertainty: str = "predictive_entropy"
     query: dict[str, Any] = {}
+    surface_tolerance: float = Field(default=1.0, ge=0, description="mm that the surface Dice forgives")
+    slice_axis: Literal[0, 1, 2] = Field(default=2, description="axis of the slices of 2D Dice and slice costs")
     hints_per_class: int = Field(default=8, ge=1)
     oracle: Literal["perfect"] = "perfect"
     server: Server = Server()

@@ -72,6 +72,27 @@ def test_case_rows_leave_undefined_measures_out():
     assert rows[1]["relative_volume_error"] is None
 
 
+def test_case_rows_by_hand():
+    truth, prediction = np.zeros((1, 2, 10), dtype=np.uint8), np.zeros((1, 2, 10), dtype=np.uint8)
+    prediction[0, 0, 2], truth[0, 0, [3, 5]] = 1, 1  # on a line, 2.5 mm a step: directed {2.5}; {2.5, 7.5}
+    row = case_rows(prediction, truth, {"one": 1}, (1, 1, 2.5), tolerance=2.5)[0]
+    assert row == pytest.approx(
+        {
+            "class": "one",
+            "dice": 0.0,
+            "dice_2d": 0.0,
+            "hausdorff95": 7.25,
+            "hausdorff95_pooled": 7.0,
+            "hausdorff": 7.5,
+            "mean_surface_distance": 12.5 / 3,
+            "surface_dice": 2 / 3,
+            "relative_volume_error": 50.0,
+            "sensitivity": 0.0,
+            "specificity": 17 / 18,
+        }
+    )
+
+
 def test_means_skip_what_is_undefined():
     rows = [{"class": "a", "dice": 0.5}, {"class": "a", "dice": None}, {"class": "b", "dice": None}]
     means = class_means(rows, "dice", ["a", "b"])

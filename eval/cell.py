@@ -27,7 +27,8 @@ from eval.dataset import Case, Dataset, Scan, read_volume
 from eval.errors import RefereeError
 from eval.files import read_json, write_json
 from eval.measure import case_rows
-from eval.oracle import answer, child_rng, count_voxels, draw_hints, to_nifti
+from eval.metrics.cost import region_costs
+from eval.oracle import answer, child_rng, count_voxels, draw_hints, region_slices, to_nifti
 from eval.reasons import keep_pictures
 from eval.server import ServerProcess
 from eval.study import Method, Study
@@ -215,7 +216,21 @@ class Cell:
         if image not in self._by_id:
             raise RefereeError(f"{self.name}: the server asked for image {image}, which is not in the pool")
         kept = {key: region.get(key) for key in ("query", "image", "start", "size", "unit", "score", "reason")}
-        return {**kept, "classes": count_voxels(self._truth(image).label_xyz, region, self.material.dataset.labels)}
+        return {**kept, **self._inside(region)}
+
+    def _inside(self, region: Mapping[str, Any]) -> dict[str, Any]:
+        """What the oracle knows about a region: voxels of every class, and what annotating it costs."""
+        truth = self._truth(region["image"])
+        return {
+            "classes": count_voxels(truth.label_xyz, region, self.material.dataset.labels),
+            "costs": region_costs(
+                truth.label_xyz[region_slices(region)],
+                truth.spacing,
+                unit=region.get("unit", self.study.unit),
+                axis=self.study.slice_axis,
+                minutes=self.study.minutes.model_dump(),
+            ),
+        }
 
     def _annotate(self, client: LabelClient, round_: int) -> dict[str, Any]:
         queried = self.state.get(round_, "query")
@@ -229,7 +244,10 @@ class Cell:
             truth = self._truth(image)
             label = to_nifti(answer(truth.label_xyz, regions), truth.affine)
             client.save(image, label, {**self._addressed(regions), "label_info": classes})
-        return {}
+        if not self.study.minutes.recorded:
+            return {}
+        numbers = [r["query"] for r in queried["regions"] if r["query"] is not None]
+        return {"minutes": {str(number): client.minutes(number) for number in numbers}}
 
     def _addressed(self, regions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What an answer says it answers."""

@@ -66,6 +66,12 @@ class LabelClient:
         reply = self._send("GET", f"/patchwise/queries/{query}/picture.png", allow=(404,))
         return reply.content if reply.status_code == 200 else None
 
+    def minutes(self, query: int) -> float | None:
+        """Minutes from handing out a region to its answer, as the server's ledger has them; None where it has none."""
+        reply = self._send("GET", f"/patchwise/queries/{query}", allow=(404,))
+        found = reply.json().get("minutes") if reply.status_code == 200 else None
+        return None if found is None else float(found)
+
     def save(self, image: str, label: bytes, params: Mapping[str, Any]) -> None:
         """Submit an answer as an annotator's viewer does."""
         sent = json.dumps({**params, "client_id": self.client_id})

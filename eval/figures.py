@@ -19,15 +19,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from eval.metrics.cost import TITLES as COST_TITLES
 from eval.summary import full_line, mean_curves
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TITLES = {
-    "regions": "annotated regions",
-    "voxels": "annotated voxels",
-    "foreground_voxels": "annotated foreground voxels",
+    **COST_TITLES,
     "mean_dice": "mean Dice of the test cases",
     "mean_hd95": "mean HD95 in mm",
 }

@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.metrics.cost import COSTS
 from eval.metrics.segmentation import dice, dice_per_slice, relative_volume_error, sensitivity, specificity
 from eval.metrics.surfaces import Surfaces
+
+# Costs that need the labels inside of a region; runs from before they were kept have NaN there.
+_DRAWN = COSTS[3:]
 
 
 def case_rows(
@@ -75,6 +79,7 @@ def round_row(
     foreground_fraction is the share of the pool's foreground voxels that lie in asked regions.
     """
     voxels = sum(int(np.prod(region["size"])) for region in regions)
+    costs = {name: sum(region.get("costs", {}).get(name, float("nan")) for region in regions) for name in _DRAWN}
     foreground = sum(region["classes"][name] for region in regions for name in classes)
     dices = class_means(tested, "dice", classes)
     distances = class_means(tested, "hausdorff95", classes)
@@ -86,6 +91,7 @@ def round_row(
         "mean_dice": float(np.mean(list(dices.values()))),
         **{f"dice_{name}": value for name, value in dices.items()},
         "mean_hd95": float(np.mean(list(distances.values()))),
+        **costs,
     }
 
 
@@ -103,4 +109,5 @@ def query_row(region: Mapping[str, Any], classes: Sequence[str]) -> dict[str, An
         "score": region["score"],
         "foreground_voxels": sum(inside.values()),
         **inside,
+        **{name: region.get("costs", {}).get(name, float("nan")) for name in _DRAWN},
     }

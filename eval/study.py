@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from eval.dataset import Case, Dataset
 from eval.dataset import split_by_hash as hash_split
 from eval.errors import RefereeError
+from eval.metrics.cost import MINUTES
 
 FULL_DATA = "full_data"  # the cell that learns from every label of the pool
 
@@ -70,6 +71,18 @@ class StartingBudget(_Part):
     options: dict[str, Any] = {}
 
 
+class Minutes(_Part):
+    """Linear model of annotation time: region + slice * slices with foreground + mm * border drawn.
+
+    `recorded` takes the times of the server's ledger instead, for studies that people answer.
+    """
+
+    region: float = Field(default=MINUTES["region"], ge=0)
+    slice: float = Field(default=MINUTES["slice"], ge=0)
+    mm: float = Field(default=MINUTES["mm"], ge=0)
+    recorded: bool = False
+
+
 class Server(_Part):
     """How servers are started: `--conf` pairs and environment, beyond what the study itself says."""
 
@@ -100,6 +113,7 @@ class Study(_Part):
     query: dict[str, Any] = {}
     surface_tolerance: float = Field(default=1.0, ge=0, description="mm that the surface Dice forgives")
     slice_axis: Literal[0, 1, 2] = Field(default=2, description="axis of the slices of 2D Dice and slice costs")
+    minutes: Minutes = Minutes()
     hints_per_class: int = Field(default=8, ge=1)
     oracle: Literal["perfect"] = "perfect"
     server: Server = Server()

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def build_tables(study: Study, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, p
             key = {"method": method, "seed": seed, "round": round_}
             if f"{round_}.query" not in steps:
                 break
-            new = steps[f"{round_}.query"]["regions"]
+            new = _timed(steps[f"{round_}.query"]["regions"], steps.get(f"{round_}.annotate"))
             asked += new
             if method != FULL_DATA:
                 queries += [{**key, **query_row(region, classes)} for region in new]
@@ -83,6 +83,14 @@ def check_same_start(cells: Sequence[Cell]) -> None:
         name, expected = first.setdefault(cell.seed, (cell.name, regions))
         if regions != expected:
             raise RefereeError(f"{cell.name} and {name} did not start from the same regions; they cannot be compared")
+
+
+def _timed(regions: list[dict[str, Any]], annotated: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Regions with the minutes that the server recorded, where it did for all of them."""
+    minutes = [((annotated or {}).get("minutes") or {}).get(str(region["query"])) for region in regions]
+    if any(m is None for m in minutes):
+        return regions
+    return [{**r, "costs": {**r["costs"], "minutes": m}} for r, m in zip(regions, minutes, strict=True)]
 
 
 def _cells(study: Study, out: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:

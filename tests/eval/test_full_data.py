@@ -76,3 +76,11 @@ def test_a_study_may_have_the_line_only(write_study, stand_in, tmp_path):
 def test_studies_that_cannot_be(write_study, capsys, tmp_path, changes, message):
     assert main(["run", str(write_study(**changes)), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_minutes_are_the_ledgers_where_it_has_them(write_study, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.client.LabelClient.minutes", lambda self, query: 2.0 * query)
+    study = load_study(write_study(methods=["random"], rounds=2, minutes={"recorded": True}))
+    start_run(study, tmp_path / "out", QUIET)
+    assert pd.read_csv(tmp_path / "out" / "queries.csv")["minutes"].tolist() == [2, 4, 6, 8, 10]
+    assert pd.read_csv(tmp_path / "out" / "rounds.csv")["minutes"].tolist() == [12, 30]

@@ -101,7 +101,8 @@ def test_means_skip_what_is_undefined():
 
 
 def test_round_row_by_hand():
-    regions = [{"size": [2, 3, 4], "classes": {"background": 20, "a": 3, "b": 1}}] * 2
+    costs = {"foreground_slices": 2.0, "border_mm": 5.0, "minutes": 0.5}
+    regions = [{"size": [2, 3, 4], "classes": {"background": 20, "a": 3, "b": 1}, "costs": costs}] * 2
     tested = [{"class": c, "dice": d, "hausdorff95": h} for c, d, h in [("a", 0.5, 2), ("a", 0.7, 4), ("b", 1.0, 0)]]
     row = round_row(regions, tested, ["a", "b"], pool_foreground=80)
     assert row == pytest.approx(
@@ -114,6 +115,9 @@ def test_round_row_by_hand():
             "dice_a": 0.6,
             "dice_b": 1.0,
             "mean_hd95": 1.5,
+            "foreground_slices": 4.0,
+            "border_mm": 10.0,
+            "minutes": 1.0,
         }
     )
 

@@ -55,6 +55,9 @@ def test_run_writes_the_folder_of_the_design(write_study, stand_in, tmp_path, da
         "dice_anterior",
         "dice_posterior",
         "mean_hd95",
+        "foreground_slices",
+        "border_mm",
+        "minutes",
         "score_s",
         "query_s",
         "annotate_s",
@@ -74,6 +77,10 @@ def test_run_writes_the_folder_of_the_design(write_study, stand_in, tmp_path, da
     pool = manifest["data"]["pool"]["images"]
     total = sum(int((labels[i] > 0).sum()) for i in pool)
     own = queries[queries.method == "random"]
+    first = cuts[0]
+    assert queries["foreground_slices"][0] == (first > 0).any(axis=(0, 1)).sum()
+    assert rounds["minutes"][2] == pytest.approx(own["minutes"].sum())
+    assert rounds["border_mm"][0] == pytest.approx(own[own["round"] == 0]["border_mm"].sum())
     assert rounds["foreground_fraction"][2] == pytest.approx(own["foreground_voxels"].sum() / total)
     cases = tables["cases"]
     last = cases[(cases.method == "power_pe") & (cases["round"] == 2)]

@@ -24,7 +24,7 @@ from lib.files import file_digest, read_json, text_digest, write_json
 from lib.images import check_same_grid, load_image, load_label
 from lib.models import ModelStore, choose_device
 from lib.options import AppOptions, problems
-from lib.partial_labels import UNLABELLED, check_values, labelled_voxels
+from lib.partial_labels import UNLABELLED, check_values, labelled_voxels, possible_classes
 from lib.pseudo_labels import fill_between
 from lib.randomness import child_rng
 from lib.training.cases import TrainingCase, network_image, network_label
@@ -132,11 +132,12 @@ class EnsembleTrainTask(TrainTask):
                 refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
             wanted = self._with_round(wanted, recipe, datastore, labels)
             digest = self._digest(wanted, recipe, datastore, labels)
-            cases = [self._case(i, datastore.image_path(i), path, recipe) for i, path in sorted(labels.items())]
+            codes: dict[int, int] = {}
+            cases = [self._case(i, datastore, path, recipe, codes) for i, path in sorted(labels.items())]
             voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
             if not voxels:
                 refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
-            job = self._job(wanted, recipe, digest, cases)
+            job = self._job(wanted, recipe, digest, cases, codes)
             self._train_members(job, cases, self._devices(request))
         facts = {
             "round": int(wanted.round or 0),
@@ -187,18 +188,23 @@ class EnsembleTrainTask(TrainTask):
         start = self._start(wanted, recipe)
         return text_digest(self.bundle.fingerprint(), self.classes, options, inputs, start)
 
-    def _case(self, name: str, image: Path, label: Path, recipe: Recipe) -> TrainingCase:
-        volume, mask = load_image(image), load_label(label)
+    def _case(
+        self, name: str, datastore: PartialLabelDatastore, label: Path, recipe: Recipe, codes: dict[int, int]
+    ) -> TrainingCase:
+        volume, mask = load_image(datastore.image_path(name)), load_label(label)
         check_same_grid(mask, volume.shape, volume.affine, name)
         check_values(mask.array_xyz, self.classes)
-        label_xyz, wanted = mask.array_xyz, self.options.spacing
+        classwise = datastore.annotations.classwise(name, volume.shape)
+        label_xyz, wanted = mask.array_xyz if classwise is None else classwise.encoded(codes), self.options.spacing
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
         return TrainingCase(name, network_image(volume, wanted), network_label(label_xyz, volume.spacing, wanted))
 
-    def _job(self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase]) -> Job:
+    def _job(
+        self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase], codes: dict[int, int]
+    ) -> Job:
         present = {
-            case.name: frozenset(np.unique(case.label_xyz.numpy()).tolist()) - {0, UNLABELLED}
+            case.name: frozenset(np.unique(case.label_xyz.numpy()).tolist()) & frozenset(self.classes.values())
             for case in cases
             if labelled_voxels(case.label_xyz.numpy())
         }
@@ -213,6 +219,7 @@ class EnsembleTrainTask(TrainTask):
             round=int(wanted.round or 0),
             splits=training_splits(present, wanted.members, wanted.folds or wanted.members, rng),
             start=self._start(wanted, recipe),
+            sets=possible_classes(codes, len(self.classes)) or None,
         )
 
     def _start(self, wanted: TrainRequest, recipe: Recipe) -> tuple[str, int] | None:

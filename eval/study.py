@@ -19,6 +19,7 @@ from eval.dataset import Case, Dataset
 from eval.dataset import split_by_hash as hash_split
 from eval.errors import RefereeError
 from eval.metrics.cost import MINUTES
+from eval.profiles import Oracle
 
 FULL_DATA = "full_data"  # the cell that learns from every label of the pool
 
@@ -46,6 +47,10 @@ class Method(_Part):
 
 def _method(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
+
+
+def _oracle(value: Any) -> Any:
+    return {"profile": value} if isinstance(value, str) else value
 
 
 class Split(_Part):
@@ -115,7 +120,7 @@ class Study(_Part):
     slice_axis: Literal[0, 1, 2] = Field(default=2, description="axis of the slices of 2D Dice and slice costs")
     minutes: Minutes = Minutes()
     hints_per_class: int = Field(default=8, ge=1)
-    oracle: Literal["perfect"] = "perfect"
+    oracle: Annotated[Oracle, BeforeValidator(_oracle)] = Oracle()
     server: Server = Server()
 
     @model_validator(mode="after")

@@ -56,11 +56,14 @@ def _run(options: argparse.Namespace) -> None:
 def _resume(options: argparse.Namespace) -> None:
     from eval.run import Options, resume_run
 
-    resume_run(options.folder, Options(options.workers, options.server, options.quiet))
+    resume_run(options.folder, Options(options.workers, options.server, options.quiet, options.mixed))
     _report_on([options.folder], pictures=True)
 
 
 def _report(options: argparse.Namespace) -> None:
+    from eval.report import check_folders
+
+    check_folders(options.folders, claim=options.claim, mixed=options.mixed)
     _report_on(options.folders, pictures=not options.no_pictures)
 
 
@@ -135,12 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the cells and stop")
     resume = add("resume", _resume, "go on with a run that was stopped or killed")
     resume.add_argument("folder", type=Path)
+    resume.add_argument("--mixed", action="store_true", help="go on with other hardware or versions, and note it")
     for made in (run, resume):
         made.add_argument("--workers", type=_workers, default=1, help="cells at a time, one server each")
         made.add_argument("--server", metavar="URL", help="use this running server instead of starting one")
         made.add_argument("--quiet", action="store_true", help="no progress bar")
     report = add("report", _report, "write report.html and learning_curves.png of finished rounds")
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    report.add_argument("--claim", action="store_true", help="refuse fewer seeds than a ranking needs")
+    report.add_argument("--mixed", action="store_true", help="report runs of different hardware or versions together")
     report.add_argument("--no-pictures", action="store_true", help="leave pictures of scans out")
     bench = add("bench", _bench, "measure against the plain way of doing the same")
     bench.add_argument("name")

@@ -11,6 +11,8 @@ request id, a training its seed, an answer the numbers of its queries. So a kill
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from eval.client import LabelClient
-from eval.dataset import Case, Dataset, Scan, load_truth
+from eval.dataset import Case, Dataset, Scan, content_digest, load_truth
 from eval.errors import RefereeError
 from eval.files import place, read_json, write_json
+from eval.guards import check_no_test_image
 from eval.measure import case_rows
 from eval.metrics.cost import region_costs
 from eval.oracle import child_rng, count_voxels, draw_hints, region_slices, to_nifti
@@ -240,6 +243,7 @@ class Cell:
         for region in self._answered_now(round_):
             by_image.setdefault(region["image"], []).append(region)
         classes = [{"name": name, "idx": value} for name, value in self.material.dataset.foreground.items()]
+        digest = hashlib.sha256()
         for image, regions in sorted(by_image.items()):
             self._watch()
             truth = self._truth(image)
@@ -253,11 +257,12 @@ class Cell:
                 axis=self.study.slice_axis,
             )
             label = to_nifti(painted_xyz, truth.affine)
+            digest.update(f"{image} {[r['start'] for r in regions]} ".encode() + label)
             client.save(image, label, {**self._addressed(regions), "label_info": classes})
         if not self.study.minutes.recorded:
-            return {}
+            return {"digest": digest.hexdigest()}
         numbers = [r["query"] for r in queried["regions"] if r["query"] is not None]
-        return {"minutes": {str(number): client.minutes(number) for number in numbers}}
+        return {"digest": digest.hexdigest(), "minutes": {str(number): client.minutes(number) for number in numbers}}
 
     def _answered_now(self, round_: int) -> list[dict[str, Any]]:
         """Regions that the oracle answers in this round: its own, those left from the one before, without late ones."""
@@ -364,6 +369,12 @@ class Cell:
         leaked = sorted({case.id for case in self.material.test} & held)
         if leaked:
             raise RefereeError(f"the server's pool holds test case {leaked[0]} ({len(leaked)} in all); remove them")
+        if self.url is not None:  # somebody else filled that server
+            digests = [
+                {c.id: content_digest(c.image) for c in cases} for cases in (self.material.test, self.material.pool)
+            ]
+            with tempfile.TemporaryDirectory() as folder:
+                check_no_test_image({image: client.image_digest(image, Path(folder)) for image in held}, *digests)
 
 
 def _progress(info: Mapping[str, Any], bundle: str) -> str:

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.dataset import content_digest
 from eval.errors import RefereeError
 from eval.oracle import from_nifti
 
@@ -83,6 +84,12 @@ class LabelClient:
     def images(self) -> set[str]:
         """Ids of all images of the server's datastore."""
         return set(self._json("GET", "/datastore/", params={"output": "all"}).get("objects", {}))
+
+    def image_digest(self, image: str, folder: Path) -> str:
+        """Content digest of an image as the server holds it, downloaded to `folder` for the while."""
+        path = folder / "image.nii.gz"
+        path.write_bytes(self._send("GET", "/datastore/image", params={"image": image}).content)
+        return content_digest(path)
 
     def open_session(self, image: Path) -> str:
         """Upload an image that is no part of the pool; the id serves `infer`."""

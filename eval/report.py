@@ -20,6 +20,7 @@ from eval.dataset import Dataset, read_dataset, read_volume
 from eval.errors import RefereeError
 from eval.figures import Picture, learning_curves, region_pictures, to_png, to_svg
 from eval.files import read_json, write_bytes, write_text
+from eval.guards import check_cells, check_same_origin, check_seeds, steps_of
 from eval.reasons import reasons_of
 from eval.study import FULL_DATA, Study, load_study
 from eval.summary import COSTS, only_methods, plain_table, seconds, summarise, with_sd
@@ -62,6 +63,22 @@ def write_report(folder: Path, *, pictures: bool = True) -> Path:
     path = folder / "report.html"
     write_text(path, html)
     return path
+
+
+def check_folders(folders: Sequence[Path], *, claim: bool, mixed: bool) -> None:
+    """Refuse to report together what cannot be compared, and with `claim` what too few seeds were run for.
+
+    Raises:
+        RefereeError: see `eval.guards`.
+    """
+    if not mixed:
+        check_same_origin([(str(folder), _manifest(folder)) for folder in folders if len(folders) > 1])
+    for folder in folders:
+        if (folder / "study.yaml").is_file():
+            check_cells(steps_of(load_study(folder / "study.yaml"), folder))
+        if claim:
+            summary = summarise(only_methods(read_table(folder, "rounds")))
+            check_seeds(dict(zip(summary["method"], summary["seeds"], strict=True)), "a ranking of methods")
 
 
 def summary_text(folder: Path) -> str:

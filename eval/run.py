@@ -25,9 +25,10 @@ from eval.dataset import load_scan, read_dataset, refuse_overlap
 from eval.errors import RefereeError
 from eval.files import read_json, write_json, write_text
 from eval.full_data import FullDataCell
+from eval.guards import Steps, check_cells, check_same_origin
 from eval.manifest import data_digest, describe_machine, describe_versions, now
 from eval.study import FULL_DATA, Study, load_study, save_study, split_cases
-from eval.tables import check_same_start, write_tables
+from eval.tables import write_tables
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Options:
     workers: int = 1
     url: str | None = None
     quiet: bool = False
+    mixed: bool = False
 
 
 def plan(study: Study) -> list[str]:
@@ -92,9 +94,12 @@ def resume_run(out: Path, options: Options) -> None:
         material, data = _prepare(study, options)
         if data["digest"] != manifest["data"]["digest"]:
             raise RefereeError(f"{study.data} changed since {out} was started; restore it or start a new run")
-        versions = describe_versions()
-        if versions["packages"] != manifest["versions"]["packages"]:
-            raise RefereeError(f"{out} was started with other package versions; restore them or start a new run")
+        here = {"hardware": describe_machine(), "versions": describe_versions()}
+        if not options.mixed:
+            check_same_origin([(str(out), manifest), ("this machine", here)])
+        elif {key: manifest[key] for key in here} != here:
+            manifest = {**manifest, "mixed": [*manifest.get("mixed", []), here]}
+            write_json(out / "manifest.json", manifest)
         _run_cells(material, out, options)
 
 
@@ -153,9 +158,8 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
         with lock:
             bar.n = _finished_steps(cells)
             bar.refresh()
-            if step == "query":
-                check_same_start(cells)
-            elif step == "test":
+            check_cells([Steps(c.method.label, c.seed, c.state.content["steps"]) for c in cells])
+            if step == "test":
                 write_tables(study, out)
 
     cells = cells_of(material, out, url=options.url, stop=stop, notice=notice, finished_step=finished_step)

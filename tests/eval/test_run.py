@@ -24,7 +24,6 @@ from eval.dataset import read_dataset
 from eval.errors import RefereeError
 from eval.run import Options, plan, resume_run, start_run
 from eval.study import load_study
-from eval.tables import check_same_start
 from tests.eval.conftest import ROOT
 
 QUIET = Options(quiet=True)
@@ -151,18 +150,6 @@ def test_two_workers_give_the_same_numbers(write_study, stand_in, tmp_path):
         pd.testing.assert_frame_equal(table, numbers(tmp_path / "two")[name])
 
 
-def test_methods_that_start_differently_are_refused(write_study, stand_in, tmp_path):
-    study = load_study(write_study())
-    start_run(study, tmp_path / "out", QUIET)
-    state = tmp_path / "out" / "cells" / "power_pe_s1" / "state.json"
-    content = json.loads(state.read_text())
-    content["steps"]["0.query"]["regions"][0]["start"][0] += 1
-    state.write_text(json.dumps(content))
-    cells = [Cell(empty_material(study), m, 1, state.parent.parent / f"{m.label}_s1") for m in study.methods]
-    with pytest.raises(RefereeError, match="power_pe_s1 and random_s1 did not start from the same regions"):
-        check_same_start(cells)
-
-
 def empty_material(study):
     return Material(study, read_dataset(study.data), [], [], 1)
 
@@ -182,7 +169,7 @@ def test_run_uses_a_running_server(write_study, stand_in, tmp_path, data):
     from eval.study import split_cases
 
     study = load_study(write_study(methods=["random"], rounds=2))
-    pool, _ = split_cases(study, read_dataset(data))
+    pool, test = split_cases(study, read_dataset(data))
     studies = tmp_path / "served"
     studies.mkdir()
     for case in pool:
@@ -192,6 +179,10 @@ def test_run_uses_a_running_server(write_study, stand_in, tmp_path, data):
     try:
         start_run(study, tmp_path / "out", Options(url=server.url, quiet=True))
         assert numbers(tmp_path / "out")["rounds"]["regions"].tolist() == [3, 5]
+        shutil.copy(test[0].image, studies / "renamed.nii.gz")
+        with pytest.raises(RefereeError, match=f"image renamed is test case {test[0].id}"):
+            start_run(study, tmp_path / "leaky", Options(url=server.url, quiet=True))
+        (studies / "renamed.nii.gz").unlink()
         (studies / pool[0].image.name).unlink()
         with pytest.raises(RefereeError, match=f"does not hold pool image {pool[0].id}"):
             start_run(study, tmp_path / "again", Options(url=server.url, quiet=True))

@@ -32,6 +32,7 @@ from eval.metrics.cost import region_costs
 from eval.oracle import child_rng, count_voxels, draw_hints, region_slices, to_nifti
 from eval.profiles import answers
 from eval.reasons import keep_pictures
+from eval.replay import replayed
 from eval.server import ServerProcess
 from eval.study import Method, Study
 
@@ -202,6 +203,8 @@ class Cell:
             **self.study.query,
             **method.options,
         }
+        if round_ > 0 and method.queries_from is not None:
+            request["regions"] = replayed(*method.queries_from, self.seed, round_)
         if self.study.size is not None:
             request.setdefault("size", list(self.study.size))
         if self.study.oracle.profile == "late" and self.study.oracle.late_by == "lease" and round_ > 0:

@@ -35,6 +35,7 @@ class Method(_Part):
     label: str = ""
     options: dict[str, Any] = {}
     score: bool | None = None
+    queries_from: tuple[Path, str] | None = Field(default=None, description="replay (folder of a run, method) instead")
 
     @model_validator(mode="after")
     def _labelled(self) -> Method:
@@ -88,6 +89,13 @@ class Minutes(_Part):
     recorded: bool = False
 
 
+class Expected(_Part):
+    """What `--dry-run` reckons with; it changes nothing else. Measured on two CPU cores."""
+
+    step_seconds: float = Field(default=0.6, gt=0, description="an optimiser step of one member")
+    case_seconds: float = Field(default=0.2, gt=0, description="inference of one case by one member")
+
+
 class Server(_Part):
     """How servers are started: `--conf` pairs and environment, beyond what the study itself says."""
 
@@ -121,6 +129,7 @@ class Study(_Part):
     minutes: Minutes = Minutes()
     hints_per_class: int = Field(default=8, ge=1)
     oracle: Annotated[Oracle, BeforeValidator(_oracle)] = Oracle()
+    expected: Expected = Expected()
     server: Server = Server()
 
     @model_validator(mode="after")
@@ -148,10 +157,19 @@ class Study(_Part):
 
 
 def load_study(path: Path) -> Study:
-    """Read and validate a study; `data` is resolved against DATA, the file's folder, then the working directory.
+    """Read and validate a file with one study; `data` is resolved against DATA, the file's folder, then the cwd.
 
     Raises:
         RefereeError: missing file, broken YAML, unknown or unusable entries, each in one sentence.
+    """
+    return read_study(read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The entries of a study's file.
+
+    Raises:
+        RefereeError: missing file, broken YAML, or no entries.
     """
     if not path.is_file():
         raise RefereeError(f"study {path} does not exist; ready-made ones are in eval/studies")
@@ -161,6 +179,15 @@ def load_study(path: Path) -> Study:
         raise RefereeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RefereeError(f"{path} must hold `name: value` entries, found {type(content).__name__}")
+    return content
+
+
+def read_study(content: dict[str, Any], path: Path) -> Study:
+    """Validate the entries of a study that `path` holds.
+
+    Raises:
+        RefereeError: unknown or unusable entries, each in one sentence.
+    """
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
@@ -199,7 +226,8 @@ def split_cases(study: Study, dataset: Dataset) -> tuple[list[Case], list[Case]]
 def _data_folder(data: Path, study_path: Path) -> Path:
     override = os.environ.get("DATA")
     if override:
-        return Path(override).resolve()
+        inside = Path(override) / data.name  # a grid has many datasets, so DATA may hold them all
+        return (inside if data.name and inside.is_dir() else Path(override)).resolve()
     project = Path(__file__).resolve().parents[1]
     for base in (study_path.resolve().parent, Path.cwd(), project):
         if (base / data).is_dir():

@@ -14,7 +14,8 @@ import pytest
 from eval.__main__ import main
 from eval.dataset import read_dataset, read_volume
 from eval.figures import learning_curves
-from eval.run import Options, plan, resume_run, start_run
+from eval.grid import plan
+from eval.run import Options, resume_run, start_run
 from eval.study import load_study
 from eval.summary import full_line, mean_curves, summarise
 

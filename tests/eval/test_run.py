@@ -22,7 +22,8 @@ from eval.__main__ import main
 from eval.cell import CancelledError, Cell, Material
 from eval.dataset import read_dataset
 from eval.errors import RefereeError
-from eval.run import Options, plan, resume_run, start_run
+from eval.grid import plan
+from eval.run import Options, resume_run, start_run
 from eval.study import load_study
 from tests.eval.conftest import ROOT
 

@@ -114,7 +114,8 @@ def folder_to_nifti(folder: Path, out: Path) -> int:
     (out / "imagesTr").mkdir(parents=True)
     (out / "labelsTr").mkdir()
     classes: dict[str, int] = {"background": 0}
-    training, names, modality = [], set(), "MR"
+    names: set[str] = set()
+    training, modality = [], "MR"
     for uid, slices in sorted(series.items(), key=lambda item: (str(item[1][0].get("PatientID", "")), item[0])):
         image, label, found = to_nifti(slices, segmentations.get(uid))
         name = _unused(

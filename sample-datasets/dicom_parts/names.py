@@ -39,6 +39,7 @@ _TYPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("anterior", "posterior", "hippocampus"), "Hippocampus"),
 )
 _ANATOMY = Code("123037004", "SCT", "Anatomical Structure")
+_ABNORMALITY = Code("49755003", "SCT", "Morphologically Abnormal Structure")
 _ANYTHING = Code("91723000", "SCT", "Anatomical structure")
 _MYOCARDIUM = Code("74281007", "SCT", "Myocardium")
 _ABNORMAL = ("Neoplasm", "Cyst")
@@ -60,9 +61,12 @@ def digest(*parts: bytes) -> str:
 def structure_codes(name: str) -> tuple[Code, Code, Code | None]:
     """Category, type and side (None: none) of a class name; a name nobody knows is an anatomical structure."""
     lower = name.lower()
-    side = next((getattr(codes.SCT, word.title()) for word in ("right", "left") if word in lower.split()), None)
+    side: Code | None = next(
+        (getattr(codes.SCT, word.title()) for word in ("right", "left") if word in lower.split()), None
+    )
     if "myocardium" in lower:
         return _ANATOMY, _MYOCARDIUM, None
     found = next((keyword for words, keyword in _TYPES if any(word in lower for word in words)), "")
-    category = codes.SCT.MorphologicallyAbnormalStructure if found in _ABNORMAL else _ANATOMY
-    return category, getattr(codes.SCT, found) if found else _ANYTHING, None if "ventricle" in lower else side
+    category = _ABNORMALITY if found in _ABNORMAL else _ANATOMY
+    kind: Code = getattr(codes.SCT, found) if found else _ANYTHING
+    return category, kind, None if "ventricle" in lower else side

@@ -36,7 +36,7 @@ def write_segmentation(
     unlabelled = int(np.count_nonzero(label_xyz == UNLABELLED))
     if unlabelled:
         raise DicomError(
-            f"{case} holds {unlabelled} unlabelled voxels ({UNLABELLED}); a segmentation would show them as background: "
+            f"{case} holds {unlabelled} unlabelled voxels ({UNLABELLED}); as background they would lie: "
             "annotate the whole volume or leave its label out"
         )
     unknown = sorted(set(np.unique(label_xyz).tolist()) - {0, *named.values()})
@@ -70,13 +70,7 @@ def write_segmentation(
     )
     for item in segmentation.SegmentSequence:
         item.SegmentDescription = f"{_ID}{ranked[int(item.SegmentNumber) - 1][1]}"
-    # The library writes the time of the conversion; the same input shall give the same file.
-    for name in ("ContentDate", "SeriesDate", "InstanceCreationDate"):
-        if name in segmentation:
-            setattr(segmentation, name, "20000101")
-    for name in ("ContentTime", "SeriesTime", "InstanceCreationTime"):
-        if name in segmentation:
-            setattr(segmentation, name, "120000")
+    _repeatable(segmentation, key)
     return segmentation
 
 
@@ -115,6 +109,17 @@ def read_segmentation(segmentation: Dataset, grid: Grid) -> tuple[NDArray[np.uin
         number = int(_group(facts, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
         label_xyz[:, :, k][frame_yx.T > 0] = ids[number]
     return label_xyz, classes
+
+
+def _repeatable(segmentation: Dataset, key: str) -> None:
+    """Replace the time of the conversion and a random UID: the same input shall give the same file."""
+    for kind, value in (("Date", "20000101"), ("Time", "120000")):
+        for what in ("Content", "Series", "InstanceCreation"):
+            if what + kind in segmentation:
+                setattr(segmentation, what + kind, value)
+    organization = repeatable_uid(key, "dimensions")
+    for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
+        item.DimensionOrganizationUID = organization
 
 
 def _described(number: int, name: str, value: int, key: str) -> hd.seg.SegmentDescription:

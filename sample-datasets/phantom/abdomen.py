@@ -29,7 +29,8 @@ FINDINGS = ("liver lesions", "kidney cyst", "large spleen", "wide aorta")
 def abdomen(rng: np.random.Generator, knobs: Knobs) -> tuple[Scene, Warp]:
     """A trunk from the dome of the liver to the pelvic floor; every organ in its place, none the same twice."""
     rate = PATHOLOGY if knobs.pathology is None else knobs.pathology
-    finding = str(rng.choice(FINDINGS)) if rng.uniform() < rate else ""
+    chosen, chance = str(rng.choice(FINDINGS)), rng.uniform()
+    finding = chosen if chance < rate else ""
     mover = Mover(rng)
     parts, cavity = trunk((vary(rng, 110.0, 0.03), vary(rng, 80.0, 0.03), 0.0), 62.0, vary(rng, 1.1, 0.2))
     organs = _organs(mover, 1.35 if finding == FINDINGS[2] else 1.0, 1.5 if finding == FINDINGS[3] else 1.0)
@@ -41,8 +42,8 @@ def abdomen(rng: np.random.Generator, knobs: Knobs) -> tuple[Scene, Warp]:
     inside = ("spleen", "liver", "stomach", "right kidney", "left kidney")
     # Painted from what yields to what is never covered: soft and large first.
     for name in (
-        "stomach", "liver", "spleen", "right kidney", "left kidney", "duodenum", "pancreas", "gallbladder", "oesophagus",
-        "postcava", "aorta", "right adrenal gland", "left adrenal gland", "prostate or uterus", "bladder",
+        "stomach", "liver", "spleen", "right kidney", "left kidney", "duodenum", "pancreas", "gallbladder",
+        "oesophagus", "postcava", "aorta", "right adrenal gland", "left adrenal gland", "prostate or uterus", "bladder",
     ):  # fmt: skip
         shape = Both(organs[name], cavity) if name in inside else organs[name]
         parts.append(Part(shape, values[name], LABELS.index(name) + 1, grain=9.0 if name == "stomach" else 4.0))
@@ -107,7 +108,7 @@ def _adrenal(mover: Mover, side: int, z: float) -> Shape:
 
 
 def _details(rng: np.random.Generator, name: str, organ: Shape, value: float, finding: str) -> list[Part]:
-    """Texture within an organ that leaves its label alone: medulla, gas, vessels, and what this patient suffers from."""
+    """Texture within an organ that leaves its label alone: medulla, gas, vessels, and this patient's finding."""
     low, high = organ.bounds()
     middle = (low + high) / 2
     if name == "stomach":

@@ -82,6 +82,7 @@ def bowel(
 ) -> list[Part]:
     """Loops of unlabelled bowel in a box, some with gas, outside of `keep_out`: what organs are confused with."""
     parts = []
+    rng = rng.spawn(1)[0]  # their number must not change the rest of the patient
     for _ in range(count):
         start = rng.uniform(low, high)
         steps = np.cumsum(rng.normal(0, 13, size=(4, 3)) * (1.0, 0.6, 0.6), axis=0)

@@ -30,7 +30,8 @@ def heart(rng: np.random.Generator, knobs: Knobs) -> tuple[Scene, Warp]:
     a crescent: another half ellipsoid without the first two.
     """
     rate = PATHOLOGY if knobs.pathology is None else knobs.pathology
-    finding = str(rng.choice(FINDINGS)) if rng.uniform() < rate else ""
+    chosen, chance = str(rng.choice(FINDINGS)), rng.uniform()
+    finding = chosen if chance < rate else ""
     size = vary(rng, 1.0, 0.07)
     cavity, wall, right = 21.0 * size, 9.5 * vary(rng, 1.0, 0.08), 24.0 * vary(rng, 1.0, 0.08)
     cavity *= {FINDINGS[0]: 1.25, FINDINGS[1]: 0.82}.get(finding, 1.0)
@@ -84,6 +85,7 @@ def _chest(rng: np.random.Generator, centre: Triple, outer: Ellipsoid, knobs: Kn
     ]
     atrium = Ellipsoid((x + 10, y - 22, centre[2] + 20), (36.0, 26.0, 20.0))
     parts.append(Part(atrium, BLOOD - 0.04, grain=0.02))
+    rng = rng.spawn(1)[0]  # their number must not change the rest of the patient
     for _ in range(round(3 * knobs.lookalikes)):
         place = (float(rng.uniform(-60, 66)), float(rng.uniform(-62, 34)), float(rng.uniform(-50, 50)))
         vessel = Tube([place, (place[0] + 8, place[1] + 4, place[2] + 24)], [vary(rng, 5, 0.3), vary(rng, 4, 0.3)])

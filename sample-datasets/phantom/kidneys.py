@@ -33,13 +33,14 @@ def kidneys(rng: np.random.Generator, knobs: Knobs) -> tuple[Scene, Warp]:
     enhancement = vary(rng, 175.0, 0.08)
     findings: list[str] = []
     lesions: list[Part] = []
+    found = rng.spawn(1)[0]  # what this patient has must not change the rest of the patient
     for label, value, chance, name in ((TUMOUR, 85.0, rate, "tumour"), (CYST, WATER, 0.75 * rate, "cyst")):
-        if rng.uniform() >= chance:
+        if found.uniform() >= chance:
             continue
-        for _ in range(int(rng.integers(1, 3))):
-            kidney = right if rng.uniform() < 0.5 else left
+        for _ in range(int(found.integers(1, 3))):
+            kidney = right if found.uniform() < 0.5 else left
             lesions.append(
-                Part(_lesion(rng, kidney), vary(rng, value, 0.08), label, grain=8.0 if label == TUMOUR else 1.5)
+                Part(_lesion(found, kidney), vary(found, value, 0.08), label, grain=8.0 if label == TUMOUR else 1.5)
             )
             findings.append(name)
     for side, kidney in ((1, right), (-1, left)):

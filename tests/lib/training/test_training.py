@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from lib.images import Volume
 from lib.partial_labels import UNLABELLED
 from lib.posterior import Ensemble
-from lib.training.augmentation import Augmentation, augmented_crop, crop
+from lib.training.augmentation import Augmentation, Changes, changed, crop, draw_changes, rotation
 from lib.training.cases import TrainingCase, network_image, network_label, network_shape, normalise, to_grid
 from lib.training.folds import training_splits
+from lib.training.learned_loss import fresh_head
 from lib.training.networks import SpaceToDepth
 from lib.training.recipe import Bundle, RecipeError
-from lib.training.trainer import learning_rate, train_member
+from lib.training.trainer import CropStream, Replica, learning_rate, train_member
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d"
 CPU = torch.device("cpu")
@@ -91,24 +92,64 @@ def test_plain_crop_pads_with_zero_and_unlabelled():
     assert int((mask == UNLABELLED).sum()) == 6 * 4 * 4 - 32
 
 
+def batch_of(image, label, start, patch, how, seed):
+    """One crop, changed, as the trainer does it."""
+    changes = draw_changes(1, how, np.random.default_rng(seed))
+    margin = changes.margin(patch)
+    block, mask = crop(image, label, np.subtract(start, margin), np.add(patch, np.multiply(2, margin)))
+    return changed(block[None], mask[None], patch, changes, torch.Generator().manual_seed(seed))
+
+
 def test_augmented_crops_keep_an_annotated_voxel_and_only_known_values():
-    rng = np.random.default_rng(0)
-    image = torch.randn(1, 20, 20, 20)
+    image = torch.randn(1, 20, 20, 20, generator=torch.Generator().manual_seed(0))
     label = torch.full((20, 20, 20), UNLABELLED, dtype=torch.uint8)
     label[0, 0, 0] = 1
-    for _ in range(50):
-        cut, mask = augmented_crop(image, label, (0, 0, 0), (8, 8, 8), Augmentation(), rng)
-        assert tuple(cut.shape) == (1, 8, 8, 8)
+    for seed in range(50):
+        cut, mask = batch_of(image, label, (0, 0, 0), (8, 8, 8), Augmentation(), seed)
+        assert tuple(cut.shape) == (1, 1, 8, 8, 8)
         assert set(mask.unique().tolist()) == {1, UNLABELLED}
 
 
 def test_an_unchanged_warp_is_the_plain_crop():
-    image, label = torch.randn(1, 9, 8, 7), torch.randint(0, 3, (9, 8, 7)).to(torch.uint8)
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(1, 9, 8, 7, generator=generator)
+    label = torch.randint(0, 3, (9, 8, 7), generator=generator).to(torch.uint8)
     still = Augmentation(rotation=1e-9, scale=0, mirror=(), contrast=0, noise=0, probability=1)
-    warped, mask = augmented_crop(image, label, (2, 1, 3), (5, 6, 4), still, np.random.default_rng(0))
+    warped, mask = batch_of(image, label, (2, 1, 3), (5, 6, 4), still, 0)
     plain, truth = crop(image, label, (2, 1, 3), (5, 6, 4))
-    torch.testing.assert_close(warped, plain, atol=1e-4, rtol=0)
-    assert torch.equal(mask, truth)
+    torch.testing.assert_close(warped[0], plain, atol=1e-4, rtol=0)
+    assert torch.equal(mask[0], truth)
+
+
+def test_each_crop_of_a_batch_gets_its_own_change():
+    image = torch.randn(1, 10, 12, 14, generator=torch.Generator().manual_seed(2))
+    label = torch.arange(10 * 12 * 14).reshape(10, 12, 14).remainder(7).to(torch.uint8)
+    matrix = np.stack([np.eye(3), np.diag([-1, 1, 1]), rotation((0, 0, 90))]).astype(np.float32)
+    numbers = {name: np.asarray(v, np.float32) for name, v in [("gain", (1, 2, 1)), ("shift", (0, 0, 3))]}
+    changes = Changes(matrix, numbers["gain"], numbers["shift"], np.zeros(3, np.float32))
+    patch, margin = (6, 6, 6), changes.margin((6, 6, 6))
+    block, mask = crop(image, label, np.subtract((2, 3, 4), margin), np.add(patch, np.multiply(2, margin)))
+    cuts, masks = changed(
+        block.expand(3, -1, -1, -1, -1), mask.expand(3, -1, -1, -1), patch, changes, torch.Generator()
+    )
+    plain, truth = crop(image, label, (2, 3, 4), patch)
+    expected = [plain, 2 * plain.flip(1), torch.rot90(plain, 1, (2, 1)) + 3]
+    for cut, wanted in zip(cuts, expected, strict=True):
+        torch.testing.assert_close(cut, wanted, atol=1e-4, rtol=0)
+    for found, wanted in zip(masks, [truth, truth.flip(0), torch.rot90(truth, 1, (1, 0))], strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_replicas_share_the_batches_of_one_process():
+    cases = [TrainingCase("a", torch.randn(1, 9, 9, 9), torch.zeros(9, 9, 9, dtype=torch.uint8))]
+    recipe = Bundle(BUNDLE).recipe({"patch": [4, 4, 4], "batch": 4, "augment": False})
+    whole = CropStream(cases, recipe, np.random.default_rng(3))
+    halves = [CropStream(cases, recipe, np.random.default_rng(3), replica=Replica(rank, 2)) for rank in range(2)]
+    for _ in range(3):
+        images, _ = whole.next()
+        parts = [half.next()[0] for half in halves]
+        assert torch.equal(images[0::2], parts[0])
+        assert torch.equal(images[1::2], parts[1])
 
 
 def test_space_to_depth_loses_no_voxel():
@@ -178,3 +219,58 @@ def test_windows_cover_small_images_whole_and_large_ones_in_parts():
     assert ensemble.window((36, 50, 35)) == (40, 56, 40)
     assert ensemble.window((512, 512, 200)) == (32, 40, 32)
     assert ensemble.window((512, 512, 20)) == (32, 40, 24)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "dropout": 0.2, "learning_loss": 0.5}])
+def test_a_training_stopped_at_any_step_ends_in_the_same_weights(tmp_path, options):
+    bundle = Bundle(BUNDLE)
+    recipe = bundle.recipe({"steps": 9, "patch": [16, 16, 16], **options})
+    cases = [TrainingCase("a", torch.from_numpy(ball_case(0)[0])[None], torch.from_numpy(ball_case(0)[2]))]
+
+    def train(path, stop=None):
+        torch.manual_seed(0)
+        network = bundle.network(1, recipe.dropout or None)
+        taps = bundle.layers("loss_taps") if recipe.learning_loss else []
+        head = fresh_head(network, taps, bundle.divisor) if taps else None
+
+        def report(progress):
+            if progress.step == stop:
+                raise KeyboardInterrupt
+
+        seed = np.random.SeedSequence(7)
+        return train_member(
+            network, cases, recipe, seed, CPU, report, head, taps, checkpoint=path, checkpoint_seconds=0
+        )
+
+    whole = train(tmp_path / "whole.pt")
+    path = tmp_path / "stopped.pt"
+    for stop in (3, 4, 7):
+        with pytest.raises(KeyboardInterrupt):
+            train(path, stop)
+    resumed = train(path)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_averaged_weights_by_hand():
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, image):
+            return self.weight.view(1, 2, 1, 1, 1) * image
+
+    seen = []
+    recipe = Bundle(BUNDLE).recipe({"steps": 3, "patch": [4, 4, 4], "ema": 0.3, "augment": False})
+    case = TrainingCase("a", torch.ones(1, 4, 4, 4), torch.ones(4, 4, 4, dtype=torch.uint8))
+    network = Line()
+    averaged = train_member(
+        network, [case], recipe, np.random.SeedSequence(0), CPU, lambda _: seen.append(network.weight.detach().clone())
+    )["weight"]
+    expected = torch.zeros(2)
+    for step, weight in enumerate(seen):
+        kept = min(0.3, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * weight
+    torch.testing.assert_close(averaged, expected)
+    assert not torch.equal(averaged, seen[-1])

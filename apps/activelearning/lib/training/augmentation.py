@@ -3,15 +3,17 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Crops with augmentation, cut out of cases that live in memory; torch only, no MONAI dictionaries."""
+"""Crops with augmentation, cut out of cases that live in memory; a whole batch is changed at once, on its device."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,10 +38,51 @@ class Augmentation:
     probability: float = 0.5
 
 
-def crop(image_cxyz: Tensor, label_xyz: Tensor, start: Triple, patch: Triple) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Changes:
+    """What happens to each crop of a batch: offsets from its centre times matrix (B, 3, 3); gain, shift, noise (B,)."""
+
+    matrix_bij: NDArray[np.float32]
+    gain: NDArray[np.float32]
+    shift: NDArray[np.float32]
+    noise: NDArray[np.float32]
+
+    def __getitem__(self, which: slice) -> Changes:
+        return Changes(self.matrix_bij[which], self.gain[which], self.shift[which], self.noise[which])
+
+    def margin(self, patch: Sequence[int]) -> Triple:
+        """Voxels around a crop that its rotation and scaling can reach, on each axis."""
+        half = (np.asarray(patch) - 1) / 2
+        reach = np.abs(self.matrix_bij) @ half
+        return cast(Triple, tuple(int(m) for m in np.ceil(np.maximum(reach.max(0) - half, 0)).astype(int) + 1))
+
+
+def draw_changes(batch: int, how: Augmentation, rng: np.random.Generator) -> Changes:
+    """Random changes for `batch` crops; drawn on the host, so that no step waits for its device."""
+
+    def chosen() -> NDArray[np.bool_]:
+        return rng.random(batch) < how.probability
+
+    angles = rng.uniform(-how.rotation, how.rotation, (batch, 3))
+    scale = np.exp(rng.uniform(-how.scale, how.scale, batch))
+    turned = np.stack([rotation(a) * s for a, s in zip(angles, scale, strict=True)])
+    matrix = np.where(chosen()[:, None, None], turned, np.eye(3))
+    flips = np.ones((batch, 3))
+    for axis in how.mirror:
+        flips[rng.random(batch) < 0.5, axis] = -1
+    recoloured, noisy = chosen(), chosen()
+    return Changes(
+        matrix_bij=(matrix * flips[:, None, :]).astype(np.float32),
+        gain=np.where(recoloured, np.exp(rng.uniform(-how.contrast, how.contrast, batch)), 1).astype(np.float32),
+        shift=np.where(recoloured, rng.uniform(-how.contrast, how.contrast, batch), 0).astype(np.float32),
+        noise=np.where(noisy, rng.uniform(0, how.noise, batch), 0).astype(np.float32),
+    )
+
+
+def crop(image_cxyz: Tensor, label_xyz: Tensor, start: Sequence[int], patch: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Plain crop; outside of the image lies 0 (the mean of a normalised image) and no annotation."""
     image = image_cxyz.new_zeros((image_cxyz.shape[0], *patch))
-    label = label_xyz.new_full(patch, UNLABELLED)
+    label = label_xyz.new_full(tuple(patch), UNLABELLED)
     source, target = [], []
     for s, p, n in zip(start, patch, label_xyz.shape, strict=True):
         a, b = max(s, 0), min(s + p, n)
@@ -50,61 +93,51 @@ def crop(image_cxyz: Tensor, label_xyz: Tensor, start: Triple, patch: Triple) ->
     return image, label
 
 
-def augmented_crop(
-    image_cxyz: Tensor, label_xyz: Tensor, start: Triple, patch: Triple, how: Augmentation, rng: np.random.Generator
+def changed(
+    blocks_bcxyz: Tensor, labels_bxyz: Tensor, patch: Triple, changes: Changes, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A crop under a random rotation, scaling, mirroring and intensity change.
+    """The middle `patch` of each block under its changes: one interpolation for the whole batch, then intensities.
 
-    The crop is cut and warped in one interpolation over the whole image, so that nothing is padded that the image has.
-    A warp that turns every annotated voxel out of the crop is dropped for the plain crop: a crop without annotation
-    would teach nothing.
+    Blocks are crops with `changes.margin(patch)` more on either side, so that nothing is padded that the image has. A
+    warp that turns every annotated voxel out of a crop is dropped for the plain crop (decided on the device, without
+    waiting for it): a crop without annotation would teach nothing.
 
-    Shapes: image (C, X, Y, Z), label (X, Y, Z) uint8 -> (C, *patch), patch.
+    Shapes: blocks (B, C, *block), labels (B, *block) uint8 -> (B, C, *patch), (B, *patch); on the blocks' device.
     """
-    if rng.random() < how.probability and (how.rotation or how.scale):
-        image, label = _warp(image_cxyz, label_xyz, start, patch, how, rng)
-        if bool((label == UNLABELLED).all()):
-            image, label = crop(image_cxyz, label_xyz, start, patch)
-    else:
-        image, label = crop(image_cxyz, label_xyz, start, patch)
-    flips = [axis for axis in how.mirror if rng.random() < 0.5]
-    if flips:
-        image, label = image.flip([axis + 1 for axis in flips]), label.flip(flips)
-    return _intensity(image, how, rng), label
+    device = blocks_bcxyz.device
+    x, y, z = (slice((b - p) // 2, (b - p) // 2 + p) for b, p in zip(blocks_bcxyz.shape[2:], patch, strict=True))
+    grid = _grid(patch, tuple(blocks_bcxyz.shape[2:]), torch.from_numpy(changes.matrix_bij).to(device))
+    images = functional.grid_sample(blocks_bcxyz, grid, mode="bilinear", align_corners=False)
+    found = functional.grid_sample(labels_bxyz[:, None].float(), grid, mode="nearest", align_corners=False)
+    labels = found[:, 0].to(torch.uint8)
+    plain_images, plain_labels = blocks_bcxyz[:, :, x, y, z], labels_bxyz[:, x, y, z]
+    lost = (labels == UNLABELLED).flatten(1).all(1).view(-1, 1, 1, 1)
+    labels = torch.where(lost, plain_labels, labels)
+    images = torch.where(lost[:, None], plain_images, images)
+    gain, shift, noise = (
+        torch.from_numpy(values).to(device).view(-1, 1, 1, 1, 1)
+        for values in (changes.gain, changes.shift, changes.noise)
+    )
+    images = torch.addcmul(shift.expand_as(images), images, gain)
+    return images.addcmul_(torch.randn(images.shape, generator=generator, device=device), noise), labels
 
 
-def _warp(
-    image_cxyz: Tensor, label_xyz: Tensor, start: Triple, patch: Triple, how: Augmentation, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    matrix = _rotation(rng.uniform(-how.rotation, how.rotation, 3)) * math.exp(rng.uniform(-how.scale, how.scale))
-    axes = [torch.arange(p, dtype=torch.float32) - (p - 1) / 2 for p in patch]
-    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-    centre = torch.tensor([s + (p - 1) / 2 for s, p in zip(start, patch, strict=True)], dtype=torch.float32)
-    voxels = offsets @ torch.as_tensor(matrix, dtype=torch.float32).T + centre
-    shape = torch.tensor(label_xyz.shape, dtype=torch.float32)
-    # grid_sample wants (z, y, x) order and -1 ... 1 between the outer borders of the outermost voxels.
-    grid = ((2 * voxels + 1) / shape - 1).flip(-1)[None].to(image_cxyz.device)
-    image = functional.grid_sample(image_cxyz[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    # Shifted so that the zeros outside of the image read as "not annotated".
-    shifted = (label_xyz.float() - UNLABELLED)[None, None]
-    label = functional.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return image[0], (label[0, 0] + UNLABELLED).to(torch.uint8)
+def _grid(patch: Triple, block: Sequence[int], matrix_bij: Tensor) -> Tensor:
+    """Where in its block each voxel of a crop comes from, as grid_sample wants it: (B, *patch, 3).
+
+    In (z, y, x) order, with -1 and 1 at the outer borders of the outermost voxels.
+    """
+    axes = [torch.arange(p, dtype=torch.float32, device=matrix_bij.device) - (p - 1) / 2 for p in patch]
+    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(1, -1, 3)
+    half = torch.tensor(block, dtype=torch.float32).to(matrix_bij.device) / 2
+    moved = (offsets @ matrix_bij.transpose(1, 2)) / half
+    return moved.flip(-1).view(-1, *patch, 3)
 
 
-def _rotation(degrees: np.ndarray) -> np.ndarray:
-    """Rotation about x, then y, then z."""
+def rotation(degrees: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rotation matrix about x, then y, then z."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return about_z @ about_y @ about_x
-
-
-def _intensity(image: Tensor, how: Augmentation, rng: np.random.Generator) -> Tensor:
-    if rng.random() < how.probability and how.contrast:
-        factor = math.exp(rng.uniform(-how.contrast, how.contrast))
-        image = image * factor + rng.uniform(-how.contrast, how.contrast)
-    if rng.random() < how.probability and how.noise:
-        noise = rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(0, how.noise)
-        image = image + torch.from_numpy(noise).to(image.device)
-    return image
+    return cast("NDArray[np.float64]", about_z @ about_y @ about_x)

@@ -46,6 +46,13 @@ class Recipe(BaseModel):
     )
     pseudo_thickness: int = Field(default=10, ge=3, le=10_000, description="thickest block that is interpolated")
     pseudo_axis: int = Field(default=2, ge=0, le=2, description="axis that annotated slices lie across")
+    loss: Literal["dice_ce", "focal", "weighted_dice"] = Field(
+        default="dice_ce", description="loss over annotated voxels"
+    )
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the running mean of the weights; 0: last weights")
+    start: Literal["scratch", "last"] = Field(
+        default="scratch", description="fresh weights, or those of the last finished training"
+    )
     augment: bool = Field(default=True, description="whether crops are augmented")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lib.randomness import child_rng, child_seed
 from lib.training.cases import TrainingCase, network_image, network_label
 from lib.training.folds import training_splits
 from lib.training.learned_loss import fresh_head
+from lib.training.planner_store import PlanStore
 from lib.training.recipe import Bundle, Recipe, RecipeError
 from lib.training.trainer import Progress, train_member
 
@@ -45,6 +46,7 @@ class TrainRequest(BaseModel):
     folds: int | None = Field(default=None, ge=1, le=50, description="folds over annotated images; default: members")
     seed: int = Field(default=0, ge=0, description="seed of folds, weights, crops and augmentation")
     round: int | None = Field(default=None, ge=0, description="round of this training; default: one after the last")
+    replan: bool = Field(default=False, description="whether the plan is made anew from the pool as it is now")
 
 
 # Keys that MONAI Label and its clients put into a training request and that do not change the training.
@@ -74,11 +76,21 @@ class EnsembleTrainTask(TrainTask):
         state: Path,
     ) -> None:
         super().__init__(str(bundle.metadata.get("description", bundle.name)))
-        self.bundle = bundle
+        self.plans = PlanStore(bundle, options, state, len(classes) + 1)
         self.store = store
         self.classes = classes
         self.options = options
         self.progress_file = state / f"training_{bundle.name}.json"
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle as the plan in force has it."""
+        return self.plans.bundle()
+
+    @property
+    def spacing(self) -> Sequence[float] | None:
+        """Spacing in mm that the network works at; None for each image's own."""
+        return self.options.spacing or (self.bundle.plan.spacing if self.bundle.plan else None)
 
     def info(self) -> dict[str, Any]:
         return {**super().info(), "labels": self.classes}
@@ -107,6 +119,9 @@ class EnsembleTrainTask(TrainTask):
             known = ", ".join([*TrainRequest.model_fields, *Recipe.model_fields])
             raise RecipeError(f"unknown training option {', '.join(unknown)}; known options are {known}")
         recipe = self.bundle.recipe(given)
+        if any(p < 1 or p % d for p, d in zip(recipe.patch, self.bundle.divisor, strict=True)):
+            takes = f"{self.bundle.name} takes multiples of {self.bundle.divisor}"
+            raise RecipeError(f"training option patch: {takes}, found {recipe.patch}")
         if recipe.learning_loss and recipe.batch % 2:
             raise RecipeError(f"learning_loss compares pairs of crops: batch must be even, found {recipe.batch}")
         return wanted, recipe
@@ -128,6 +143,8 @@ class EnsembleTrainTask(TrainTask):
             labels = {i: Path(datastore.get_label_uri(i, "final")) for i in datastore.get_labeled_images()}
             if not labels:
                 refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
+            self.plans.ensure({i: datastore.image_path(i) for i in datastore.list_images()}, labels, wanted.replan)
+            wanted, recipe = self.parse({**request, "replan": False})
             wanted = self._with_round(wanted, recipe, datastore, labels)
             digest = self._digest(wanted, recipe, datastore, labels)
             cases = [self._case(i, datastore.image_path(i), path, recipe) for i, path in sorted(labels.items())]
@@ -141,7 +158,8 @@ class EnsembleTrainTask(TrainTask):
             "members": wanted.members,
             "classes": self.classes,
             "recipe": recipe.model_dump(mode="json"),
-            "spacing": self.options.spacing,
+            "spacing": self.spacing,
+            "plan": self.bundle.plan.model_dump(mode="json") if self.bundle.plan else None,
         }
         self.store.publish(digest, facts)
         stats = self._stats(digest, wanted, len(cases), time.time() - started)
@@ -164,17 +182,18 @@ class EnsembleTrainTask(TrainTask):
         self, wanted: TrainRequest, recipe: Recipe, datastore: PartialLabelDatastore, labels: Mapping[str, Path]
     ) -> str:
         inputs = {i: (datastore.image_digest(i), file_digest(path)) for i, path in labels.items()}
-        options = wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), self.options.spacing
+        options = wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), self.spacing
         return text_digest(self.bundle.fingerprint(), self.classes, options, inputs)
 
     def _case(self, name: str, image: Path, label: Path, recipe: Recipe) -> TrainingCase:
         volume, mask = load_image(image), load_label(label)
         check_same_grid(mask, volume.shape, volume.affine, name)
         check_values(mask.array_xyz, self.classes)
-        label_xyz, wanted = mask.array_xyz, self.options.spacing
+        label_xyz, wanted, grey = mask.array_xyz, self.spacing, self.bundle.normalisation
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
-        return TrainingCase(name, network_image(volume, wanted), network_label(label_xyz, volume.spacing, wanted))
+        image_cxyz = network_image(volume, wanted, grey)
+        return TrainingCase(name, image_cxyz, network_label(label_xyz, volume.spacing, wanted))
 
     def _train_members(self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase]) -> None:
         if self.options.threads:

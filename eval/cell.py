@@ -103,6 +103,7 @@ class Cell:
         self.finished_step = finished_step or (lambda cell, step: None)
         self.state = State(folder / "state.json")
         self.server: ServerProcess | None = None
+        self.rounds = material.study.rounds
         self._by_id = {case.id: case for case in material.pool}
 
     @property
@@ -113,7 +114,7 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether the last step of the last round is done."""
-        return self.state.get(self.study.rounds - 1, "test") is not None
+        return self.state.get(self.rounds - 1, "test") is not None
 
     def run(self) -> None:
         """Bring the cell to its end, from wherever it stands.
@@ -133,7 +134,7 @@ class Cell:
         client = LabelClient(self.url or server.url)  # type: ignore[union-attr]
         try:
             self._check_server(client)
-            for round_ in range(self.study.rounds):
+            for round_ in range(self.rounds):
                 self._round(client, round_)
         finally:
             client.close()
@@ -185,6 +186,7 @@ class Cell:
 
     def _query(self, client: LabelClient, round_: int) -> dict[str, Any]:
         start = self.study.starting_budget
+        assert start is not None
         method = Method(name=start.method, options=start.options) if round_ == 0 else self.method
         request: dict[str, Any] = {
             "batch": start.batch if round_ == 0 else self.study.batch,
@@ -226,8 +228,12 @@ class Cell:
             self._watch()
             truth = self._truth(image)
             label = to_nifti(answer(truth.label_xyz, regions), truth.affine)
-            client.save(image, label, {"queries": [r["query"] for r in regions], "label_info": classes})
+            client.save(image, label, {**self._addressed(regions), "label_info": classes})
         return {}
+
+    def _addressed(self, regions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What an answer says it answers."""
+        return {"queries": [region["query"] for region in regions]}
 
     def _train(self, client: LabelClient, round_: int) -> dict[str, Any]:
         def watch() -> None:

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from eval.summary import mean_curves
+from eval.summary import full_line, mean_curves
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
@@ -71,6 +71,9 @@ def learning_curves(
             if curve["sd"].notna().any():
                 low, high = curve["mean"] - curve["sd"], curve["mean"] + curve["sd"]
                 axis.fill_between(curve["cost"], low, high, color=colour, alpha=0.15, linewidth=0)
+        full = full_line(rounds, value)
+        if full is not None and np.isfinite(full):
+            axis.axhline(full, color=_INK, linestyle=":", linewidth=1.4, label="full data")
         _plain(axis)
         axis.set_xlabel(names.get(cost, cost))
         if column == 0 or len(values) > 1:

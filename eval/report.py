@@ -21,8 +21,8 @@ from eval.errors import RefereeError
 from eval.figures import Picture, learning_curves, region_pictures, to_png, to_svg
 from eval.files import read_json, write_bytes, write_text
 from eval.reasons import reasons_of
-from eval.study import Study, load_study
-from eval.summary import COSTS, plain_table, seconds, summarise, with_sd
+from eval.study import FULL_DATA, Study, load_study
+from eval.summary import COSTS, only_methods, plain_table, seconds, summarise, with_sd
 from eval.tables import read_table
 
 _PICTURES = 4  # regions drawn of every method
@@ -34,7 +34,7 @@ def write_report(folder: Path, *, pictures: bool = True) -> Path:
     Raises:
         RefereeError: no run in the folder, or no finished round yet.
     """
-    rounds, queries = read_table(folder, "rounds"), read_table(folder, "queries")
+    rounds, queries = read_table(folder, "rounds"), read_table(folder, "queries", required=False)
     manifest = _manifest(folder)
     classes = [name for name, value in manifest["data"]["labels"].items() if value != 0]
     curves = learning_curves(rounds, ["mean_dice"], ["regions", "foreground_voxels"])
@@ -89,13 +89,14 @@ def _finished(rounds: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
 
 def _summary_rows(rounds: pd.DataFrame) -> list[dict[str, str]]:
     summary = summarise(rounds)
-    best = {name: summary[name].max() for name in ("aubc", "final_dice")} | {"final_hd95": summary["final_hd95"].min()}
+    ranked = summary[summary["method"] != FULL_DATA]
+    best = {name: ranked[name].max() for name in ("aubc", "final_dice")} | {"final_hd95": ranked["final_hd95"].min()}
     rows = []
     for row in summary.to_dict("records"):
         cells = {"method": str(row["method"]), "seeds": str(row["seeds"])}
         for name, decimals in (("aubc", 4), ("final_dice", 4), ("final_hd95", 2)):
             cells[name] = with_sd(row[name], row[f"{name}_sd"], decimals)
-            cells[f"{name}_best"] = "best" if row[name] == best[name] else ""
+            cells[f"{name}_best"] = "best" if row[name] == best[name] and row["method"] != FULL_DATA else ""
         cells |= {cost: f"{row[cost]:,.0f}" for cost in COSTS}
         rows.append({**cells, "share": f"{100 * row['foreground_fraction']:.2f} %"})
     return rows
@@ -103,7 +104,9 @@ def _summary_rows(rounds: pd.DataFrame) -> list[dict[str, str]]:
 
 def _by_round(rounds: pd.DataFrame) -> list[dict[str, Any]]:
     """Mean Dice by method (rows) and round (columns)."""
-    table = rounds.pivot_table(index="method", columns="round", values="mean_dice", aggfunc="mean", sort=False)
+    table = only_methods(rounds).pivot_table(
+        index="method", columns="round", values="mean_dice", aggfunc="mean", sort=False
+    )
     return [
         {"method": m, "dices": [f"{v:.4f}" if np.isfinite(v) else "" for v in row]}
         for m, row in zip(table.index, table.to_numpy(), strict=True)
@@ -112,7 +115,9 @@ def _by_round(rounds: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _asked(queries: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]]:
     """What the regions of every method held, without the starting budget."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if queries.empty:
+        return rows
     for method, own in queries[queries["round"] > 0].groupby("method", sort=False):
         voxels = (own["dx"] * own["dy"] * own["dz"]).sum()
         shares = {name: f"{100 * own[f'voxels_{name}'].sum() / voxels:.2f} %" for name in classes}
@@ -124,7 +129,7 @@ def _asked(queries: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]
 def _pictures(folder: Path, queries: pd.DataFrame) -> dict[str, list[Picture]]:
     """Last regions of every method's first seed, drawn on the scans; nothing where the scans are not at hand."""
     study_path = folder / "study.yaml"
-    if not study_path.is_file():
+    if queries.empty or not study_path.is_file():
         return {}
     study = load_study(study_path)
     try:

@@ -24,8 +24,9 @@ from eval.cell import STEPS, CancelledError, Cell, Material
 from eval.dataset import load_scan, read_dataset, refuse_overlap
 from eval.errors import RefereeError
 from eval.files import read_json, write_json, write_text
+from eval.full_data import FullDataCell
 from eval.manifest import data_digest, describe_machine, describe_versions, now
-from eval.study import Study, load_study, save_study, split_cases
+from eval.study import FULL_DATA, Study, load_study, save_study, split_cases
 from eval.tables import check_same_start, write_tables
 
 
@@ -40,9 +41,11 @@ class Options:
 
 def plan(study: Study) -> list[str]:
     """One line a cell, for `--dry-run`."""
-    per_round = [study.starting_budget.batch] + [study.batch] * (study.rounds - 1)
+    start = study.starting_budget.batch if study.starting_budget else 0
+    per_round = [start] + [study.batch] * (study.rounds - 1)
     total = f"{study.rounds} rounds, {sum(per_round)} regions ({' + '.join(map(str, per_round))})"
-    return [f"{m.label} seed {seed}: {total}" for seed in study.seeds for m in study.methods]
+    what = {FULL_DATA: "1 round, every label of the pool"}
+    return [f"{m.label} seed {seed}: {what.get(m.label, total)}" for seed in study.seeds for m, _ in study.lines]
 
 
 def start_run(study: Study, out: Path, options: Options) -> None:
@@ -64,7 +67,7 @@ def start_run(study: Study, out: Path, options: Options) -> None:
             "workers": options.workers,
             "threads_per_server": material.threads,
             "seeds": list(study.seeds),
-            "methods": [method.label for method in study.methods],
+            "methods": [method.label for method, _ in study.lines],
             "versions": describe_versions(),
             "hardware": describe_machine(),
             "data": data,
@@ -99,9 +102,11 @@ def cells_of(material: Material, out: Path, **options: Any) -> list[Cell]:
     """Every cell of the study, seeds in the outer loop so that methods can be compared early."""
     study = material.study
     return [
-        Cell(material, method, seed, out / "cells" / f"{method.label}_s{seed}", **options)
+        (FullDataCell if method.label == FULL_DATA else Cell)(
+            material, method, seed, out / "cells" / f"{method.label}_s{seed}", **options
+        )
         for seed in study.seeds
-        for method in study.methods
+        for method, _ in study.lines
     ]
 
 
@@ -137,7 +142,7 @@ def _of(digests: dict[str, str], cases: Sequence[Any]) -> dict[str, str]:
 def _run_cells(material: Material, out: Path, options: Options) -> None:
     stop, lock = threading.Event(), threading.Lock()
     study = material.study
-    total = len(study.methods) * len(study.seeds) * study.rounds * len(STEPS)
+    total = sum(rounds for _, rounds in study.lines) * len(study.seeds) * len(STEPS)
     bar = tqdm(total=total, desc=study.name, unit="step", disable=options.quiet, smoothing=0.05)
 
     def notice(cell: Cell, text: str) -> None:

@@ -19,6 +19,8 @@ from eval.dataset import Case, Dataset
 from eval.dataset import split_by_hash as hash_split
 from eval.errors import RefereeError
 
+FULL_DATA = "full_data"  # the cell that learns from every label of the pool
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,10 +88,11 @@ class Study(_Part):
     bundle: str
     unit: Literal["patch", "slice", "volume"] = "patch"
     size: tuple[int, int, int] | None = None
-    starting_budget: StartingBudget
+    starting_budget: StartingBudget | None = None
     rounds: int = Field(ge=1, description="trainings: the starting budget's and one after every query")
-    batch: int = Field(ge=1, description="regions asked for in a round")
-    methods: Annotated[tuple[Annotated[Method, BeforeValidator(_method)], ...], Field(min_length=1)]
+    batch: int = Field(default=1, ge=1, description="regions asked for in a round")
+    methods: tuple[Annotated[Method, BeforeValidator(_method)], ...]
+    full_data: bool = Field(default=False, description="also train once on every label of the pool, for each seed")
     seeds: tuple[int, ...] = Field(min_length=1)
     train: dict[str, Any] = {}
     score: dict[str, Any] = {}
@@ -104,11 +107,23 @@ class Study(_Part):
         labels = [method.label for method in self.methods]
         if len(set(labels)) != len(labels):
             raise ValueError(f"methods {labels} share a name; give each its own label")
+        if FULL_DATA in labels:
+            raise ValueError(f"{FULL_DATA} is the name of the full-data line; give the method another label")
+        if not labels and not self.full_data:
+            raise ValueError("a study needs methods, or full_data: true")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds {list(self.seeds)} must be different and not negative")
-        if self.unit == "patch" and (self.size is None or min(self.size) < 1):
+        if labels and (self.starting_budget is None or "batch" not in self.model_fields_set):
+            raise ValueError("methods need a starting_budget and a batch; add both")
+        if labels and self.unit == "patch" and (self.size is None or min(self.size) < 1):
             raise ValueError("unit patch needs size: three whole numbers of voxels")
         return self
+
+    @property
+    def lines(self) -> tuple[tuple[Method, int], ...]:
+        """Every curve of the study with its number of trainings; the full-data line comes last and has one."""
+        full = ((Method(name=FULL_DATA), 1),) if self.full_data else ()
+        return (*((method, self.rounds) for method in self.methods), *full)
 
 
 def load_study(path: Path) -> Study:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from eval.metrics.study import aubc
+from eval.study import FULL_DATA
 
 COSTS = ("regions", "voxels", "foreground_voxels")
 
@@ -19,20 +20,22 @@ def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
     """One row a method: seeds, rounds, AUBC and final values as mean and sample standard deviation over seeds.
 
     Only seeds with as many rounds as the longest are counted, as in the nnActive study; the area is over equal steps.
+    The full-data line comes last and has no area.
     """
     longest = rounds.groupby(["method", "seed"])["round"].transform("count").max()
     rows = []
-    for method in rounds["method"].unique():
+    for method in sorted(rounds["method"].unique(), key=lambda name: name == FULL_DATA):
+        full = method == FULL_DATA
         curves = [
             curve.sort_values("round")
             for _, curve in rounds[rounds["method"] == method].groupby("seed")
-            if len(curve) == longest
+            if full or len(curve) == longest
         ]
         if not curves:
             continue
         final = pd.DataFrame([curve.iloc[-1] for curve in curves])
-        row: dict[str, object] = {"method": method, "seeds": len(curves), "rounds": int(longest)}
-        areas = [aubc(curve["mean_dice"].to_numpy()) for curve in curves]
+        row: dict[str, object] = {"method": method, "seeds": len(curves), "rounds": len(curves[0])}
+        areas = [float("nan") if full else aubc(curve["mean_dice"].to_numpy()) for curve in curves]
         measures = {"aubc": areas, "final_dice": final["mean_dice"], "final_hd95": final["mean_hd95"]}
         for name, values in measures.items():
             numbers = np.asarray(values, dtype=np.float64)
@@ -44,10 +47,21 @@ def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def only_methods(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rows of query methods, which can be ranked and compared; the full-data line is neither."""
+    return rounds[rounds["method"] != FULL_DATA]
+
+
+def full_line(rounds: pd.DataFrame, value: str) -> float | None:
+    """Mean over seeds of the full-data line, or None where the study has none."""
+    values = rounds.loc[rounds["method"] == FULL_DATA, value]
+    return float(values.mean()) if len(values) else None
+
+
 def mean_curves(rounds: pd.DataFrame, value: str, cost: str) -> dict[str, pd.DataFrame]:
     """For every method a table (cost, mean, sd) by round: mean and sample standard deviation over seeds."""
     curves = {}
-    for method in rounds["method"].unique():
+    for method in only_methods(rounds)["method"].unique():
         by_round = rounds[rounds["method"] == method].groupby("round")
         columns = {"cost": by_round[cost].mean(), "mean": by_round[value].mean(), "sd": by_round[value].std(ddof=1)}
         curves[str(method)] = pd.DataFrame(columns)
@@ -80,6 +94,8 @@ def plain_table(summary: pd.DataFrame) -> str:
 
 
 def with_sd(mean: float, sd: float, decimals: int) -> str:
-    """`mean` alone, or `mean ± sd` where there is more than one seed."""
+    """`mean` alone, or `mean ± sd` where there is more than one seed; empty for what is not defined."""
+    if np.isnan(mean):
+        return ""
     text = f"{mean:.{decimals}f}"
     return text if np.isnan(sd) else f"{text} ± {sd:.{decimals}f}"

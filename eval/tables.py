@@ -17,7 +17,7 @@ from eval.cell import STEPS, Cell
 from eval.errors import RefereeError
 from eval.files import read_json, write_text
 from eval.measure import query_row, round_row
-from eval.study import Study
+from eval.study import FULL_DATA, Study
 
 FILES = ("rounds", "cases", "queries")
 
@@ -44,7 +44,8 @@ def build_tables(study: Study, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, p
                 break
             new = steps[f"{round_}.query"]["regions"]
             asked += new
-            queries += [{**key, **query_row(region, classes)} for region in new]
+            if method != FULL_DATA:
+                queries += [{**key, **query_row(region, classes)} for region in new]
             if f"{round_}.test" in steps:
                 tested = steps[f"{round_}.test"]["rows"]
                 seconds = {f"{step}_s": steps[f"{round_}.{step}"]["seconds"] for step in STEPS}
@@ -53,14 +54,16 @@ def build_tables(study: Study, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, p
     return pd.DataFrame(rounds), pd.DataFrame(cases), pd.DataFrame(queries)
 
 
-def read_table(out: Path, name: str) -> pd.DataFrame:
-    """One table of a run's folder.
+def read_table(out: Path, name: str, *, required: bool = True) -> pd.DataFrame:
+    """One table of a run's folder; without `required` an empty one where nothing was written.
 
     Raises:
         RefereeError: it is missing or has no row yet.
     """
     path = out / f"{name}.csv"
     if not path.is_file() or path.stat().st_size < 2:
+        if not required:
+            return pd.DataFrame()
         raise RefereeError(f"{path} has no finished round yet; run or resume the study first")
     return pd.read_csv(path)
 
@@ -74,7 +77,7 @@ def check_same_start(cells: Sequence[Cell]) -> None:
     first: dict[int, tuple[str, list[Any]]] = {}
     for cell in cells:
         queried = cell.state.get(0, "query")
-        if queried is None:
+        if queried is None or cell.method.label == FULL_DATA:
             continue
         regions = sorted((r["image"], r["start"], r["size"]) for r in queried["regions"])
         name, expected = first.setdefault(cell.seed, (cell.name, regions))
@@ -84,7 +87,7 @@ def check_same_start(cells: Sequence[Cell]) -> None:
 
 def _cells(study: Study, out: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     for seed in study.seeds:
-        for method in study.methods:
+        for method, _ in study.lines:
             state = read_json(out / "cells" / f"{method.label}_s{seed}" / "state.json")
             if state is not None:
                 yield method.label, seed, state["steps"]

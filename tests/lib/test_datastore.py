@@ -342,3 +342,22 @@ def test_the_listing_names_images_and_labels(store, tmp_path):
     assert listing["objects"]["b"]["labels"] == {}
     assert isinstance(store.annotations, Annotations)
     assert Path(store.get_dataset_archive(None)).stat().st_size > 0
+
+
+def test_classes_that_were_not_drawn_stay_unknown(store, tmp_path):
+    label = np.where(truth() == 1, 1, 0).astype(np.uint8)
+    submit(store, tmp_path, label, whole=True, annotated_classes=["anterior"])
+    merged = final(store)
+    assert np.array_equal(merged == 1, truth() == 1)
+    assert np.all(merged[truth() != 1] == UNLABELLED)
+    known = store.annotations.classwise("a", truth().shape)
+    assert set(np.unique(known.encoded({})).tolist()) == {1, 3}
+    submit(store, tmp_path, np.where(truth() == 2, 2, 0).astype(np.uint8), whole=True, annotated_classes=["posterior"])
+    assert np.array_equal(final(store), truth())
+
+
+def test_annotated_classes_that_do_not_fit_are_refused(store, tmp_path):
+    refused(store, lambda: submit(store, tmp_path, truth(), whole=True, annotated_classes=["liver"]), "liver")
+    refused(
+        store, lambda: submit(store, tmp_path, truth(), whole=True, annotated_classes=["anterior"]), "annotated_classes"
+    )

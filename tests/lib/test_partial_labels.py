@@ -13,11 +13,13 @@ from hypothesis.extra.numpy import arrays
 
 from lib.partial_labels import (
     UNLABELLED,
+    ClasswiseLabels,
     LabelError,
     check_values,
     class_voxels,
     labelled_voxels,
     merge,
+    possible_classes,
     remap_by_name,
     unlabelled,
 )
@@ -112,3 +114,59 @@ def test_values_and_counts():
     assert class_voxels(label, CLASSES) == {"background": 2, "anterior": 1, "posterior": 2}
     with pytest.raises(LabelError, match=r"\[255\]"):
         check_values(label, CLASSES, allow_unlabelled=False)
+
+
+BOX = Region("a", (0, 0, 0), SHAPE)
+
+
+def test_of_a_class_nobody_drew_nothing_is_known():
+    state = ClasswiseLabels(SHAPE, 2)
+    answer = np.zeros(SHAPE, np.uint8)
+    answer[0] = 1
+    state.add(answer, [BOX], [1])
+    assert np.all(state.merged()[0] == 1)
+    assert np.all(state.merged()[1:] == UNLABELLED)
+    codes = {}
+    encoded = state.encoded(codes)
+    assert codes == {0b01: 3}
+    assert np.all(encoded[1:] == 3)
+    assert possible_classes(codes, 2) == [[True, False, True]]
+
+
+def test_what_was_ruled_out_for_every_class_is_background():
+    state = ClasswiseLabels(SHAPE, 2)
+    first, second = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    first[0], second[1] = 1, 2
+    state.add(first, [BOX], [1])
+    state.add(second, [Region("a", (0, 0, 0), (4, 5, 4))], [2])
+    merged = state.merged()
+    assert [int(merged[x, 0, 0]) for x in range(6)] == [1, 2, 0, 0, UNLABELLED, UNLABELLED]
+
+
+def test_the_newest_statement_about_a_class_holds():
+    state = ClasswiseLabels(SHAPE, 2)
+    everything = np.full(SHAPE, 2, np.uint8)
+    everything[0] = 1
+    state.add(everything, [BOX], None)
+    state.add(np.zeros(SHAPE, np.uint8), [Region("a", (0, 0, 0), (1, 5, 4))], [1])
+    # Class 1 was taken back, so only class 2 or background is left; class 2 was not looked at and stays.
+    assert np.all(state.merged()[0] == UNLABELLED)
+    assert np.all(state.merged()[1:] == 2)
+    assert np.all(state.encoded({})[0] == 3)
+
+
+def test_classes_drawn_but_not_named_are_refused():
+    with pytest.raises(LabelError, match=r"\[2\]"):
+        ClasswiseLabels(SHAPE, 2).add(np.full(SHAPE, 2, np.uint8), [BOX], [1])
+
+
+@given(labels, labels, st.integers(0, 5))
+def test_drawing_class_by_class_is_drawing_all_at_once(truth, before, start):
+    box = Region("a", (start, 0, 0), (6 - start, 5, 4))
+    at_once, by_class = ClasswiseLabels(SHAPE, 2), ClasswiseLabels(SHAPE, 2)
+    for state in (at_once, by_class):
+        state.add(before, [BOX], None)
+    at_once.add(truth, [box], None)
+    for c in (1, 2):
+        by_class.add(np.where(truth == c, truth, 0).astype(np.uint8), [box], [c])
+    np.testing.assert_array_equal(by_class.merged(), at_once.merged())

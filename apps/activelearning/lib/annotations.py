@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lib.files import atomic_path, file_digest
 from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label, save_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import Answer
-from lib.partial_labels import LabelError, LabelMap, check_values, merge, remap_by_name, unlabelled
+from lib.partial_labels import ClasswiseLabels, LabelError, LabelMap, check_values, merge, remap_by_name, unlabelled
 from lib.regions import Region, Triple
 
 ANONYMOUS = "anonymous"
@@ -49,7 +49,8 @@ class Annotations:
     def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
         """Takes a submission in; the number of the answer.
 
-        `info` may hold `queries` (numbers of the regions answered), `whole`, `label_info` and `client_id`.
+        `info` may hold `queries` (numbers of the regions answered), `whole`, `label_info`, `client_id`, and
+        `annotated_classes`: names of the classes that were looked for, where these are not all.
 
         Raises:
             ImageError: the file is unreadable or lies on another grid than the image.
@@ -58,7 +59,10 @@ class Annotations:
         shape, affine = image_geometry(image)
         label = load_label(submitted)
         check_same_grid(label, shape, affine, image_id)
-        remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
+        label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
+        drawn = self._drawn(info)
+        if drawn is not None:
+            ClasswiseLabels(shape, len(self.classes)).add(label_xyz, [], drawn)
         client = str(info.get("client_id") or ANONYMOUS)
         regions = self._regions(image_id, shape, info, client)
         self._adopt(image_id, shape, affine)
@@ -68,14 +72,43 @@ class Annotations:
 
     def rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
         """Writes the merged label anew from the raw files of every active answer, oldest first."""
-        label_xyz = unlabelled(shape)
         answers = self.ledger.answers(image_id)
-        for answer in answers:
-            label_xyz = merge(label_xyz, self.answer_label(answer), [region for _, region in answer.regions])
+        label_xyz = self._merged(shape, answers)
         save_label(self.merged / f"{image_id}.nii.gz", label_xyz, affine)
         if answers:
             self.ledger.mark_merged(image_id, answers[-1].id)
         return label_xyz
+
+    def classwise(self, image_id: str, shape: Triple) -> ClasswiseLabels | None:
+        """What is known of an image in which somewhere only some classes were drawn; None where there is no such."""
+        answers = self.ledger.answers(image_id)
+        return self._classwise(shape, answers) if any(self._drawn(answer.info) for answer in answers) else None
+
+    def _merged(self, shape: Triple, answers: Sequence[Answer]) -> LabelMap:
+        if any(self._drawn(answer.info) for answer in answers):
+            return self._classwise(shape, answers).merged()
+        label_xyz = unlabelled(shape)
+        for answer in answers:
+            label_xyz = merge(label_xyz, self.answer_label(answer), [region for _, region in answer.regions])
+        return label_xyz
+
+    def _classwise(self, shape: Triple, answers: Sequence[Answer]) -> ClasswiseLabels:
+        state = ClasswiseLabels(shape, len(self.classes))
+        for answer in answers:
+            state.add(self.answer_label(answer), [region for _, region in answer.regions], self._drawn(answer.info))
+        return state
+
+    def _drawn(self, info: Mapping[str, Any]) -> list[int] | None:
+        """Ids of the classes that were looked for; None for all of them."""
+        names = info.get("annotated_classes")
+        if names is None:
+            return None
+        ids = {name.lower(): value for name, value in self.classes.items()}
+        if not isinstance(names, list) or not names or any(str(name).lower() not in ids for name in names):
+            known = ", ".join(self.classes)
+            raise LabelError(f"annotated_classes must be a list of class names, found {names!r}; known are {known}")
+        found = sorted({ids[str(name).lower()] for name in names})
+        return None if len(found) == len(ids) else found
 
     def repair(self, image_paths: Mapping[str, Path]) -> list[str]:
         """Rebuilds labels that a kill left behind the ledger; the images concerned."""

@@ -58,6 +58,10 @@ class ModelStore:
         """File of the head that predicts a member's losses; absent where it was trained without one."""
         return self.folder / digest[:16] / f"member_{member}.head.pt"
 
+    def checkpoint_path(self, digest: str, member: int) -> Path:
+        """File that an unfinished member goes on from."""
+        return self.folder / digest[:16] / f"member_{member}.unfinished.pt"
+
     def save_member(
         self, digest: str, member: int, weights: Mapping[str, Tensor], head: Mapping[str, Tensor] | None = None
     ) -> None:

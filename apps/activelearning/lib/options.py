@@ -74,7 +74,10 @@ class AppOptions(BaseModel):
     )
     lease_minutes: float = Field(default=60, gt=0, le=100_000, description="how long a region is kept for a client")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where networks run")
-    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a network; 0 leaves it to torch")
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a training; 0 leaves it to torch")
+    workers: int = Field(
+        default=0, ge=0, le=64, description="members trained side by side on a device; 0: one a CPU thread, 4 a GPU"
+    )
     keep_moments: int = Field(default=1, ge=1, le=1000, description="rounds whose cached moments stay on disk")
 
 

@@ -117,6 +117,76 @@ def merge(current_xyz: LabelMap, answer_xyz: LabelMap, regions: Sequence[Region]
     return merged
 
 
+class ClasswiseLabels:
+    """A merged label map that also remembers which classes were looked for where some were not.
+
+    An annotator may draw only some classes. Of a voxel left empty it is then known that none of these is there, but not
+    which of the others is: it stays UNLABELLED, and bit i of `absent_xyz` says that class i + 1 was ruled out. Once all
+    classes were, it is background. The newest statement about a voxel and class holds.
+
+    Args:
+        shape: of the image.
+        classes: number of classes without background, 1 to 63.
+    """
+
+    def __init__(self, shape: Sequence[int], classes: int) -> None:
+        if not 1 <= classes <= 63:
+            raise LabelError(f"annotated_classes works with up to 63 classes, found {classes}")
+        self.label_xyz = unlabelled(shape)
+        self.absent_xyz = np.zeros(tuple(shape), dtype=np.uint64)
+        self.all = np.uint64(2**classes - 1)
+
+    def add(self, answer_xyz: LabelMap, regions: Sequence[Region], drawn: Iterable[int] | None) -> None:
+        """Takes in an answer in which the classes `drawn` were looked for; None for all of them.
+
+        Raises:
+            LabelError: a voxel of a class that was not drawn, or what `merge` refuses.
+        """
+        if drawn is None:
+            self.label_xyz = merge(self.label_xyz, answer_xyz, regions)
+            return
+        looked_for = sorted(set(drawn))
+        bits = np.uint64(sum(1 << (c - 1) for c in looked_for))
+        other = sorted(set(np.unique(answer_xyz).tolist()) - {BACKGROUND, UNLABELLED, *looked_for})
+        if other:
+            raise LabelError(
+                f"label values {other} are of classes that annotated_classes does not name; add them there"
+            )
+        for region in regions:
+            box = region.slices
+            empty = answer_xyz[box] == BACKGROUND
+            taken_back = empty & np.isin(self.label_xyz[box], looked_for)
+            self.label_xyz[box][taken_back] = UNLABELLED
+            self.absent_xyz[box][empty] |= bits
+        self.label_xyz = merge(self.label_xyz, np.where(answer_xyz == BACKGROUND, UNLABELLED, answer_xyz), regions)
+
+    def merged(self) -> LabelMap:
+        """The label map: background where every class was ruled out, UNLABELLED where some are still possible."""
+        return np.where((self.label_xyz == UNLABELLED) & (self.absent_xyz == self.all), BACKGROUND, self.label_xyz)
+
+    def encoded(self, codes: dict[int, int]) -> LabelMap:
+        """The label map with a value of its own for each set of classes that a voxel may still have.
+
+        Args:
+            codes: bits of the classes ruled out -> value; new ones get the next free value above the classes.
+        """
+        label = self.merged()
+        partly = (label == UNLABELLED) & (self.absent_xyz != 0)
+        for bits in np.unique(self.absent_xyz[partly]).tolist():
+            code = codes.setdefault(int(bits), int(self.all).bit_length() + 1 + len(codes))
+            if code >= UNLABELLED:
+                raise LabelError(
+                    f"classes were drawn in more than {len(codes) - 1} combinations; draw them all somewhere"
+                )
+            label[partly & (self.absent_xyz == np.uint64(bits))] = code
+        return label
+
+
+def possible_classes(codes: Mapping[int, int], classes: int) -> list[list[bool]]:
+    """Row k: which of background and the classes 1 ... `classes` a voxel of the k-th code may have."""
+    return [[True, *(not bits >> c & 1 for c in range(classes))] for bits in codes]
+
+
 def labelled_voxels(label_xyz: LabelMap) -> int:
     """Number of voxels that carry an annotation (background included)."""
     return int(label_xyz.size - np.count_nonzero(label_xyz == UNLABELLED))

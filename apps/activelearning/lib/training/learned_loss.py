@@ -58,11 +58,11 @@ def pair_loss(predicted: Tensor, target: Tensor, margin: float = 1.0) -> Tensor:
     return functional.relu(margin - sign * difference).mean()
 
 
-def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def sample_losses(logits: Tensor, labels: Tensor, sets: Tensor | None = None) -> Tensor:
     """Dice + cross-entropy of each sample over its annotated voxels, (B,), without gradient."""
     loss = PartialDiceCELoss()
     with torch.no_grad():
-        return torch.stack([loss(logits[i : i + 1], labels[i : i + 1]) for i in range(len(logits))])
+        return torch.stack([loss(logits[i : i + 1], labels[i : i + 1], sets) for i in range(len(logits))])
 
 
 @contextmanager

@@ -65,10 +65,15 @@ class AnnotatedCase:
     by_class: dict[int, NDArray[np.int64]] = field(default_factory=dict)
 
     @classmethod
-    def from_label(cls, label_xyz: NDArray[np.uint8], rng: np.random.Generator) -> AnnotatedCase:
-        """Indices out of a label map with UNLABELLED voxels; long lists are thinned at random."""
+    def from_label(
+        cls, label_xyz: NDArray[np.uint8], rng: np.random.Generator, classes: int = UNLABELLED - 1
+    ) -> AnnotatedCase:
+        """Indices out of a label map with UNLABELLED voxels; long lists are thinned at random.
+
+        Values above `classes` are sets of classes (see `lib.training.loss`): annotated, but no class.
+        """
         flat = label_xyz.ravel()
-        present = [c for c in np.unique(flat).tolist() if c not in (0, UNLABELLED)]
+        present = [c for c in np.unique(flat).tolist() if 0 < c <= classes]
         return cls(
             shape=cast(Triple, label_xyz.shape),
             annotated=_thin(np.flatnonzero(flat != UNLABELLED), rng),

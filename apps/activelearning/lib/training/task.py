@@ -22,19 +22,21 @@ from lib.datastore import PartialLabelDatastore
 from lib.errors import refuse, speaking_errors
 from lib.files import file_digest, read_json, text_digest, write_json
 from lib.images import check_same_grid, load_image, load_label
-from lib.models import ModelStore, choose_device
+from lib.models import ModelStore, choose_device, trained_bundle
 from lib.options import AppOptions, problems
-from lib.partial_labels import UNLABELLED, check_values, labelled_voxels
+from lib.partial_labels import UNLABELLED, check_values, labelled_voxels, possible_classes
 from lib.pseudo_labels import fill_between
-from lib.randomness import child_rng, child_seed
+from lib.randomness import child_rng
 from lib.training.cases import TrainingCase, network_image, network_label
 from lib.training.folds import training_splits
-from lib.training.learned_loss import fresh_head
+from lib.training.members import Job, Layout, train_members
 from lib.training.planner_store import PlanStore
+from lib.training.progress import Board
 from lib.training.recipe import Bundle, Recipe, RecipeError
-from lib.training.trainer import Progress, train_member
 
 logger = logging.getLogger(__name__)
+
+GPU_WORKERS = 4  # members that share one GPU unless `--conf workers` says otherwise
 
 
 class TrainRequest(BaseModel):
@@ -147,11 +149,13 @@ class EnsembleTrainTask(TrainTask):
             wanted, recipe = self.parse({**request, "replan": False})
             wanted = self._with_round(wanted, recipe, datastore, labels)
             digest = self._digest(wanted, recipe, datastore, labels)
-            cases = [self._case(i, datastore.image_path(i), path, recipe) for i, path in sorted(labels.items())]
+            codes: dict[int, int] = {}
+            cases = [self._case(i, datastore, path, recipe, codes) for i, path in sorted(labels.items())]
             voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
             if not voxels:
                 refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
-            self._train_members(wanted, recipe, digest, cases)
+            job = self._job(wanted, recipe, digest, cases, codes)
+            self._train_members(job, cases, self._devices(request))
         facts = {
             "round": int(wanted.round or 0),
             "bundle": self.bundle.name,
@@ -159,7 +163,8 @@ class EnsembleTrainTask(TrainTask):
             "classes": self.classes,
             "recipe": recipe.model_dump(mode="json"),
             "spacing": self.spacing,
-            "plan": self.bundle.plan.model_dump(mode="json") if self.bundle.plan else None,
+            "plan": job.plan,
+            "start": job.start,
         }
         self.store.publish(digest, facts)
         stats = self._stats(digest, wanted, len(cases), time.time() - started)
@@ -178,81 +183,97 @@ class EnsembleTrainTask(TrainTask):
         unchanged = self._digest(same, recipe, datastore, labels) == current.digest
         return same if unchanged else wanted.model_copy(update={"round": current.round + 1})
 
+    def _devices(self, request: Mapping[str, Any]) -> list[str]:
+        """Where this training runs: one device, or with MONAI Label's `multi_gpu` and `gpus` several.
+
+        Raises:
+            HTTPException: a GPU that this machine does not have.
+        """
+        device = choose_device(self.options.device)
+        if device.type != "cuda" or not request.get("multi_gpu"):
+            return [str(device)]
+        found, asked = torch.cuda.device_count(), str(request.get("gpus") or "all")
+        wanted = range(found) if asked == "all" else [int(n) for n in asked.split(",") if n.strip().isdigit()]
+        if not wanted or max(wanted) >= found:
+            refuse(f"gpus: {asked!r} asks for GPUs this machine does not have; it has {found}, numbered from 0")
+        return [f"cuda:{number}" for number in wanted]
+
     def _digest(
         self, wanted: TrainRequest, recipe: Recipe, datastore: PartialLabelDatastore, labels: Mapping[str, Path]
     ) -> str:
-        inputs = {i: (datastore.image_digest(i), file_digest(path)) for i, path in labels.items()}
+        inputs: dict[str, Any] = {i: (datastore.image_digest(i), file_digest(path)) for i, path in labels.items()}
         options = wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), self.spacing
-        return text_digest(self.bundle.fingerprint(), self.classes, options, inputs)
+        start = self._start(wanted, recipe)
+        return text_digest(self.bundle.fingerprint(), self.classes, options, inputs, start)
 
-    def _case(self, name: str, image: Path, label: Path, recipe: Recipe) -> TrainingCase:
-        volume, mask = load_image(image), load_label(label)
+    def _case(
+        self, name: str, datastore: PartialLabelDatastore, label: Path, recipe: Recipe, codes: dict[int, int]
+    ) -> TrainingCase:
+        volume, mask = load_image(datastore.image_path(name)), load_label(label)
         check_same_grid(mask, volume.shape, volume.affine, name)
         check_values(mask.array_xyz, self.classes)
-        label_xyz, wanted, grey = mask.array_xyz, self.spacing, self.bundle.normalisation
+        spacing, grey = self.spacing, self.bundle.normalisation
+        classwise = datastore.annotations.classwise(name, volume.shape)
+        label_xyz = mask.array_xyz if classwise is None else classwise.encoded(codes)
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
-        image_cxyz = network_image(volume, wanted, grey)
-        return TrainingCase(name, image_cxyz, network_label(label_xyz, volume.spacing, wanted))
+        image_cxyz = network_image(volume, spacing, grey)
+        return TrainingCase(name, image_cxyz, network_label(label_xyz, volume.spacing, spacing))
 
-    def _train_members(self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase]) -> None:
-        if self.options.threads:
-            torch.set_num_threads(self.options.threads)
+    def _job(
+        self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase], codes: dict[int, int]
+    ) -> Job:
         present = {
-            case.name: frozenset(np.unique(case.label_xyz.numpy()).tolist()) - {0, UNLABELLED}
+            case.name: frozenset(np.unique(case.label_xyz.numpy()).tolist()) & frozenset(self.classes.values())
             for case in cases
             if labelled_voxels(case.label_xyz.numpy())
         }
         rng = child_rng(wanted.seed, wanted.round, "folds")
-        splits = training_splits(present, wanted.members, wanted.folds or wanted.members, rng)
-        begun = time.time()
-        for member, split in enumerate(splits):
-            if self.store.member_path(digest, member).is_file():
-                logger.info("member %d of %d is trained already", member + 1, wanted.members)
-                continue
-            chosen = [case for case in cases if case.name in set(split)]
-            self._member(wanted, recipe, digest, member, chosen, begun)
+        return Job(
+            bundle=self.bundle.folder,
+            store=self.store.folder,
+            classes=len(self.classes),
+            recipe=recipe,
+            digest=digest,
+            seed=wanted.seed,
+            round=int(wanted.round or 0),
+            splits=training_splits(present, wanted.members, wanted.folds or wanted.members, rng),
+            start=self._start(wanted, recipe),
+            sets=possible_classes(codes, len(self.classes)) or None,
+            plan=self._plan(),
+        )
 
-    def _member(
-        self,
-        wanted: TrainRequest,
-        recipe: Recipe,
-        digest: str,
-        member: int,
-        cases: list[TrainingCase],
-        begun: float,
-    ) -> None:
-        seed = child_seed(wanted.seed, wanted.round, "member", member)
-        weights_seed, crops_seed = seed.spawn(2)
-        # Networks draw their weights from torch's global generator; forking keeps the process as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0]) >> 1)
-            network = self.bundle.network(len(self.classes), recipe.dropout or None)
-            taps = self.bundle.layers("loss_taps") if recipe.learning_loss else []
-            head = fresh_head(network, taps, self.bundle.divisor) if recipe.learning_loss else None
+    def _plan(self) -> dict[str, Any] | None:
+        return self.bundle.plan.model_dump(mode="json") if self.bundle.plan else None
 
-        def report(progress: Progress) -> None:
-            done = (member + progress.step / progress.steps) / wanted.members
-            self._report(member, wanted.members, progress, (time.time() - begun) * (1 - done) / max(done, 1e-9))
+    def _start(self, wanted: TrainRequest, recipe: Recipe) -> tuple[str, int] | None:
+        """Digest and number of members of the training that this one goes on from; None for fresh weights.
 
-        device = choose_device(self.options.device)
-        weights = train_member(network, cases, recipe, crops_seed, device, report, head, taps)
-        self.store.save_member(digest, member, weights, head.cpu().state_dict() if head else None)
+        Asked again for the round of the current model, it is what that one went on from.
+        """
+        last = self.store.current() if recipe.start == "last" else None
+        if last is None:
+            return None
+        if last.round == wanted.round:
+            return tuple(last.facts["start"]) if last.facts.get("start") else None
+        if last.facts["classes"] != self.classes:
+            known = ", ".join(last.facts["classes"])
+            refuse(f"start: the last model knows other classes ({known}) than this project; use start=scratch", 409)
+        if trained_bundle(last, self.plans.base).fingerprint() != self.bundle.fingerprint():
+            refuse("start: the last model was trained by another plan than the one in force; use start=scratch", 409)
+        return last.digest, int(last.facts["members"])
 
-    def _report(self, member: int, members: int, progress: Progress, seconds_left: float) -> None:
-        logger.info(
-            "member %d/%d step %d/%d loss %.4f, about %.0f s left",
-            member + 1, members, progress.step, progress.steps, progress.loss, seconds_left,
-        )  # fmt: skip
-        state = {
-            "member": member + 1,
-            "members": members,
-            "step": progress.step,
-            "steps": progress.steps,
-            "loss": progress.loss,
-            "seconds_left": round(seconds_left, 1),
-        }
-        write_json(self.progress_file, state)
+    def _train_members(self, job: Job, cases: list[TrainingCase], devices: list[str]) -> None:
+        members = len(job.splits)
+        done = [member for member in range(members) if self.store.member_path(job.digest, member).is_file()]
+        if done:
+            logger.info("members %s of %d are trained already", ", ".join(str(m + 1) for m in done), members)
+        threads = self.options.threads or torch.get_num_threads()
+        workers = self.options.workers or (threads if devices == ["cpu"] else GPU_WORKERS)
+        layout = Layout.of(members, devices, threads, workers)
+        board = Board(members, done, self.progress_file)
+        pending = [member for member in range(members) if member not in done]
+        train_members(job, cases, pending, layout, self.store.folder / job.digest[:16] / "job", board.report)
 
     def _stats(self, digest: str, wanted: TrainRequest, cases: int, seconds: float) -> dict[str, Any]:
         progress = self.progress()

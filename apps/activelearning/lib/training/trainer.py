@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.files import write_atomic
+from lib.partial_labels import UNLABELLED
 from lib.training.augmentation import Augmentation, changed, crop, draw_changes
 from lib.training.cases import TrainingCase
 from lib.training.learned_loss import LossHead, pair_loss, sample_losses, tapped
@@ -62,6 +63,7 @@ class CropStream:
         rng: np.random.Generator,
         device: torch.device | str = "cpu",
         replica: Replica | None = None,
+        classes: int = UNLABELLED - 1,
     ) -> None:
         self.device = torch.device(device)
         self.cases = on_device(cases, self.device)
@@ -69,7 +71,7 @@ class CropStream:
         self.rng = rng
         self.replica = replica or Replica()
         self.how = Augmentation(mirror=recipe.mirror) if recipe.augment else None
-        annotated = [AnnotatedCase.from_label(case.label_xyz.cpu().numpy(), rng) for case in cases]
+        annotated = [AnnotatedCase.from_label(case.label_xyz.cpu().numpy(), rng, classes) for case in cases]
         self.sampler = RegionSampler(annotated, recipe.patch, recipe.foreground)
         self.noise = torch.Generator(self.device)
         self.noise.manual_seed(int(rng.integers(2**63)))
@@ -202,7 +204,8 @@ class _Member:
         network.to(device).train()
         # Gradients of replicas are averaged; a lone process needs no wrapper.
         self.model = DistributedDataParallel(network) if replica.world > 1 else network
-        self.stream = CropStream(cases, recipe, np.random.default_rng(seed), device, replica)
+        classes = UNLABELLED - 1 if sets is None else sets.shape[1] - 1
+        self.stream = CropStream(cases, recipe, np.random.default_rng(seed), device, replica, classes)
         self.parameters = [*network.parameters(), *(head.to(device).train().parameters() if head else ())]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.loss = DeepSupervisionLoss(LOSSES[recipe.loss]())
@@ -226,7 +229,9 @@ class _Member:
             if step >= self.recipe.learning_loss_share * self.recipe.steps:
                 activations = [activation.detach() for activation in activations]
             top = logits[:, 0] if logits.ndim > images.ndim else logits
-            ranking = pair_loss(self.head(activations), sample_losses(top, labels), self.recipe.learning_loss_margin)
+            ranking = pair_loss(
+                self.head(activations), sample_losses(top, labels, self.sets), self.recipe.learning_loss_margin
+            )
             loss = loss + self.recipe.learning_loss * ranking
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)

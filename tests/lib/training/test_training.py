@@ -174,7 +174,7 @@ def test_bad_recipes_are_refused_in_a_sentence(tmp_path):
         bundle.recipe({"stepz": 3})
     with pytest.raises(RecipeError, match=r"steps.*-1"):
         bundle.recipe({"steps": -1})
-    with pytest.raises(RecipeError, match="known bundles are segmentation_dynunet_3d"):
+    with pytest.raises(RecipeError, match="known bundles are segmentation_aunet_3d, segmentation_dynunet_2d, segm"):
         Bundle(BUNDLE.parent / "missing")
     assert bundle.divisor == (8, 8, 8)
 

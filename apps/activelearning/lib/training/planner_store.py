@@ -31,16 +31,19 @@ class PlanStore:
         options: the app's; plan, memory, spacing and device matter here.
         state: folder `.patchwise` of the studies folder.
         classes: outputs of the network, background included.
+        data: folder whose dataset.json may name the modality; default: the one that `state` is in.
 
     Raises:
         PlanError: the file that the option names cannot be read.
     """
 
-    def __init__(self, bundle: Bundle, options: AppOptions, state: Path, classes: int) -> None:
+    def __init__(
+        self, bundle: Bundle, options: AppOptions, state: Path, classes: int, data: Path | None = None
+    ) -> None:
         self.base = bundle
         self.options = options
-        self.state = state
         self.classes = classes
+        self.data = data or state.parent
         self.path = state / f"plan_{bundle.name}.yaml"
         self.fields = read_yaml(Path(options.plan)) if options.plan not in ("auto", "bundle") else {}
         self._read: tuple[tuple[int, int], Bundle] | None = None
@@ -74,7 +77,7 @@ class PlanStore:
             return self.bundle()
         from lib.models import choose_device
 
-        pool = take_fingerprint(images, labels, declared_modality(self.state.parent))
+        pool = take_fingerprint(images, labels, declared_modality(self.data))
         budget = measure_budget(str(choose_device(self.options.device)), self.options.memory)
         x, y, z = self.options.spacing or (0.0, 0.0, 0.0)
         made = make_plan(pool, budget, self.base.configuration, self.classes, (x, y, z) if x else None)

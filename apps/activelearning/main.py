@@ -125,7 +125,7 @@ class PatchwiseApp(MONAILabelApp):
             "model": model.facts if model else None,
             "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
-            "plans": {name: plan.summary() for name, plan in self._plans().items()},
+            "plans": {name: plan.model_dump(mode="json") for name, plan in self._plans().items()},
             "training": {name: task.progress() for name, task in self.trainers.items()},
         }
         return meta

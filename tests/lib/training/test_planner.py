@@ -119,6 +119,13 @@ def test_spacing_is_the_median_unless_an_axis_is_coarse_and_short():
     assert make_plan(mixed, GPU, spacing=(2.0, 2.0, 2.0)).spacing == (2.0, 2.0, 2.0)
 
 
+def test_shallow_crops_are_not_turned_across_slices():
+    assert make_plan(HIPPOCAMPUS, GPU).flat is None
+    assert make_plan(HIPPOCAMPUS, GPU, "2d").flat == 2
+    assert make_plan(ACDC, GPU).flat == 2
+    assert make_plan(AMOS, GPU).flat is None
+
+
 def test_activations_by_hand():
     found = ladder((16, 16, 16), (1, 1, 1))
     assert (found.strides, found.size) == (((1, 1, 1), (2, 2, 2), (2, 2, 2)), (16, 16, 16))

@@ -18,6 +18,8 @@ from lib.files import write_atomic
 from lib.options import problems
 from lib.regions import Triple
 
+FLAT = 3
+
 Configuration = Literal["3d_fullres", "2d", "3d_anisotropic"]
 
 
@@ -88,9 +90,14 @@ class Plan(BaseModel):
         found = (f * math.prod(s[a] for s in self.strides) for a, f in enumerate(self.factor))
         return cast(Triple, tuple(found))
 
-    def summary(self) -> dict[str, Any]:
-        """What /info tells of a plan."""
-        return self.model_dump(mode="json")
+    @property
+    def flat(self) -> int | None:
+        """Axis across which augmentation must not mix slices: of slices, and of crops more than thrice as wide as deep.
+
+        Source: Isensee et al. 2021, online methods (data augmentation in 2D for anisotropic patches).
+        """
+        shallow = max(self.patch) > FLAT * self.patch[self.axis]
+        return self.axis if self.configuration == "2d" or shallow else None
 
     def table(self) -> str:
         """A readable table: decision, value, reason."""

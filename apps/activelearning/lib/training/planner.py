@@ -111,7 +111,7 @@ def make_plan(
         wanted, why_spacing = own, f"{why_spacing}; slices stay where they are (0: each image's own)"
     else:
         found = search.volumes()
-    return replace_why(found, wanted, why_spacing, pool)
+    return _with_pool(found, wanted, why_spacing, pool)
 
 
 def target_spacing(pool: Fingerprint) -> tuple[Spacing, str]:
@@ -151,7 +151,7 @@ def normalisation(pool: Fingerprint) -> tuple[Normalisation, str]:
     return made, f"CT ({pool.modality_source}): percentiles, mean and deviation of {of}"
 
 
-def replace_why(plan: Plan, spacing: Spacing, why_spacing: str, pool: Fingerprint) -> Plan:
+def _with_pool(plan: Plan, spacing: Spacing, why_spacing: str, pool: Fingerprint) -> Plan:
     """The plan with its spacing and normalisation, and why."""
     grey, why_grey = normalisation(pool)
     why = {**plan.why, "spacing": why_spacing, "normalisation": why_grey}
@@ -276,6 +276,13 @@ class _Search:
             return batch, f"{COVERED:.0%} of the pool's voxels, although {fits} would fit"
         return batch, "the smallest that is trained with"
 
+    def _why_configuration(self) -> str:
+        thick = self.spacing[self.axis] / min(self.spacing)
+        if self.configuration != "3d_fullres" or thick <= ANISOTROPIC:
+            return f"as the bundle asks; slices lie across axis {self.axis}"
+        advice = "bundles for 3d_anisotropic and 2d are made for that"
+        return f"as the bundle asks; slices across axis {self.axis} are {thick:.1f} times coarser: {advice}"
+
     def _plan(
         self,
         found: Ladder,
@@ -303,11 +310,11 @@ class _Search:
             memory_gib=self.budget.memory_gib,
             estimate_gib=gib,
             why={
-                "configuration": f"as the bundle asks; slices lie across axis {self.axis}",
+                "configuration": self._why_configuration(),
                 "patch": f"median image is {image} at this spacing; the largest crop within the budget",
                 "batch": why_batch,
                 "factor": "folding keeps every voxel and makes a step cheaper on a CPU" if max(factor) > 1 else "none",
-                "kernels": f"an axis is looked along once it is less than twice as coarse as the finest ({self.axis})",
+                "kernels": "an axis is looked along once it is less than twice as coarse as the finest",
                 "strides": "an axis is halved while it has 8 voxels and is among the finest",
                 "features": f"doubled from level to level, at most {largest}",
                 "memory_gib": f"of the {'GPU' if self.budget.device == 'cuda' else 'RAM'}",

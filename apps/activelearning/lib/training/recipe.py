@@ -61,6 +61,9 @@ class Recipe(BaseModel):
     start: Literal["scratch", "last"] = Field(
         default="scratch", description="fresh weights, or those of the last finished training"
     )
+    flat: int | None = Field(
+        default=None, ge=0, le=2, description="axis whose slices are turned and scaled in-plane only; null for none"
+    )
     augment: bool = Field(default=True, description="whether crops are augmented")
 
 
@@ -106,7 +109,7 @@ class Bundle:
         made._config = {**self._config, **{k: decided[k] for k in _PLANNED if k in self._config}}
         made.plan = plan
         patch = [math.ceil(p / d) * d for p, d in zip(plan.patch, made.divisor, strict=True)]
-        made._config["recipe"] = {**self._config["recipe"], "patch": patch, "batch": plan.batch}
+        made._config["recipe"] = {**self._config["recipe"], "patch": patch, "batch": plan.batch, "flat": plan.flat}
         return made
 
     def recipe(self, overrides: dict[str, Any]) -> Recipe:

@@ -27,4 +27,5 @@ def _lazily(module: str) -> Callable[[], Iterator[Row]]:
 BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "query": _lazily("eval.benchmarks.query"),
     "training": _lazily("eval.benchmarks.training"),
+    "rounds": _lazily("eval.benchmarks.rounds"),
 }

@@ -14,6 +14,8 @@ import torch
 from monai.networks.layers.factories import Norm
 from torch import Tensor, nn
 
+from lib.regions import Triple, triple
+
 
 class SpaceToDepth(nn.Module):
     """Runs `network` at 1/factor of the resolution, with every block of voxels folded into channels.
@@ -64,17 +66,23 @@ def in_plane(levels: Sequence[Sequence[int]], axis: int) -> list[list[int]]:
     return [[size for a, size in enumerate(level) if a != axis] for level in levels]
 
 
+def _same(kernel: Triple) -> Triple:
+    """Padding that keeps the size."""
+    x, y, z = kernel
+    return x // 2, y // 2, z // 2
+
+
 class SeparableConv(nn.Module):
     """An in-plane convolution, then one along `axis` where the kernel looks along it; batch norm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], axis: int, norm: str) -> None:
         super().__init__()
-        plane = [1 if a == axis else k for a, k in enumerate(kernel)]
-        across = [k if a == axis else 1 for a, k in enumerate(kernel)]
-        self.plane = nn.Conv3d(inputs, outputs, plane, padding=[k // 2 for k in plane], bias=False)
+        plane = triple([1 if a == axis else k for a, k in enumerate(kernel)], "kernel")
+        across = triple([k if a == axis else 1 for a, k in enumerate(kernel)], "kernel")
+        self.plane = nn.Conv3d(inputs, outputs, plane, padding=_same(plane), bias=False)
         self.across: nn.Module = nn.Identity()
         if max(across) > 1:
-            self.across = nn.Conv3d(outputs, outputs, across, padding=[k // 2 for k in across], bias=False)
+            self.across = nn.Conv3d(outputs, outputs, across, padding=_same(across), bias=False)
         self.norm = Norm[norm, 3](outputs, affine=True)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -128,10 +136,13 @@ class AnisotropicUNet(nn.Module):
         self.encoder = nn.ModuleList(
             _Level(i, o, k, axis, norm) for i, o, k in zip(inputs, features, kernels, strict=True)
         )
-        self.pools = nn.ModuleList(nn.MaxPool3d(tuple(stride), tuple(stride)) for stride in strides[1:])
+        self.pools = nn.ModuleList(
+            nn.MaxPool3d(triple(stride, "stride"), triple(stride, "stride")) for stride in strides[1:]
+        )
         steps = list(zip(features[1:], features[:-1], strides[1:], kernels[:-1], strict=True))[::-1]
         self.ups = nn.ModuleList(
-            nn.ConvTranspose3d(deep, c, tuple(stride), tuple(stride)) for deep, c, stride, _ in steps
+            nn.ConvTranspose3d(deep, c, triple(stride, "stride"), triple(stride, "stride"))
+            for deep, c, stride, _ in steps
         )
         self.decoder = nn.ModuleList(_Level(2 * c, c, kernel, axis, norm, rate) for _, c, _, kernel in steps)
         self.output = nn.Conv3d(features[0], out_channels, 1)

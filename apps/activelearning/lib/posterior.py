@@ -25,6 +25,7 @@ from lib.images import Volume
 from lib.regions import Triple
 from lib.training.cases import network_image, to_grid
 from lib.training.learned_loss import LossHead, tapped
+from lib.training.plan import Normalisation
 from lib.training.trainer import autocast_type
 from lib.views import View, identity, views
 
@@ -77,6 +78,7 @@ class Ensemble:
         spacing: spacing in mm the networks work at; None for the spacing of each image.
         device: where the networks run.
         heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
+        normalisation: of grey values; None is the z-score of each image.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Ensemble:
         device: torch.device,
         heads: Sequence[LossHead] = (),
         taps: Sequence[str] = (),
+        normalisation: Normalisation | None = None,
     ) -> None:
         self.heads = [head.to(device).eval() for head in heads]
         self.taps = list(taps)
@@ -96,6 +99,7 @@ class Ensemble:
         self.divisor = divisor
         self.spacing = spacing
         self.device = device
+        self.normalisation = normalisation or Normalisation()
 
     def members(
         self, volume: Volume, overlap: float = 0.25, spec: PosteriorSpec = DEEP_ENSEMBLE, seed: int = 0
@@ -106,7 +110,7 @@ class Ensemble:
         views are drawn from `seed`; every network sees the same views. They stay on the device, so that moments can be
         summed up there.
         """
-        image = network_image(volume, self.spacing).to(self.device)
+        image = network_image(volume, self.spacing, self.normalisation).to(self.device)
         for number, network in enumerate(self.networks if spec.ensemble else self.networks[:1]):
             for pass_ in range(max(1, spec.passes)):
                 with _dropout(network, spec.dropout if spec.passes else None, seed + 1000 * number + pass_):
@@ -146,7 +150,7 @@ class Ensemble:
         """
         if not self.heads:
             return None
-        image = network_image(volume, self.spacing).to(self.device)
+        image = network_image(volume, self.spacing, self.normalisation).to(self.device)
         whole = (math.ceil(n / d) * d for n, d in zip(image.shape[1:], self.divisor, strict=True))
         half = (max(2, math.ceil(p / 2 / d)) * d for p, d in zip(self.patch, self.divisor, strict=True))
         window = tuple(min(a, b) for a, b in zip(half, whole, strict=True))

@@ -174,7 +174,7 @@ def test_bad_recipes_are_refused_in_a_sentence(tmp_path):
         bundle.recipe({"stepz": 3})
     with pytest.raises(RecipeError, match=r"steps.*-1"):
         bundle.recipe({"steps": -1})
-    with pytest.raises(RecipeError, match="known bundles are segmentation_dynunet_3d"):
+    with pytest.raises(RecipeError, match="known bundles are segmentation_aunet_3d, segmentation_dynunet_2d, segm"):
         Bundle(BUNDLE.parent / "missing")
     assert bundle.divisor == (8, 8, 8)
 
@@ -274,3 +274,12 @@ def test_averaged_weights_by_hand():
         expected = kept * expected + (1 - kept) * weight
     torch.testing.assert_close(averaged, expected)
     assert not torch.equal(averaged, seen[-1])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_flat_changes_leave_slices_where_they_are(axis):
+    drawn = draw_changes(50, Augmentation(flat=axis, mirror=()), np.random.default_rng(0)).matrix_bij
+    np.testing.assert_array_equal(drawn[:, axis], np.tile(np.eye(3)[axis], (50, 1)))
+    np.testing.assert_array_equal(drawn[:, :, axis], np.tile(np.eye(3)[axis], (50, 1)))
+    assert np.abs(np.linalg.det(drawn) - 1).max() > 0.1
+    assert np.abs(drawn - np.eye(3)).max() > 0.1

@@ -86,11 +86,12 @@ class ModelStore:
     def load(self, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
         """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
         bundle = trained_bundle(model, bundle)
+        recipe = Recipe.model_validate(model.facts["recipe"])
         networks: list[nn.Module] = []
         heads: list[LossHead] = []
         for member in range(int(model.facts["members"])):
             # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
-            network = bundle.network(len(model.facts["classes"]), dropout=QUERY_DROPOUT)
+            network = bundle.network(len(model.facts["classes"]), QUERY_DROPOUT, recipe.deep_supervision)
             path = self.member_path(model.digest, member)
             network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
             networks.append(network)
@@ -99,7 +100,6 @@ class ModelStore:
                 weights = torch.load(self.head_path(model.digest, member), map_location=device, weights_only=True)
                 head.load_state_dict(weights)
                 heads.append(head)
-        recipe = Recipe.model_validate(model.facts["recipe"])
         taps = bundle.layers("loss_taps") if heads else []
         spacing, grey = model.facts["spacing"], bundle.normalisation
         return Ensemble(networks, recipe.patch, bundle.divisor, spacing, device, heads, taps, grey)

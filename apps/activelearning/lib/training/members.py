@@ -118,7 +118,7 @@ def train_one(
     # Networks draw weights and dropout from torch's global generator; forking keeps the process as it was.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0]) >> 1)
-        network = bundle.network(job.classes, recipe.dropout or None)
+        network = bundle.network(job.classes, recipe.dropout or None, recipe.deep_supervision)
         taps = bundle.layers("loss_taps") if recipe.learning_loss else []
         head = fresh_head(network, taps, bundle.divisor) if recipe.learning_loss else None
         if job.start:

@@ -40,8 +40,9 @@ class SpaceToDepth(nn.Module):
         b, c, x, y, z = image.shape
         folded = image.reshape(b, c, x // i, i, y // j, j, z // k, k).permute(0, 1, 3, 5, 7, 2, 4, 6)
         scores = self.network(folded.reshape(b, c * i * j * k, x // i, y // j, z // k))
-        scores = scores.reshape(b, -1, i, j, k, x // i, y // j, z // k).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return scores.reshape(b, -1, x, y, z)
+        lead = scores.shape[:-4]  # batch, and heads of a deeply supervised network
+        scores = scores.reshape(-1, scores.shape[-4] // (i * j * k), i, j, k, x // i, y // j, z // k)
+        return scores.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(*lead, -1, x, y, z)
 
 
 class Slicewise(nn.Module):
@@ -58,7 +59,8 @@ class Slicewise(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         slices = image.movedim(self.axis + 2, 1)
         scores = self.network(slices.flatten(0, 1))
-        return scores.unflatten(0, slices.shape[:2]).movedim(1, self.axis + 2)
+        # Spatial axes are the last three; before them stand batch, heads of a deeply supervised network, and classes.
+        return scores.unflatten(0, slices.shape[:2]).movedim(1, self.axis - 3)
 
 
 def in_plane(levels: Sequence[Sequence[int]], axis: int) -> list[list[int]]:

@@ -57,6 +57,7 @@ class Recipe(BaseModel):
     loss: Literal["dice_ce", "focal", "weighted_dice"] = Field(
         default="dice_ce", description="loss over annotated voxels"
     )
+    deep_supervision: int = Field(default=0, ge=0, le=5, description="lower resolutions with a loss of their own")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the running mean of the weights; 0: last weights")
     start: Literal["scratch", "last"] = Field(
         default="scratch", description="fresh weights, or those of the last finished training"
@@ -113,15 +114,25 @@ class Bundle:
         return made
 
     def recipe(self, overrides: dict[str, Any]) -> Recipe:
-        """The bundle's recipe with `overrides`.
+        """The bundle's recipe with `overrides`, of which `recipe` may name one of network.json's `recipes`.
 
         Raises:
             RecipeError: unknown or unusable options, all in one message.
         """
+        given = dict(overrides)
+        name = str(given.pop("recipe", "default"))
+        presets = {"default": {}, **self._config.get("recipes", {})}
+        if name not in presets:
+            raise RecipeError(f"training option recipe: {self.name} has {', '.join(presets)}, found {name!r}")
         try:
-            return Recipe.model_validate({**self._config["recipe"], **overrides})
+            recipe = Recipe.model_validate({**self._config["recipe"], **presets[name], **given})
         except ValidationError as error:
             raise RecipeError(f"training option {problems(error)}") from error
+        heads = len(self._config["strides"]) - 2 if "heads" in self._config else 0
+        if recipe.deep_supervision > heads:
+            found = f"{self.name} has {heads} lower resolutions for it, found {recipe.deep_supervision}"
+            raise RecipeError(f"training option deep_supervision: {found}")
+        return recipe
 
     @property
     def divisor(self) -> Triple:
@@ -159,11 +170,14 @@ class Bundle:
             for name in group
         ]
 
-    def network(self, classes: int, dropout: float | None = None) -> nn.Module:
-        """A fresh network with `classes` foreground classes; MONAI's ConfigParser resolves `network_def`."""
+    def network(self, classes: int, dropout: float | None = None, heads: int = 0) -> nn.Module:
+        """A fresh network with `classes` foreground classes; MONAI's ConfigParser resolves `network_def`.
+
+        While it trains, one with `heads` answers (B, 1 + heads, C, ...), see `lib.training.loss.DeepSupervisionLoss`.
+        """
         from monai.bundle import ConfigParser
 
-        parser = ConfigParser({**self._config, "num_classes": classes + 1, "dropout": dropout})
+        parser = ConfigParser({**self._config, "num_classes": classes + 1, "dropout": dropout, "heads": heads})
         network = parser.get_parsed_content("network_def", instantiate=True)
         assert isinstance(network, nn.Module)
         return network
@@ -171,7 +185,10 @@ class Bundle:
     def fingerprint(self) -> dict[str, Any]:
         """What decides which network comes out and what it is fed; part of a training's digest."""
         fed = self.plan.model_dump(mode="json", include={"spacing", "normalisation"}) if self.plan else {}
-        return {key: value for key, value in self._config.items() if key != "recipe"} | {"name": self.name, **fed}
+        return {key: value for key, value in self._config.items() if key not in ("recipe", "recipes")} | {
+            "name": self.name,
+            **fed,
+        }
 
 
 def _groups(names: list[str], each: dict[str, range]) -> list[tuple[str, range, list[str]]]:

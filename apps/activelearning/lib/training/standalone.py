@@ -22,11 +22,11 @@ from lib.images import EXTENSIONS, check_same_grid, load_image, load_label, save
 from lib.models import ModelStore, choose_device
 from lib.options import AppOptions, OptionError
 from lib.partial_labels import check_values
-from lib.randomness import child_seed
 from lib.training.cases import TrainingCase, network_image, network_label
+from lib.training.members import Job, Layout, train_members
 from lib.training.planner_store import PlanStore
 from lib.training.recipe import Bundle
-from lib.training.trainer import Progress, train_member
+from lib.training.trainer import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +87,12 @@ class FolderTraining:
         inputs = {name: (file_digest(images[name]), file_digest(path)) for name, path in labels.items()}
         digest = text_digest(bundle.fingerprint(), recipe.model_dump(mode="json"), classes, self.seed, inputs)
         store = ModelStore(self.output, bundle.name)
-        for member in range(self.members):
-            weights_seed, crops_seed = child_seed(self.seed, 0, "member", member).spawn(2)
-            torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0]) >> 1)
-            network = bundle.network(len(classes), recipe.dropout or None)
-            device = choose_device(self.options.device)
-            store.save_member(digest, member, train_member(network, cases, recipe, crops_seed, device, _report))
+        plan = bundle.plan.model_dump(mode="json") if bundle.plan else None
+        everyone = [sorted(labels)] * self.members
+        job = Job(bundle.folder, store.folder, len(classes), recipe, digest, self.seed, 0, everyone, plan=plan)
+        layout = Layout.of(self.members, [str(choose_device(self.options.device))], torch.get_num_threads(), 1)
+        pending = [m for m in range(self.members) if not store.member_path(digest, m).is_file()]
+        train_members(job, cases, pending, layout, self.output / "job", _report)
         facts = {
             "round": 0,
             "bundle": bundle.name,
@@ -100,7 +100,7 @@ class FolderTraining:
             "classes": classes,
             "recipe": recipe.model_dump(mode="json"),
             "spacing": spacing,
-            "plan": bundle.plan.model_dump(mode="json") if bundle.plan else None,
+            "plan": plan,
         }
         return store.publish(digest, facts).folder
 
@@ -173,5 +173,5 @@ def _id(file: str) -> str:
     return next((name[: -len(end)] for end in EXTENSIONS if name.endswith(end)), name)
 
 
-def _report(progress: Progress) -> None:
-    logger.info("step %d of %d, loss %.4f", progress.step, progress.steps, progress.loss)
+def _report(member: int, progress: Progress) -> None:
+    logger.info("member %d step %d of %d, loss %.4f", member + 1, progress.step, progress.steps, progress.loss)

@@ -116,9 +116,9 @@ class EnsembleTrainTask(TrainTask):
             wanted = TrainRequest.model_validate({"members": self.options.members, **own})
         except ValidationError as error:
             raise RecipeError(f"training option {problems(error)}") from error
-        unknown = sorted(set(given) - set(Recipe.model_fields))
+        unknown = sorted(set(given) - {"recipe"} - set(Recipe.model_fields))
         if unknown:
-            known = ", ".join([*TrainRequest.model_fields, *Recipe.model_fields])
+            known = ", ".join([*TrainRequest.model_fields, "recipe", *Recipe.model_fields])
             raise RecipeError(f"unknown training option {', '.join(unknown)}; known options are {known}")
         recipe = self.bundle.recipe(given)
         if any(p < 1 or p % d for p, d in zip(recipe.patch, self.bundle.divisor, strict=True)):

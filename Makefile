@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?= runs
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow lint bench study install clean
+.PHONY: demo test test-slow lint bench bench-nnunet study install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
@@ -27,6 +27,16 @@ bench: $(STAMP)
 	$(BIN)/python -m eval bench query
 	$(BIN)/python -m eval bench surfaces
 	$(BIN)/python -m eval bench training
+	$(BIN)/python -m eval bench rounds
+
+# nnU-Net's own trainer, in an environment of its own; about three quarters of an hour, MINUTES=2 for a first look.
+bench-nnunet: $(STAMP) .venv-nnunet/.installed
+	NNUNET_PYTHON=.venv-nnunet/bin/python $(BIN)/python -m eval bench nnunet
+
+.venv-nnunet/.installed:
+	$(PYTHON) -m venv .venv-nnunet
+	.venv-nnunet/bin/python -m pip install --disable-pip-version-check nnunetv2==2.8.1 torch==2.13.0
+	@touch $@
 
 study: $(STAMP)
 	$(BIN)/python -m eval run $(STUDY) --out $(OUT)/$(basename $(notdir $(STUDY)))
@@ -42,4 +52,4 @@ $(STAMP): requirements.txt requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) .venv-nnunet $(OUT)

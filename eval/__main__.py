@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Command line of the referee: `python -m eval run|resume|report|bench|methods|gallery|doctor`.
+"""Command line of the referee: `python -m eval run|resume|report|bench|methods|plan|gallery|doctor`.
 
 Exit codes: 0 done, 2 something the caller can mend (one sentence on stderr), 130 interrupted.
 """
@@ -113,6 +113,13 @@ def _methods(options: argparse.Namespace) -> None:
         sys.stdout.write(f"{row['name']:<28} {row.get('summary', '')}\n")
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from eval.plan_cli import plan_text
+
+    text = plan_text(options.folder, options.bundle, options.device, options.memory, options.out)
+    sys.stdout.write(f"{text}\n")
+
+
 def _gallery(options: argparse.Namespace) -> None:
     from eval.gallery import write_gallery
 
@@ -133,6 +140,16 @@ def _workers(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 100_000:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, found {text!r}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true")
     methods = add("methods", _methods, "list the query methods")
     methods.add_argument("--json", action="store_true")
+    plan = add("plan", _plan, "plan spacing, crops, network and normalisation for a folder of scans")
+    plan.add_argument("folder", type=Path)
+    plan.add_argument("--bundle", default="segmentation_dynunet_3d", metavar="NAME")
+    plan.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    plan.add_argument("--memory", type=_gib, metavar="GIB", help="memory of a training step; default: measured")
+    plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan as YAML, for --conf plan FILE")
     gallery = add("gallery", _gallery, "draw what every method picks on the same phantom posterior")
     gallery.add_argument("--out", type=Path, default=Path("gallery.html"), help="the page to write")
     add("doctor", _doctor, "check the installation")

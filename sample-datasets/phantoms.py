@@ -5,8 +5,9 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Phantoms: seeded, anatomy-like 3D scans with labels, written as a decathlon-style folder.
 
-Two adjacent curved structures lie along one bent tube, among lookalikes of the same grey value. Edges are soft, a bias
-field and noise lie over everything, and the grey values of every case have their own gain, as in real MR scans.
+The presets imitate how published datasets are hard, not what a hospital would diagnose: two small adjacent structures
+(hippocampus), anisotropic nested ones (acdc), rare small lesions in a large volume (kits), fifteen organs of very
+different size (amos).
 """
 
 from __future__ import annotations
@@ -14,105 +15,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
-from scipy.spatial import cKDTree
+
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # loaded by path from elsewhere: this folder's name is no module name
+    sys.path.append(HERE)
+
+from phantom.acquisition import MIXED, ORIENTATIONS, Knobs, Phantom  # noqa: E402
+from phantom.presets import PRESETS, Preset, make_scene_case  # noqa: E402
+from phantom.tubes import TubePreset, make_case, tuned  # noqa: E402
+
+__all__ = ["PRESETS", "Knobs", "main", "make_case", "make_dataset", "make_phantom"]
+
+DIFFICULTY = {"easy": 0.0, "normal": 0.5, "hard": 1.0}
+LARGEST_VOXELS = 2_000_000_000
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What the phantoms of one family look like; lengths in mm, grey values as fractions of the brightest tissue."""
-
-    name: str
-    labels: tuple[str, ...]
-    shape: tuple[int, int, int]
-    shape_jitter: int
-    spacing: tuple[float, float, float]
-    length: float
-    bend: float
-    radius: float
-    edge: float
-    tissue: float
-    contrast: tuple[float, ...]
-    lookalikes: int
-    bias: float
-    noise: float
+def make_phantom(preset: Preset, seed: int, index: int, knobs: Knobs | None = None) -> Phantom:
+    """Case `index` of a dataset: each has a child seed, so that a longer dataset starts with the same cases."""
+    knobs = knobs or Knobs()
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    if not isinstance(preset, TubePreset):
+        return make_scene_case(rng, preset, knobs)
+    image_xyz, label_xyz, spacing = make_case(rng, tuned(preset, knobs))
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = np.round(rng.uniform(-60, 60, size=3), 1)
+    dtype = np.int16 if image_xyz.max() < 32_000 else np.float32
+    return Phantom(image_xyz.astype(dtype), label_xyz, affine, ())
 
 
-PRESETS: dict[str, Preset] = {
-    "hippocampus": Preset(
-        name="hippocampus",
-        labels=("anterior", "posterior"),
-        shape=(36, 50, 35),
-        shape_jitter=2,
-        spacing=(1.0, 1.0, 1.0),
-        length=38.0,
-        bend=5.0,
-        radius=6.6,
-        edge=0.9,
-        tissue=0.42,
-        contrast=(0.36, 0.22),
-        lookalikes=2,
-        bias=0.22,
-        noise=0.03,
-    ),
-    "thick_slices": Preset(
-        name="thick_slices",
-        labels=("anterior", "posterior"),
-        shape=(48, 60, 12),
-        shape_jitter=2,
-        spacing=(1.0, 1.0, 4.0),
-        length=46.0,
-        bend=7.0,
-        radius=7.5,
-        edge=1.0,
-        tissue=0.42,
-        contrast=(0.27, 0.20),
-        lookalikes=3,
-        bias=0.22,
-        noise=0.035,
-    ),
-}
-
-_LEVELS = 30  # grey levels of the brightest tissue: few enough that noise still compresses well
-
-
-def make_case(
-    rng: np.random.Generator, preset: Preset
-) -> tuple[NDArray[np.float32], NDArray[np.uint8], tuple[float, float, float]]:
-    """One phantom: image (X, Y, Z), label map (X, Y, Z) with 0 background and 1..N, and spacing in mm.
-
-    A voxel at distance d mm from a bent centre line of local radius r(t) is inside when d < r(t); its grey value is
-    tissue + contrast / (1 + exp((d - r) / edge)), times exp(bias field), plus noise.
-    """
-    jitter = rng.integers(-preset.shape_jitter, preset.shape_jitter + 1, size=3)
-    shape = tuple(int(n + j) for n, j in zip(preset.shape, jitter, strict=True))
-    spacing = np.asarray(preset.spacing)
-    grid_mm = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1) * spacing
-    centre_mm = (np.asarray(shape) - 1) * spacing / 2 + rng.normal(0, 1.5, size=3)
-
-    points, radii, along = _tube(rng, preset, centre_mm)
-    depth_xyz, along_xyz = _depth(grid_mm, points, radii, along)
-    cuts = _cuts(rng, len(preset.labels))
-    part_xyz = np.digitize(along_xyz, cuts)
-    label_xyz = np.where(depth_xyz > 0, part_xyz + 1, 0).astype(np.uint8)
-
-    image_xyz = preset.tissue + 0.06 * _smooth_noise(rng, shape, 3.0 / spacing)
-    contrast_xyz = np.asarray(preset.contrast)[part_xyz] * rng.uniform(0.85, 1.15)
-    image_xyz = image_xyz + contrast_xyz / (1 + np.exp(-depth_xyz / preset.edge))
-    for _ in range(preset.lookalikes):
-        image_xyz = np.maximum(image_xyz, _lookalike(rng, preset, grid_mm, depth_xyz))
-    image_xyz = image_xyz * np.exp(preset.bias * _bias(rng, grid_mm, centre_mm))
-    image_xyz = image_xyz + rng.normal(0, preset.noise, size=shape)
-    return _grey_values(rng, image_xyz), label_xyz, preset.spacing
-
-
-def make_dataset(out: Path, preset: Preset, cases: int, seed: int) -> None:
+def make_dataset(out: Path, preset: Preset, cases: int, seed: int, knobs: Knobs | None = None) -> None:
     """Write `cases` phantoms under `out` (dataset.json, imagesTr, labelsTr); the same seed gives the same bytes.
 
     Raises:
@@ -123,17 +61,13 @@ def make_dataset(out: Path, preset: Preset, cases: int, seed: int) -> None:
     (out / "imagesTr").mkdir(parents=True)
     (out / "labelsTr").mkdir()
     names = [f"{preset.name}_{index:03d}" for index in range(1, cases + 1)]
+    findings: dict[str, list[str]] = {}
     for index, name in enumerate(names):
-        # One child seed a case: a longer dataset starts with the same cases.
-        rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-        image_xyz, label_xyz, spacing = make_case(rng, preset)
-        origin = np.round(rng.uniform(-60, 60, size=3), 1)
-        affine = np.diag([*spacing, 1.0])
-        affine[:3, 3] = origin
-        dtype = np.int16 if image_xyz.max() < 32_000 else np.float32
-        nib.save(nib.Nifti1Image(image_xyz.astype(dtype), affine), out / "imagesTr" / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(label_xyz, affine), out / "labelsTr" / f"{name}.nii.gz")
-    card = {
+        phantom = make_phantom(preset, seed, index, knobs)
+        findings[name] = list(phantom.findings)
+        _save(phantom.image_xyz, phantom.affine, out / "imagesTr" / f"{name}.nii.gz")
+        _save(phantom.label_xyz, phantom.affine, out / "labelsTr" / f"{name}.nii.gz")
+    card: dict[str, Any] = {
         "name": f"Phantoms {preset.name}",
         "description": f"{cases} generated scans, seed {seed}; no person was ever scanned",
         "licence": "CC0-1.0",
@@ -145,90 +79,88 @@ def make_dataset(out: Path, preset: Preset, cases: int, seed: int) -> None:
         "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
         "test": [],
     }
+    if not isinstance(preset, TubePreset):
+        card["modality"] = {"0": preset.modality}
+        card["findings"] = findings
+    if knobs is not None and knobs != Knobs():
+        card["knobs"] = asdict(knobs)
     (out / "dataset.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
-def _tube(
-    rng: np.random.Generator, preset: Preset, centre_mm: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Points of a bent centre line (N, 3) in mm, their radii in mm and their position 0..1 along it."""
-    along = np.linspace(0, 1, 200)
-    length = preset.length * rng.uniform(0.85, 1.12)
-    bend = preset.bend * rng.uniform(0.6, 1.4) * np.array([rng.choice([-1, 1]), 0.6])
-    y = (0.5 - along) * length  # RAS: the head lies anterior
-    x = bend[0] * (np.sin(np.pi * along) - 0.6) + rng.normal(0, 1.0) * (along - 0.5) * 4
-    z = bend[1] * (np.cos(np.pi * along)) + rng.normal(0, 1.0) * (along - 0.5) * 4
-    # A thick head that narrows towards the tail, with a ripple of its own.
-    ripple = 0.12 * np.sin(2 * np.pi * (along * rng.uniform(1.5, 3.0) + rng.uniform()))
-    taper = (1.15 - 0.55 * along) * np.sqrt(np.clip(np.sin(np.pi * np.clip(along, 0.02, 0.98)), 0, 1))
-    radii = preset.radius * rng.uniform(0.85, 1.15) * taper * (1 + ripple)
-    return np.stack([x, y, z], axis=-1) + centre_mm, radii, along
+def _save(array_xyz: NDArray[Any], affine: NDArray[np.float64], path: Path) -> None:
+    nib.save(nib.Nifti1Image(array_xyz, affine), path)
 
 
-def _depth(
-    grid_mm: NDArray[np.float64],
-    points: NDArray[np.float64],
-    radii: NDArray[np.float64],
-    along: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Signed depth in mm (positive inside) and position along the line of every voxel."""
-    distance, nearest = cKDTree(points).query(grid_mm.reshape(-1, 3))
-    shape = grid_mm.shape[:3]
-    return (radii[nearest] - distance).reshape(shape), along[nearest].reshape(shape)
+def _difficulty(text: str) -> float:
+    value = DIFFICULTY[text] if text in DIFFICULTY else float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
 
 
-def _cuts(rng: np.random.Generator, parts: int) -> NDArray[np.float64]:
-    """Positions along the line where one structure ends and the next begins."""
-    return np.arange(1, parts) / parts + rng.uniform(-0.06, 0.06, size=parts - 1)
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError(text)
+    return float(text)
 
 
-def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Texture of standard deviation 1 and correlation length `sigma` voxels."""
-    texture = gaussian_filter(rng.normal(size=shape), sigma)
-    return texture / texture.std()
+def _positive(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise ValueError(text)
+    return float(text)
 
 
-def _lookalike(
-    rng: np.random.Generator, preset: Preset, grid_mm: NDArray[np.float64], depth_xyz: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """A bright blob of the structures' grey value somewhere outside of them."""
-    outside = grid_mm[depth_xyz < -1.5 * preset.radius]
-    if len(outside) == 0:
-        return np.full(depth_xyz.shape, -np.inf)
-    radius = preset.radius * rng.uniform(0.6, 1.0, size=3)
-    scaled = np.linalg.norm((grid_mm - outside[rng.integers(len(outside))]) / radius, axis=-1)
-    level = preset.tissue + rng.uniform(0.6, 1.1) * preset.contrast[0]
-    return np.asarray(level - preset.contrast[0] / (1 + np.exp(-(scaled - 1) * radius.mean() / preset.edge)))
+def _spacing(text: str) -> tuple[float, float, float]:
+    x, y, z = (_positive(part) for part in text.split(","))
+    return x, y, z
 
 
-def _bias(
-    rng: np.random.Generator, grid_mm: NDArray[np.float64], centre_mm: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Second-order polynomial over the image, scaled to -1..1."""
-    u = (grid_mm - centre_mm) / np.abs(grid_mm - centre_mm).max(axis=(0, 1, 2))
-    weights = rng.uniform(-1, 1, size=6)
-    field = u @ weights[:3] + (u**2) @ weights[3:]
-    return field / np.abs(field).max()
+def _shape(text: str) -> tuple[int, int, int]:
+    x, y, z = (int(part) for part in text.split(","))
+    if min(x, y, z) < 4 or x * y * z > LARGEST_VOXELS:
+        raise ValueError(text)
+    return x, y, z
 
 
-def _grey_values(rng: np.random.Generator, image_xyz: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Whole grey values: few levels times a gain of the case, drawn on a logarithmic scale from 1 to 10,000."""
-    gain = round(10 ** rng.uniform(0, 4))
-    return (np.clip(np.round(image_xyz * _LEVELS), 0, None) * gain).astype(np.float32)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: `python sample-datasets/phantoms.py OUT --preset hippocampus --cases 12 --seed 1`."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phantoms.py", description="Write a seeded phantom dataset.")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="hippocampus")
     parser.add_argument("--cases", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--difficulty", type=_difficulty, default=0.5, metavar="D", help="easy, normal, hard, or 0 (easy) to 1 (hard)"
+    )
+    parser.add_argument("--spacing", type=_spacing, metavar="X,Y,Z", help="mm a voxel; the field of view stays")
+    parser.add_argument("--shape", type=_shape, metavar="X,Y,Z", help="voxels; with --spacing it crops or widens")
+    parser.add_argument("--scale", type=_positive, default=1.0, help="voxels along each axis for one of the preset's")
+    parser.add_argument("--pathology", type=_share, metavar="RATE", help="share of patients with findings, 0 to 1")
+    parser.add_argument("--variation", type=_share, default=1.0, help="how much scanners differ, 0 to 1")
+    parser.add_argument("--orientation", choices=[*ORIENTATIONS, MIXED], default="RAS", help="axis order of the files")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: `python sample-datasets/phantoms.py OUT --preset hippocampus --cases 12 --seed 1`."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.cases < 1 or options.seed < 0:
         parser.error("--cases must be at least 1 and --seed at least 0")
+    preset = PRESETS[options.preset]
+    if isinstance(preset, TubePreset) and (options.pathology, options.variation, options.orientation) != (
+        None,
+        1,
+        "RAS",
+    ):
+        parser.error(
+            f"--pathology, --variation and --orientation have no meaning for {preset.name}; choose another preset"
+        )
+    knobs = Knobs(
+        options.difficulty, options.spacing, options.scale, options.shape, options.pathology, options.variation,
+        options.orientation,
+    )  # fmt: skip
     try:
-        make_dataset(options.out, PRESETS[options.preset], options.cases, options.seed)
+        make_dataset(options.out, preset, options.cases, options.seed, knobs)
     except OSError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -35,6 +35,7 @@ from lib.registry import REGISTRY
 from lib.routes import install
 from lib.scoring import MomentsScoring
 from lib.strategies import QueryStrategy
+from lib.training.plan import Plan
 from lib.training.recipe import Bundle
 from lib.training.task import EnsembleTrainTask
 from lib.uncertainty import SCORE_MAPS
@@ -71,12 +72,15 @@ class PatchwiseApp(MONAILabelApp):
             name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
             for name, bundle in self.bundles.items()
         }
-        self.trainers = {
-            name: EnsembleTrainTask(
-                bundle, self.segmenters[name].store, self.classes, self.options, root / STATE_FOLDER
-            )
-            for name, bundle in self.bundles.items()
-        }
+        try:
+            self.trainers = {
+                name: EnsembleTrainTask(
+                    bundle, self.segmenters[name].store, self.classes, self.options, root / STATE_FOLDER
+                )
+                for name, bundle in self.bundles.items()
+            }
+        except SPEAKING as error:
+            _end(str(error))
         super().__init__(
             app_dir,
             studies,
@@ -121,9 +125,15 @@ class PatchwiseApp(MONAILabelApp):
             "model": model.facts if model else None,
             "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
+            "plans": {name: plan.model_dump(mode="json") for name, plan in self._plans().items()},
             "training": {name: task.progress() for name, task in self.trainers.items()},
         }
         return meta
+
+    def _plans(self) -> dict[str, Plan]:
+        """The plan in force of each bundle; none before its first training."""
+        found = {name: task.plans.current() for name, task in self.trainers.items()}
+        return {name: plan for name, plan in found.items() if plan}
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Regions by any registry name, listed or not."""

@@ -28,4 +28,6 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "query": _lazily("eval.benchmarks.query"),
     "surfaces": _lazily("eval.benchmarks.surfaces"),
     "training": _lazily("eval.benchmarks.training"),
+    "nnunet": _lazily("eval.benchmarks.nnunet"),
+    "rounds": _lazily("eval.benchmarks.rounds"),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,3 +196,13 @@ def test_wrong_shapes_and_no_members_are_refused() -> None:
         Moments.empty((2, 3, 4, 5)).predictive_entropy()
     with pytest.raises(ValueError, match="class weights"):
         class_weighted(Moments.from_members(members()), [1, np.nan, 0])
+
+
+def test_members_as_tensors_give_the_moments_of_members_as_arrays():
+    members = np.random.default_rng(5).dirichlet(np.ones(3), size=(4, 6, 5, 7)).transpose(0, 4, 1, 2, 3)
+    members = np.ascontiguousarray(members, dtype=np.float32)
+    arrays = Moments.from_members(iter(members))
+    tensors = Moments.from_members(torch.from_numpy(m.copy()) for m in members)
+    for name, expected in arrays.to_arrays().items():
+        np.testing.assert_array_equal(tensors.to_arrays()[name], expected)
+    np.testing.assert_array_equal(tensors.mutual_information(), arrays.mutual_information())

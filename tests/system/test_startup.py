@@ -53,7 +53,7 @@ def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_pat
     ("conf", "sentence"),
     [
         (("modelz", BUNDLE), "--conf modelz is not an option of this app; known options are models, "),
-        (("models", "unet"), "no bundle unet in .*; known bundles are segmentation_dynunet_3d"),
+        (("models", "unet"), "no bundle unet in .*; known bundles are .*segmentation_dynunet_3d"),
         (("members", "0"), "--conf members: .*found '0'"),
         (("labels", '{"a": 2, "b": 5}'), "--conf labels: class ids must be 1, 2, "),
         (("methods", "power_pi"), "unknown method 'power_pi'"),

@@ -18,10 +18,11 @@ from lib.ledger import LedgerError
 from lib.methods import MethodError
 from lib.options import OptionError
 from lib.partial_labels import LabelError
+from lib.training.plan import PlanError
 from lib.training.recipe import RecipeError
 
 # Errors whose text is written for the person who made the request.
-SPEAKING = (ImageError, LabelError, LedgerError, MethodError, OptionError, RecipeError)
+SPEAKING = (ImageError, LabelError, LedgerError, MethodError, OptionError, PlanError, RecipeError)
 
 
 def refuse(sentence: str, status: int = 400) -> NoReturn:

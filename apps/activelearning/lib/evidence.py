@@ -67,7 +67,7 @@ class ModelEvidence:
         return self.cache.load(self.model, image, self.spec)
 
     def features(self, image: str, boxes: Sequence[Box]) -> NDArray[np.float32]:
-        (layer,) = self.segmenter.bundle.layers("bottleneck")
+        (layer,) = self.segmenter.trained_bundle().layers("bottleneck")
         volume = load_image(self.datastore.image_path(image))
         return bottleneck_features(self.segmenter.ensemble(), layer, volume, boxes)
 
@@ -75,7 +75,7 @@ class ModelEvidence:
         return _labelled(self.datastore, self.features)
 
     def gradients(self, image: str, boxes: Sequence[Box], layer: str) -> NDArray[np.float32]:
-        layers = self.segmenter.bundle.layers(_LAYERS[layer])
+        layers = self.segmenter.trained_bundle().layers(_LAYERS[layer])
         volume = load_image(self.datastore.image_path(image))
         return gradient_embeddings(self.segmenter.ensemble(), layers, volume, boxes)
 

@@ -23,6 +23,7 @@ from lib.posterior import Ensemble
 from lib.regions import Box, Triple
 from lib.training.augmentation import crop
 from lib.training.cases import network_image
+from lib.training.learned_loss import tapped
 
 # Voxels of crops that go through a network at a time.
 BATCH_VOXELS = 1 << 20
@@ -39,15 +40,11 @@ def bottleneck_features(ensemble: Ensemble, layer: str, volume: Volume, boxes: S
         return np.zeros((0, 1), np.float32)
     parts = []
     for network in ensemble.networks:
-        module = network.get_submodule(layer)
         found: list[Tensor] = []
-        handle = module.register_forward_hook(lambda _m, _i, out, found=found: found.append(out.flatten(2).mean(2)))
-        try:
-            with torch.inference_mode():
-                for batch in _batches(ensemble, volume, boxes):
-                    network(batch)
-        finally:
-            handle.remove()
+        with torch.inference_mode(), tapped(network, [layer]) as activations:
+            for batch in _batches(ensemble, volume, boxes):
+                network(batch)
+                found.append(activations[0].flatten(2).mean(2))
         parts.append(torch.cat(found).float().cpu())
     return cast("NDArray[np.float32]", torch.cat(parts, dim=1).numpy())
 
@@ -83,7 +80,7 @@ def gradient_embeddings(
 
 def _batches(ensemble: Ensemble, volume: Volume, boxes: Sequence[Box]) -> Iterator[Tensor]:
     """Crops (B, 1, X, Y, Z) of equal size, in the order of `boxes`."""
-    image = network_image(volume, ensemble.spacing).to(ensemble.device)
+    image = network_image(volume, ensemble.spacing, ensemble.normalisation).to(ensemble.device)
     label = torch.zeros(image.shape[1:], dtype=torch.uint8, device=image.device)
     scale = [n / s for n, s in zip(image.shape[1:], volume.shape, strict=True)]
     sizes = [[max(1, round(d * f)) for d, f in zip(size, scale, strict=True)] for _, size in boxes]

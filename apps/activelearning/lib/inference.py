@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lib.errors import refuse, speaking_errors
 from lib.images import image_geometry, load_image
 from lib.ledger import QueryLedger
-from lib.models import ModelStore, choose_device
+from lib.models import ModelStore, choose_device, trained_bundle
 from lib.options import AppOptions
 from lib.posterior import Ensemble
 from lib.regions import Region
@@ -66,6 +66,10 @@ class SegmentationTask(InferTask):
             ensemble = self.store.load(model, self.bundle, choose_device(self.options.device))
             self._loaded = (model.digest, ensemble)
         return self._loaded[1]
+
+    def trained_bundle(self) -> Bundle:
+        """The bundle as the current model was trained with it."""
+        return trained_bundle(self.store.current(), self.bundle)
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         started = time.time()

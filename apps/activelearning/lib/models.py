@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lib.files import read_json, write_atomic, write_json
 from lib.posterior import Ensemble
 from lib.training.learned_loss import LossHead, fresh_head
+from lib.training.plan import Plan
 from lib.training.recipe import Bundle, Recipe
 
 KEPT_TRAININGS = 2
@@ -84,11 +85,13 @@ class ModelStore:
 
     def load(self, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
         """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
+        bundle = trained_bundle(model, bundle)
+        recipe = Recipe.model_validate(model.facts["recipe"])
         networks: list[nn.Module] = []
         heads: list[LossHead] = []
         for member in range(int(model.facts["members"])):
             # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
-            network = bundle.network(len(model.facts["classes"]), dropout=QUERY_DROPOUT)
+            network = bundle.network(len(model.facts["classes"]), QUERY_DROPOUT, recipe.deep_supervision)
             path = self.member_path(model.digest, member)
             network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
             networks.append(network)
@@ -97,14 +100,20 @@ class ModelStore:
                 weights = torch.load(self.head_path(model.digest, member), map_location=device, weights_only=True)
                 head.load_state_dict(weights)
                 heads.append(head)
-        recipe = Recipe.model_validate(model.facts["recipe"])
         taps = bundle.layers("loss_taps") if heads else []
-        return Ensemble(networks, recipe.patch, bundle.divisor, model.facts["spacing"], device, heads, taps)
+        spacing, grey = model.facts["spacing"], bundle.normalisation
+        return Ensemble(networks, recipe.patch, bundle.divisor, spacing, device, heads, taps, grey)
 
     def _folders(self) -> list[Path]:
         """Folders of trainings, newest first."""
         folders = [path for path in self.folder.iterdir() if path.is_dir()]
         return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def trained_bundle(model: Model | None, bundle: Bundle) -> Bundle:
+    """The bundle with the plan that `model` was trained by, whatever the plan is now."""
+    plan = model.facts.get("plan") if model else None
+    return bundle.planned(Plan.model_validate(plan)) if plan else bundle
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -56,6 +56,14 @@ class AppOptions(BaseModel):
     spacing: Annotated[list[float] | None, BeforeValidator(_numbers)] = Field(
         default=None, min_length=3, max_length=3, description="spacing in mm the network works at; default: the pool's"
     )
+    plan: str = Field(
+        default="auto",
+        min_length=1,
+        description="'auto' plans from the pool, 'bundle' does not, or a YAML file of a plan",
+    )
+    memory: float | None = Field(
+        default=None, gt=0, le=100_000, description="GiB a training step may take, for the plan; default: measured"
+    )
     methods: Annotated[list[str] | None, BeforeValidator(_names)] = Field(
         default=None, description="query methods the clients list: 'all' or names; every method works by name"
     )

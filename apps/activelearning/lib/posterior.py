@@ -20,10 +20,12 @@ from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lib.fast_convolution import OneDNN
 from lib.images import Volume
 from lib.regions import Triple
 from lib.training.cases import network_image, to_grid
 from lib.training.learned_loss import LossHead, tapped
+from lib.training.plan import Normalisation
 from lib.training.trainer import autocast_type
 from lib.views import View, identity, views
 
@@ -76,6 +78,7 @@ class Ensemble:
         spacing: spacing in mm the networks work at; None for the spacing of each image.
         device: where the networks run.
         heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
+        normalisation: of grey values; None is the z-score of each image.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Ensemble:
         device: torch.device,
         heads: Sequence[LossHead] = (),
         taps: Sequence[str] = (),
+        normalisation: Normalisation | None = None,
     ) -> None:
         self.heads = [head.to(device).eval() for head in heads]
         self.taps = list(taps)
@@ -95,16 +99,18 @@ class Ensemble:
         self.divisor = divisor
         self.spacing = spacing
         self.device = device
+        self.normalisation = normalisation or Normalisation()
 
     def members(
         self, volume: Volume, overlap: float = 0.25, spec: PosteriorSpec = DEEP_ENSEMBLE, seed: int = 0
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Iterator[Tensor]:
         """Softmax probabilities (C, X, Y, Z) of each prediction of the posterior, on the stored grid of the image.
 
         Sliding window with Gaussian weights; `overlap` 0.25 is nnActive's tile step of 0.75 for queries. Dropout and
-        views are drawn from `seed`; every network sees the same views.
+        views are drawn from `seed`; every network sees the same views. They stay on the device, so that moments can be
+        summed up there.
         """
-        image = network_image(volume, self.spacing).to(self.device)
+        image = network_image(volume, self.spacing, self.normalisation).to(self.device)
         for number, network in enumerate(self.networks if spec.ensemble else self.networks[:1]):
             for pass_ in range(max(1, spec.passes)):
                 with _dropout(network, spec.dropout if spec.passes else None, seed + 1000 * number + pass_):
@@ -112,7 +118,7 @@ class Ensemble:
 
     def _views(
         self, network: nn.Module, image: Tensor, shape: Triple, overlap: float, spec: PosteriorSpec, seed: int
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Iterator[Tensor]:
         rng = np.random.default_rng(seed)
         chosen: Sequence[View] = list(views(spec.flips, spec.rotations, spec.noise, rng)) if spec.tta else [identity()]
         plain: Tensor | None = None
@@ -124,15 +130,14 @@ class Ensemble:
                 # What a view did not hold says nothing, so there it repeats the prediction of the image itself.
                 seen = to_grid(kept[None].float(), shape)[0] > 0.5
                 probs = torch.where(seen, probs, plain)
-            yield probs.cpu().numpy()
+            yield probs
 
     def mean(self, volume: Volume, overlap: float = 0.5) -> NDArray[np.float32]:
         """Mean of the members' probabilities (C, X, Y, Z)."""
-        total: NDArray[np.float32] | None = None
+        total = torch.zeros(())
         for probs in self.members(volume, overlap):
-            total = probs if total is None else total + probs
-        assert total is not None, "an ensemble has at least one member"
-        return total / np.float32(len(self.networks))
+            total = probs.clone() if total.ndim == 0 else total.add_(probs)
+        return cast("NDArray[np.float32]", (total / len(self.networks)).cpu().numpy())
 
     def learning_loss(self, volume: Volume) -> NDArray[np.float32] | None:
         """Predicted loss (X, Y, Z) on the stored grid, never negative; None for members without a head.
@@ -145,7 +150,7 @@ class Ensemble:
         """
         if not self.heads:
             return None
-        image = network_image(volume, self.spacing).to(self.device)
+        image = network_image(volume, self.spacing, self.normalisation).to(self.device)
         whole = (math.ceil(n / d) * d for n, d in zip(image.shape[1:], self.divisor, strict=True))
         half = (max(2, math.ceil(p / 2 / d)) * d for p, d in zip(self.patch, self.divisor, strict=True))
         window = tuple(min(a, b) for a, b in zip(half, whole, strict=True))
@@ -171,6 +176,7 @@ class Ensemble:
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, dtype=half or torch.bfloat16, enabled=half is not None),
+            OneDNN(),
         ):
             logits = sliding_window_inference(
                 image_cxyz[None], window, sw_batch_size=4, predictor=network, overlap=overlap, mode="gaussian"

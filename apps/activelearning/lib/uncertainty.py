@@ -37,7 +37,8 @@ class Moments:
         self.shape: tuple[int, int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3]))
         self.count = 0
         self.loss: Array | None = None  # predicted loss (X, Y, Z) of members that have a head for it
-        self._sums: tuple[Array, Array, Array] | None = None  # p, spread, entropy
+        # p, spread, entropy; on the device of the members, until a map is asked for
+        self._sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._held: tuple[Array, ...] = ()  # members given as a list: read in place until sums per class are asked for
         self._held_maps: tuple[Array, Array] | None = None  # their predictive and expected entropy
 
@@ -47,8 +48,8 @@ class Moments:
         return cls(shape)
 
     @classmethod
-    def from_members(cls, members: Iterable[ArrayLike]) -> Moments:
-        """Moments of all `members`, arrays (C, X, Y, Z) of probabilities, taken one at a time.
+    def from_members(cls, members: Iterable[ArrayLike | torch.Tensor]) -> Moments:
+        """Moments of all `members`, arrays or tensors (C, X, Y, Z) of probabilities, taken one at a time.
 
         A generator is consumed member by member. A list, tuple or array (M, C, X, Y, Z) is already in memory: its
         members are kept by reference and read in place (do not change them), so only result maps are allocated.
@@ -66,46 +67,47 @@ class Moments:
             return moments
         streamed: Moments | None = None
         for member in members:
-            probs = np.asarray(member, dtype=np.float32)
+            probs = member if isinstance(member, torch.Tensor) else np.asarray(member, dtype=np.float32)
             streamed = streamed or cls(probs.shape)
             streamed.add(probs)
         if streamed is None:
             raise ValueError("moments need at least one posterior member, found none: predict with the model first")
         return streamed
 
-    def add(self, probs_cxyz: ArrayLike) -> None:
-        """Take one more member (C, X, Y, Z) into the sums.
+    def add(self, probs_cxyz: ArrayLike | torch.Tensor) -> None:
+        """Take one more member (C, X, Y, Z) into the sums, which live on the device of the first.
 
         Raises:
             ValueError: another shape, or a value that is NaN, infinite, negative or above one.
         """
-        probs = np.ascontiguousarray(probs_cxyz, dtype=np.float32)
+        probs = _tensor(probs_cxyz)
         self._check_shape(probs)
-        _check(torch.from_numpy(probs))  # before anything changes: a refused member leaves the sums as they were
+        _check(probs)  # before anything changes: a refused member leaves the sums as they were
         self._accumulate(probs)
 
-    def _check_shape(self, probs_cxyz: Array) -> None:
-        if probs_cxyz.shape != self.shape:
-            raise ValueError(f"every member must have the shape {self.shape}, found {probs_cxyz.shape}")
+    def _check_shape(self, probs_cxyz: Array | torch.Tensor) -> None:
+        if tuple(probs_cxyz.shape) != self.shape:
+            raise ValueError(f"every member must have the shape {self.shape}, found {tuple(probs_cxyz.shape)}")
 
-    def _settle(self) -> tuple[Array, Array, Array]:
+    def _settle(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The sums, allocated now if they were not, with members held by reference moved into them."""
         if self._sums is None:
             self._sums = (
-                np.zeros(self.shape, np.float32),
-                np.zeros(self.shape, np.float32),
-                np.zeros(self.shape[1:], np.float32),
+                torch.zeros(self.shape, device=device),
+                torch.zeros(self.shape, device=device),
+                torch.zeros(self.shape[1:], device=device),
             )
             held, self._held, self._held_maps, self.count = self._held, (), None, 0
             for probs in held:
-                self._accumulate(probs)
+                self._accumulate(_tensor(probs))
         return self._sums
 
-    def _accumulate(self, probs_cxyz: Array) -> None:
-        n, sums = self.count, self._settle()
-        probs, total, spread = (_by_class(a) for a in (probs_cxyz, sums[0], sums[1]))
-        entropy = torch.from_numpy(sums[2]).view(-1)
-        for part in _slabs(probs.shape):
+    def _accumulate(self, probs_cxyz: torch.Tensor) -> None:
+        sums = self._settle(probs_cxyz.device)
+        n = self.count
+        probs, total, spread = (a.view(self.shape[0], -1) for a in (probs_cxyz.to(sums[0].device), sums[0], sums[1]))
+        entropy = sums[2].view(-1)
+        for part in _slabs(probs):
             p, t = probs[:, part], total[:, part]
             entropy[part] -= _p_log_p(p).sum(0).clamp_(max=0)
             if n:
@@ -117,7 +119,9 @@ class Moments:
     def _ready(self) -> tuple[Array, Array, Array]:
         if self.count == 0:
             raise ValueError("moments hold no member yet: add one before asking for a map")
-        return self._settle()
+        total, spread, entropy = (values.cpu() for values in self._settle(torch.device("cpu")))
+        self._sums = (total, spread, entropy)
+        return total.numpy(), spread.numpy(), entropy.numpy()
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """What a cache stores: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
@@ -138,11 +142,7 @@ class Moments:
         moments = cls(arrays["sum"].shape)
         if arrays["spread"].shape != moments.shape or arrays["entropy"].shape != moments.shape[1:]:
             raise ValueError("stored moments disagree in shape: delete this cache entry and score again")
-        moments._sums = (
-            np.asarray(arrays["sum"], np.float32),
-            np.asarray(arrays["spread"], np.float32),
-            np.asarray(arrays["entropy"], np.float32),
-        )
+        moments._sums = (_tensor(arrays["sum"]), _tensor(arrays["spread"]), _tensor(arrays["entropy"]))
         moments.count = int(arrays["count"])
         if "learning_loss" in arrays:
             moments.loss = np.asarray(arrays["learning_loss"], np.float32)
@@ -286,15 +286,23 @@ def class_weighted(moments: Moments, weights_c: ArrayLike) -> Array:
     return np.asarray(np.tensordot(weights, moments.class_variance(), axes=1))
 
 
+def _tensor(values: ArrayLike | torch.Tensor) -> torch.Tensor:
+    """Contiguous float32 on the same memory where that is possible, and on the same device."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().to(torch.float32).contiguous()
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
 def _by_class(values_cxyz: Array) -> torch.Tensor:
     """View (C, voxels) on the same memory where the array is contiguous."""
-    return torch.from_numpy(np.ascontiguousarray(values_cxyz)).view(values_cxyz.shape[0], -1)
+    return _tensor(values_cxyz).view(values_cxyz.shape[0], -1)
 
 
-def _slabs(shape: Sequence[int]) -> list[slice]:
-    """Cuts of the voxels of an array (C, voxels)."""
-    step = max(SLAB // shape[0], 1 << 12)
-    return [slice(a, a + step) for a in range(0, shape[1], step)]
+def _slabs(values: torch.Tensor) -> list[slice]:
+    """Cuts of the voxels of a tensor (C, voxels) that fit into the cache of a CPU; a GPU takes all at once."""
+    voxels = values.shape[1]
+    step = max(SLAB // values.shape[0], 1 << 12) if values.device.type == "cpu" else voxels
+    return [slice(a, a + step) for a in range(0, voxels, step)]
 
 
 def _p_log_p(p: torch.Tensor) -> torch.Tensor:
@@ -316,7 +324,7 @@ def _entropies_in_step(members: tuple[Array, ...]) -> tuple[Array, Array]:
     maps = np.empty(shape[1:], np.float32), np.empty(shape[1:], np.float32)
     predictive, expected = (torch.from_numpy(m).view(-1) for m in maps)
     flat = [_by_class(m) for m in members]
-    for part in _slabs(flat[0].shape):
+    for part in _slabs(flat[0]):
         total = flat[0][:, part].clone()
         single = torch.zeros_like(total)
         work = torch.empty_like(total)
@@ -334,6 +342,6 @@ def _entropies_in_step(members: tuple[Array, ...]) -> tuple[Array, Array]:
 def _entropy_of_sum(total_cxyz: Array, count: int) -> Array:
     out = np.empty(total_cxyz.shape[1:], np.float32)
     flat, total = torch.from_numpy(out).view(-1), _by_class(total_cxyz)
-    for part in _slabs(total.shape):
+    for part in _slabs(total):
         torch.clamp(_p_log_p(total[:, part] / count).sum(0).neg_(), min=0, out=flat[part])
     return out

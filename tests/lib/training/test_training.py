@@ -174,7 +174,7 @@ def test_bad_recipes_are_refused_in_a_sentence(tmp_path):
         bundle.recipe({"stepz": 3})
     with pytest.raises(RecipeError, match=r"steps.*-1"):
         bundle.recipe({"steps": -1})
-    with pytest.raises(RecipeError, match="known bundles are segmentation_dynunet_3d"):
+    with pytest.raises(RecipeError, match="known bundles are segmentation_aunet_3d, segmentation_dynunet_2d, segm"):
         Bundle(BUNDLE.parent / "missing")
     assert bundle.divisor == (8, 8, 8)
 
@@ -274,3 +274,37 @@ def test_averaged_weights_by_hand():
         expected = kept * expected + (1 - kept) * weight
     torch.testing.assert_close(averaged, expected)
     assert not torch.equal(averaged, seen[-1])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_flat_changes_leave_slices_where_they_are(axis):
+    drawn = draw_changes(50, Augmentation(flat=axis, mirror=()), np.random.default_rng(0)).matrix_bij
+    np.testing.assert_array_equal(drawn[:, axis], np.tile(np.eye(3)[axis], (50, 1)))
+    np.testing.assert_array_equal(drawn[:, :, axis], np.tile(np.eye(3)[axis], (50, 1)))
+    assert np.abs(np.linalg.det(drawn) - 1).max() > 0.1
+    assert np.abs(drawn - np.eye(3)).max() > 0.1
+
+
+def test_a_recipe_by_name_and_what_it_does_not_know():
+    bundle = Bundle(BUNDLE)
+    assert bundle.recipe({"recipe": "quick", "batch": 4}).batch == 4
+    assert bundle.recipe({"recipe": "default"}) == bundle.recipe({})
+    with pytest.raises(RecipeError, match=r"has default, quick, found 'slow'"):
+        bundle.recipe({"recipe": "slow"})
+    with pytest.raises(RecipeError, match="has 1 lower resolutions"):
+        bundle.recipe({"deep_supervision": 2})
+
+
+@pytest.mark.parametrize("name", ["segmentation_dynunet_3d", "segmentation_dynunet_2d"])
+def test_deep_supervision_trains_heads_that_inference_does_without(name):
+    bundle = Bundle(BUNDLE.parent / name)
+    recipe = bundle.recipe({"steps": 2, "patch": [16, 16, 16], "deep_supervision": 1})
+    network = bundle.network(1, None, recipe.deep_supervision)
+    image, _, label = ball_case(0)
+    cases = [TrainingCase("a", torch.from_numpy(image)[None], torch.from_numpy(label))]
+    before = {k: v.clone() for k, v in network.state_dict().items() if "deep_supervision_heads" in k}
+    assert network.train()(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 2, 2, 16, 16, 16)
+    after = train_member(network, cases, recipe, np.random.SeedSequence(0), CPU)
+    assert before
+    assert all(not torch.equal(value, after[name]) for name, value in before.items())
+    assert network.eval()(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)

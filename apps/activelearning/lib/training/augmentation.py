@@ -27,7 +27,8 @@ class Augmentation:
 
     rotation in degrees (uniform, every axis), scale as e^U(-s, s), mirror axes flipped with probability 1/2,
     brightness and contrast as factors e^U(-b, b), noise as the upper bound of a Gaussian's standard deviation in units
-    of the normalised image; spatial and intensity changes are applied with `probability` each.
+    of the normalised image; spatial and intensity changes are applied with `probability` each. Slices across the axis
+    `flat` stay slices: crops are turned and scaled within them only (nnU-Net, for crops of few thick slices).
     """
 
     rotation: float = 15.0
@@ -36,6 +37,7 @@ class Augmentation:
     contrast: float = 0.25
     noise: float = 0.1
     probability: float = 0.5
+    flat: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def draw_changes(batch: int, how: Augmentation, rng: np.random.Generator) -> Cha
     angles = rng.uniform(-how.rotation, how.rotation, (batch, 3))
     scale = np.exp(rng.uniform(-how.scale, how.scale, batch))
     turned = np.stack([rotation(a) * s for a, s in zip(angles, scale, strict=True)])
+    if how.flat is not None:
+        turned = np.stack([_within(a, s, how.flat) for a, s in zip(angles, scale, strict=True)])
     matrix = np.where(chosen()[:, None, None], turned, np.eye(3))
     flips = np.ones((batch, 3))
     for axis in how.mirror:
@@ -77,6 +81,13 @@ def draw_changes(batch: int, how: Augmentation, rng: np.random.Generator) -> Cha
         shift=np.where(recoloured, rng.uniform(-how.contrast, how.contrast, batch), 0).astype(np.float32),
         noise=np.where(noisy, rng.uniform(0, how.noise, batch), 0).astype(np.float32),
     )
+
+
+def _within(angles: NDArray[np.float64], scale: float, axis: int) -> NDArray[np.float64]:
+    """Rotation about `axis` and scaling of the other two."""
+    matrix: NDArray[np.float64] = rotation(np.where(np.arange(3) == axis, angles, 0)) * scale
+    matrix[axis, axis] = 1
+    return matrix
 
 
 def crop(image_cxyz: Tensor, label_xyz: Tensor, start: Sequence[int], patch: Sequence[int]) -> tuple[Tensor, Tensor]:

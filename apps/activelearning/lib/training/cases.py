@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lib.images import Volume
 from lib.regions import Triple
+from lib.training.plan import Normalisation
 
 # Spacings closer than this (as a ratio) are not worth an interpolation.
 SAME_SPACING = 0.02
@@ -32,29 +33,39 @@ class TrainingCase:
     label_xyz: Tensor
 
 
-def normalise(image_xyz: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(x - mean) / standard deviation after clipping to the 0.5th and 99.5th percentile of the image.
+def normalise(image_xyz: NDArray[np.float32], how: Normalisation = Normalisation()) -> NDArray[np.float32]:  # noqa: B008
+    """(x - mean) / standard deviation after clipping, with numbers of the image or, for CT, of the whole pool.
 
     MR intensities of one task span four orders of magnitude from image to image, with single voxels far outside, so
-    both the clipping and the z-score are per image.
+    there both the clipping (0.5th and 99.5th percentile) and the z-score are per image.
     """
+    if how.scheme == "ct":
+        return ((np.clip(image_xyz, how.low, how.high) - how.mean) / how.std).astype(np.float32)
     low, high = np.percentile(image_xyz, (0.5, 99.5))
     clipped = np.clip(image_xyz, low, high)
     return ((clipped - clipped.mean()) / max(float(clipped.std()), 1e-8)).astype(np.float32)
 
 
 def network_shape(shape: Sequence[int], spacing: Sequence[float], wanted: Sequence[float] | None) -> Triple:
-    """Shape of an image of `shape` and `spacing` (mm) once it is at the spacing `wanted` (mm); None keeps its own."""
-    if wanted is None or all(abs(s / w - 1) <= SAME_SPACING for s, w in zip(spacing, wanted, strict=True)):
+    """Shape of an image of `shape` and `spacing` (mm) once it is at the spacing `wanted` (mm).
+
+    None, or 0 on an axis, keeps the image's own.
+    """
+    goal = [w or s for s, w in zip(spacing, wanted or spacing, strict=True)]
+    if all(abs(s / w - 1) <= SAME_SPACING for s, w in zip(spacing, goal, strict=True)):
         x, y, z = shape
     else:
-        x, y, z = (max(1, round(n * s / w)) for n, s, w in zip(shape, spacing, wanted, strict=True))
+        x, y, z = (max(1, round(n * s / w)) for n, s, w in zip(shape, spacing, goal, strict=True))
     return int(x), int(y), int(z)
 
 
-def network_image(volume: Volume, spacing: Sequence[float] | None) -> Tensor:
+def network_image(
+    volume: Volume,
+    spacing: Sequence[float] | None,
+    how: Normalisation = Normalisation(),  # noqa: B008
+) -> Tensor:
     """Normalised (1, X, Y, Z) tensor at `spacing` (trilinear)."""
-    image = torch.from_numpy(normalise(volume.array_xyz))[None]
+    image = torch.from_numpy(normalise(volume.array_xyz, how))[None]
     shape = network_shape(volume.shape, volume.spacing, spacing)
     return image if shape == volume.shape else _resize(image, shape, "trilinear")
 

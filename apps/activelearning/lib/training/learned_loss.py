@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lib.training.loss import PartialDiceCELoss
+from lib.training.networks import per_crop
 
 WIDTH = 128
 
@@ -66,18 +67,26 @@ def sample_losses(logits: Tensor, labels: Tensor, sets: Tensor | None = None) ->
 
 @contextmanager
 def tapped(network: nn.Module, layers: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Inside of the block, the list holds the activations of `layers` after each forward pass of `network`."""
+    """Inside of the block, the list holds the activations of `layers` after each forward pass of `network`.
+
+    They are (B, C, ...) for a batch of B crops, also where the network folds slices into its batch.
+    """
     found: list[Tensor] = []
     latest: dict[str, Tensor] = {}
+    crops = 0
+
+    def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal crops
+        crops = len(inputs[0])
 
     def keep(name: str) -> None:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            latest[name] = output
+            latest[name] = per_crop(output, crops)
             found[:] = [latest[layer] for layer in layers if layer in latest]
 
         handles.append(network.get_submodule(name).register_forward_hook(hook))
 
-    handles: list[torch.utils.hooks.RemovableHandle] = []
+    handles: list[torch.utils.hooks.RemovableHandle] = [network.register_forward_pre_hook(count)]
     for layer in layers:
         keep(layer)
     try:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from lib.models import ModelStore
 from lib.randomness import child_seed
 from lib.training.cases import TrainingCase
 from lib.training.learned_loss import fresh_head
+from lib.training.plan import Plan
 from lib.training.recipe import Bundle, Recipe
 from lib.training.trainer import CHECKPOINT_SECONDS, Progress, Replica, train_member
 
@@ -48,7 +50,8 @@ class Job:
     """One training of an ensemble.
 
     `splits` names the cases of each member; `start` is the digest of a finished training whose weights members begin
-    with; row k of `sets` says which classes a voxel of value C + k may have (see `lib.training.loss`).
+    with; row k of `sets` says which classes a voxel of value C + k may have (see `lib.training.loss`); `plan` is what
+    the bundle follows.
     """
 
     bundle: Path
@@ -61,6 +64,7 @@ class Job:
     splits: list[list[str]]
     start: tuple[str, int] | None = None
     sets: list[list[bool]] | None = None
+    plan: dict[str, Any] | None = None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     def save(self, folder: Path, cases: Sequence[TrainingCase]) -> None:
@@ -106,13 +110,15 @@ def train_one(
 ) -> None:
     """Trains one member of a job and stores it; goes on from its checkpoint if an earlier process left one."""
     bundle, recipe = Bundle(job.bundle), job.recipe
+    if job.plan:
+        bundle = bundle.planned(Plan.model_validate(job.plan))
     store = ModelStore(job.store.parent, job.store.name)
     weights_seed, crops_seed = child_seed(job.seed, job.round, "member", member).spawn(2)
     chosen = set(job.splits[member])
     # Networks draw weights and dropout from torch's global generator; forking keeps the process as it was.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(weights_seed.generate_state(1, np.uint64)[0]) >> 1)
-        network = bundle.network(job.classes, recipe.dropout or None)
+        network = bundle.network(job.classes, recipe.dropout or None, recipe.deep_supervision)
         taps = bundle.layers("loss_taps") if recipe.learning_loss else []
         head = fresh_head(network, taps, bundle.divisor) if recipe.learning_loss else None
         if job.start:

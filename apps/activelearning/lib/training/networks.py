@@ -7,31 +7,167 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
+from monai.networks.layers.factories import Norm
 from torch import Tensor, nn
+
+from lib.regions import Triple, triple
 
 
 class SpaceToDepth(nn.Module):
-    """Runs `network` at 1/factor of the resolution, with every block of factor^3 voxels folded into channels.
+    """Runs `network` at 1/factor of the resolution, with every block of voxels folded into channels.
 
-    (B, C, X, Y, Z) -> (B, C f^3, X/f, Y/f, Z/f) -> network -> (B, K f^3, ...) -> (B, K, X, Y, Z). No voxel is lost,
-    while the convolutions run over f^3 times fewer positions. factor 1 is the network itself.
+    (B, C, X, Y, Z) -> (B, C f, X/fx, Y/fy, Z/fz) with f = fx fy fz -> network -> (B, K f, ...) -> (B, K, X, Y, Z). No
+    voxel is lost, while the convolutions run over f times fewer positions. factor 1 is the network itself.
 
     Args:
-        factor: f; sizes of the input must be multiples of it.
-        network: takes C f^3 channels and returns K f^3.
+        factor: (fx, fy, fz), or one number for all; sizes of the input must be multiples of it.
+        network: takes C f channels and returns K f.
     """
 
-    def __init__(self, factor: int, network: nn.Module) -> None:
+    def __init__(self, factor: int | Sequence[int], network: nn.Module) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor = (factor,) * 3 if isinstance(factor, int) else tuple(factor)
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        f = self.factor
-        if f == 1:
+        i, j, k = self.factor
+        if i * j * k == 1:
             return self.network(image)
         b, c, x, y, z = image.shape
-        folded = image.reshape(b, c, x // f, f, y // f, f, z // f, f).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        scores = self.network(folded.reshape(b, c * f**3, x // f, y // f, z // f))
-        scores = scores.reshape(b, -1, f, f, f, x // f, y // f, z // f).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return scores.reshape(b, -1, x, y, z)
+        folded = image.reshape(b, c, x // i, i, y // j, j, z // k, k).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        scores = self.network(folded.reshape(b, c * i * j * k, x // i, y // j, z // k))
+        lead = scores.shape[:-4]  # batch, and heads of a deeply supervised network
+        scores = scores.reshape(-1, scores.shape[-4] // (i * j * k), i, j, k, x // i, y // j, z // k)
+        return scores.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(*lead, -1, x, y, z)
+
+
+class Slicewise(nn.Module):
+    """Puts every slice across `axis` (0, 1, 2) through a 2D network: (B, C, X, Y, Z) -> (B, K, X, Y, Z).
+
+    Slices are folded into the batch, so crops of any thickness work.
+    """
+
+    def __init__(self, axis: int, network: nn.Module) -> None:
+        super().__init__()
+        self.axis = axis
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        slices = image.movedim(self.axis + 2, 1)
+        scores = self.network(slices.flatten(0, 1))
+        # Spatial axes are the last three; before them stand batch, heads of a deeply supervised network, and classes.
+        return scores.unflatten(0, slices.shape[:2]).movedim(1, self.axis - 3)
+
+
+def in_plane(levels: Sequence[Sequence[int]], axis: int) -> list[list[int]]:
+    """Kernels or strides of each level without the axis that slices lie across, for a 2D network."""
+    return [[size for a, size in enumerate(level) if a != axis] for level in levels]
+
+
+def _same(kernel: Triple) -> Triple:
+    """Padding that keeps the size."""
+    x, y, z = kernel
+    return x // 2, y // 2, z // 2
+
+
+class SeparableConv(nn.Module):
+    """An in-plane convolution, then one along `axis` where the kernel looks along it; batch norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], axis: int, norm: str) -> None:
+        super().__init__()
+        plane = triple([1 if a == axis else k for a, k in enumerate(kernel)], "kernel")
+        across = triple([k if a == axis else 1 for a, k in enumerate(kernel)], "kernel")
+        self.plane = nn.Conv3d(inputs, outputs, plane, padding=_same(plane), bias=False)
+        self.across: nn.Module = nn.Identity()
+        if max(across) > 1:
+            self.across = nn.Conv3d(outputs, outputs, across, padding=_same(across), bias=False)
+        self.norm = Norm[norm, 3](outputs, affine=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.across(self.plane(image))))
+
+
+class _Level(nn.Module):
+    """Two convolutions; dropout after them on the way up."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: Sequence[int], axis: int, norm: str, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.first = SeparableConv(inputs, outputs, kernel, axis, norm)
+        self.second = SeparableConv(outputs, outputs, kernel, axis, norm)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.dropout(self.second(self.first(image)))
+
+
+class AnisotropicUNet(nn.Module):
+    """U-net for thick slices: levels whose kernel is 1 along `axis` look in-plane, the others by separable 3D kernels.
+
+    Max pooling down, transposed convolutions up, batch norm and ReLU, dropout at each level of the decoder, which is
+    what Monte Carlo dropout samples. Differs from the paper in padding: convolutions keep the size.
+
+    Args:
+        kernels, strides: of each level, as plans have them.
+        features: channels of each level.
+        dropout: rate in the decoder; None is 0.
+        norm: MONAI's name of the normalisation.
+
+    Source: Chlebus et al. 2022, section II-A.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernels: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+        features: Sequence[int],
+        axis: int = 2,
+        dropout: float | None = None,
+        norm: str = "batch",
+    ) -> None:
+        super().__init__()
+        rate = dropout or 0.0
+        inputs = (in_channels, *features[:-1])
+        self.encoder = nn.ModuleList(
+            _Level(i, o, k, axis, norm) for i, o, k in zip(inputs, features, kernels, strict=True)
+        )
+        self.pools = nn.ModuleList(
+            nn.MaxPool3d(triple(stride, "stride"), triple(stride, "stride")) for stride in strides[1:]
+        )
+        steps = list(zip(features[1:], features[:-1], strides[1:], kernels[:-1], strict=True))[::-1]
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose3d(deep, c, triple(stride, "stride"), triple(stride, "stride"))
+            for deep, c, stride, _ in steps
+        )
+        self.decoder = nn.ModuleList(_Level(2 * c, c, kernel, axis, norm, rate) for _, c, _, kernel in steps)
+        self.output = nn.Conv3d(features[0], out_channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        skips: list[Tensor] = []
+        for level, pool in zip(self.encoder[:-1], self.pools, strict=True):
+            image = level(image)
+            skips.append(image)
+            image = pool(image)
+        image = self.encoder[-1](image)
+        for up, level, skip in zip(self.ups, self.decoder, skips[::-1], strict=True):
+            image = level(torch.cat([up(image), skip], dim=1))
+        return self.output(image)
+
+
+def per_crop(activation: Tensor, crops: int) -> Tensor:
+    """Activations of slices folded into the batch, (B S, C, h, w), as those of crops, (B, C, S, h, w)."""
+    if activation.shape[0] == crops:
+        return activation
+    return activation.unflatten(0, (crops, math.floor(activation.shape[0] / crops))).transpose(1, 2)

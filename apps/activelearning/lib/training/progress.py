@@ -31,6 +31,7 @@ class Board:
         self.shares = dict.fromkeys(done, 1.0)
         self.first = dict(self.shares)  # share of each member when this process first heard of it
         self.begun = time.monotonic()
+        self.started = time.time()
 
     def report(self, member: int, progress: Progress) -> None:
         """Takes in where one member stands."""
@@ -45,6 +46,7 @@ class Board:
             "" if left is None else f", about {left:.0f} s left",
         )  # fmt: skip
         state = {
+            "started": round(self.started, 3),
             "member": member + 1,
             "members": self.members,
             "step": progress.step,

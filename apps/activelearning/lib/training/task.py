@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lib.datastore import PartialLabelDatastore
 from lib.errors import refuse, speaking_errors
 from lib.files import file_digest, read_json, text_digest, write_json
 from lib.images import check_same_grid, load_image, load_label
-from lib.models import ModelStore, choose_device
+from lib.models import ModelStore, choose_device, trained_bundle
 from lib.options import AppOptions, problems
 from lib.partial_labels import UNLABELLED, check_values, labelled_voxels, possible_classes
 from lib.pseudo_labels import fill_between
@@ -30,6 +30,7 @@ from lib.randomness import child_rng
 from lib.training.cases import TrainingCase, network_image, network_label
 from lib.training.folds import training_splits
 from lib.training.members import Job, Layout, train_members
+from lib.training.planner_store import PlanStore
 from lib.training.progress import Board
 from lib.training.recipe import Bundle, Recipe, RecipeError
 
@@ -47,6 +48,7 @@ class TrainRequest(BaseModel):
     folds: int | None = Field(default=None, ge=1, le=50, description="folds over annotated images; default: members")
     seed: int = Field(default=0, ge=0, description="seed of folds, weights, crops and augmentation")
     round: int | None = Field(default=None, ge=0, description="round of this training; default: one after the last")
+    replan: bool = Field(default=False, description="whether the plan is made anew from the pool as it is now")
 
 
 # Keys that MONAI Label and its clients put into a training request and that do not change the training.
@@ -76,11 +78,21 @@ class EnsembleTrainTask(TrainTask):
         state: Path,
     ) -> None:
         super().__init__(str(bundle.metadata.get("description", bundle.name)))
-        self.bundle = bundle
+        self.plans = PlanStore(bundle, options, state, len(classes) + 1)
         self.store = store
         self.classes = classes
         self.options = options
         self.progress_file = state / f"training_{bundle.name}.json"
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle as the plan in force has it."""
+        return self.plans.bundle()
+
+    @property
+    def spacing(self) -> Sequence[float] | None:
+        """Spacing in mm that the network works at; None for each image's own."""
+        return self.options.spacing or (self.bundle.plan.spacing if self.bundle.plan else None)
 
     def info(self) -> dict[str, Any]:
         return {**super().info(), "labels": self.classes}
@@ -104,11 +116,14 @@ class EnsembleTrainTask(TrainTask):
             wanted = TrainRequest.model_validate({"members": self.options.members, **own})
         except ValidationError as error:
             raise RecipeError(f"training option {problems(error)}") from error
-        unknown = sorted(set(given) - set(Recipe.model_fields))
+        unknown = sorted(set(given) - {"recipe"} - set(Recipe.model_fields))
         if unknown:
-            known = ", ".join([*TrainRequest.model_fields, *Recipe.model_fields])
+            known = ", ".join([*TrainRequest.model_fields, "recipe", *Recipe.model_fields])
             raise RecipeError(f"unknown training option {', '.join(unknown)}; known options are {known}")
         recipe = self.bundle.recipe(given)
+        if any(p < 1 or p % d for p, d in zip(recipe.patch, self.bundle.divisor, strict=True)):
+            takes = f"{self.bundle.name} takes multiples of {self.bundle.divisor}"
+            raise RecipeError(f"training option patch: {takes}, found {recipe.patch}")
         if recipe.learning_loss and recipe.batch % 2:
             raise RecipeError(f"learning_loss compares pairs of crops: batch must be even, found {recipe.batch}")
         return wanted, recipe
@@ -130,6 +145,8 @@ class EnsembleTrainTask(TrainTask):
             labels = {i: Path(datastore.get_label_uri(i, "final")) for i in datastore.get_labeled_images()}
             if not labels:
                 refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
+            self.plans.ensure({i: datastore.image_path(i) for i in datastore.list_images()}, labels, wanted.replan)
+            wanted, recipe = self.parse({**request, "replan": False})
             wanted = self._with_round(wanted, recipe, datastore, labels)
             digest = self._digest(wanted, recipe, datastore, labels)
             codes: dict[int, int] = {}
@@ -145,7 +162,8 @@ class EnsembleTrainTask(TrainTask):
             "members": wanted.members,
             "classes": self.classes,
             "recipe": recipe.model_dump(mode="json"),
-            "spacing": self.options.spacing,
+            "spacing": self.spacing,
+            "plan": job.plan,
             "start": job.start,
         }
         self.store.publish(digest, facts)
@@ -184,7 +202,7 @@ class EnsembleTrainTask(TrainTask):
         self, wanted: TrainRequest, recipe: Recipe, datastore: PartialLabelDatastore, labels: Mapping[str, Path]
     ) -> str:
         inputs: dict[str, Any] = {i: (datastore.image_digest(i), file_digest(path)) for i, path in labels.items()}
-        options = wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), self.options.spacing
+        options = wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), self.spacing
         start = self._start(wanted, recipe)
         return text_digest(self.bundle.fingerprint(), self.classes, options, inputs, start)
 
@@ -194,11 +212,13 @@ class EnsembleTrainTask(TrainTask):
         volume, mask = load_image(datastore.image_path(name)), load_label(label)
         check_same_grid(mask, volume.shape, volume.affine, name)
         check_values(mask.array_xyz, self.classes)
+        spacing, grey = self.spacing, self.bundle.normalisation
         classwise = datastore.annotations.classwise(name, volume.shape)
-        label_xyz, wanted = mask.array_xyz if classwise is None else classwise.encoded(codes), self.options.spacing
+        label_xyz = mask.array_xyz if classwise is None else classwise.encoded(codes)
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
-        return TrainingCase(name, network_image(volume, wanted), network_label(label_xyz, volume.spacing, wanted))
+        image_cxyz = network_image(volume, spacing, grey)
+        return TrainingCase(name, image_cxyz, network_label(label_xyz, volume.spacing, spacing))
 
     def _job(
         self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase], codes: dict[int, int]
@@ -220,7 +240,11 @@ class EnsembleTrainTask(TrainTask):
             splits=training_splits(present, wanted.members, wanted.folds or wanted.members, rng),
             start=self._start(wanted, recipe),
             sets=possible_classes(codes, len(self.classes)) or None,
+            plan=self._plan(),
         )
+
+    def _plan(self) -> dict[str, Any] | None:
+        return self.bundle.plan.model_dump(mode="json") if self.bundle.plan else None
 
     def _start(self, wanted: TrainRequest, recipe: Recipe) -> tuple[str, int] | None:
         """Digest and number of members of the training that this one goes on from; None for fresh weights.
@@ -235,6 +259,8 @@ class EnsembleTrainTask(TrainTask):
         if last.facts["classes"] != self.classes:
             known = ", ".join(last.facts["classes"])
             refuse(f"start: the last model knows other classes ({known}) than this project; use start=scratch", 409)
+        if trained_bundle(last, self.plans.base).fingerprint() != self.bundle.fingerprint():
+            refuse("start: the last model was trained by another plan than the one in force; use start=scratch", 409)
         return last.digest, int(last.facts["members"])
 
     def _train_members(self, job: Job, cases: list[TrainingCase], devices: list[str]) -> None:

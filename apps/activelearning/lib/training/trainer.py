@@ -70,7 +70,7 @@ class CropStream:
         self.recipe = recipe
         self.rng = rng
         self.replica = replica or Replica()
-        self.how = Augmentation(mirror=recipe.mirror) if recipe.augment else None
+        self.how = Augmentation(mirror=recipe.mirror, flat=recipe.flat) if recipe.augment else None
         annotated = [AnnotatedCase.from_label(case.label_xyz.cpu().numpy(), rng, classes) for case in cases]
         self.sampler = RegionSampler(annotated, recipe.patch, recipe.foreground)
         self.noise = torch.Generator(self.device)

@@ -1,0 +1,177 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Training and inference on a decathlon-style folder without a server: what `python -m monai.bundle run` starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib.classes import resolve_classes
+from lib.files import file_digest, text_digest
+from lib.images import EXTENSIONS, check_same_grid, load_image, load_label, save_label
+from lib.models import ModelStore, choose_device
+from lib.options import AppOptions, OptionError
+from lib.partial_labels import check_values
+from lib.training.cases import TrainingCase, network_image, network_label
+from lib.training.members import Job, Layout, train_members
+from lib.training.planner_store import PlanStore
+from lib.training.recipe import Bundle
+from lib.training.trainer import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class FolderTraining:
+    """Trains one bundle on the images that dataset.json lists under "training"; 255 in a label map is not annotated.
+
+    Writes `<output_dir>/plan_<bundle>.yaml` and `<output_dir>/<bundle>/`, the checkpoints as the server keeps them.
+
+    Args:
+        bundle_root: folder of the bundle.
+        dataset_dir: decathlon-style folder.
+        output_dir: where plan and checkpoints go.
+        recipe: options of the recipe that differ from network.json's, e.g. {"steps": 20000}.
+        members: networks of the ensemble, each on all cases.
+        plan, memory, device: as the server's options of these names.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        dataset_dir: str,
+        output_dir: str,
+        recipe: Mapping[str, Any] | None = None,
+        members: int = 1,
+        seed: int = 0,
+        plan: str = "auto",
+        memory: float | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.bundle = Bundle(Path(bundle_root).resolve())
+        self.dataset = Path(dataset_dir)
+        self.output = Path(output_dir)
+        self.recipe = dict(recipe or {})
+        self.members = members
+        self.seed = seed
+        self.options = AppOptions(plan=plan, memory=memory, device=device)
+
+    def run(self) -> Path:
+        """Trains and stores the ensemble; answers its folder.
+
+        Raises:
+            ValueError: a file or option that cannot be used, in one sentence.
+        """
+        classes = resolve_classes(None, self.dataset, self.bundle.metadata)
+        images, labels = listed(self.dataset, "training")
+        plans = PlanStore(self.bundle, self.options, self.output, len(classes) + 1, self.dataset)
+        bundle = plans.ensure(images, labels)
+        spacing = bundle.plan.spacing if bundle.plan else None
+        recipe = bundle.recipe(self.recipe)
+        cases = []
+        for name, path in labels.items():
+            volume, mask = load_image(images[name]), load_label(path)
+            check_same_grid(mask, volume.shape, volume.affine, name)
+            check_values(mask.array_xyz, classes)
+            image_cxyz = network_image(volume, spacing, bundle.normalisation)
+            cases.append(TrainingCase(name, image_cxyz, network_label(mask.array_xyz, volume.spacing, spacing)))
+        inputs = {name: (file_digest(images[name]), file_digest(path)) for name, path in labels.items()}
+        digest = text_digest(bundle.fingerprint(), recipe.model_dump(mode="json"), classes, self.seed, inputs)
+        store = ModelStore(self.output, bundle.name)
+        plan = bundle.plan.model_dump(mode="json") if bundle.plan else None
+        everyone = [sorted(labels)] * self.members
+        job = Job(bundle.folder, store.folder, len(classes), recipe, digest, self.seed, 0, everyone, plan=plan)
+        layout = Layout.of(self.members, [str(choose_device(self.options.device))], torch.get_num_threads(), 1)
+        pending = [m for m in range(self.members) if not store.member_path(digest, m).is_file()]
+        train_members(job, cases, pending, layout, self.output / "job", _report)
+        facts = {
+            "round": 0,
+            "bundle": bundle.name,
+            "members": self.members,
+            "classes": classes,
+            "recipe": recipe.model_dump(mode="json"),
+            "spacing": spacing,
+            "plan": plan,
+        }
+        return store.publish(digest, facts).folder
+
+
+class FolderInference:
+    """Segments images of a decathlon-style folder with a trained bundle: `<output_dir>/<id>.nii.gz`, class ids.
+
+    Args:
+        model_dir: the `output_dir` of the training.
+        section: list of dataset.json whose images are segmented.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        dataset_dir: str,
+        model_dir: str,
+        output_dir: str,
+        section: str = "test",
+        device: str = "auto",
+    ) -> None:
+        self.bundle = Bundle(Path(bundle_root).resolve())
+        self.dataset = Path(dataset_dir)
+        self.store = ModelStore(Path(model_dir), self.bundle.name)
+        self.output = Path(output_dir)
+        self.section = section
+        self.device = choose_device(device)
+
+    def run(self) -> list[Path]:
+        """Writes a label map on the grid of each image; answers the files.
+
+        Raises:
+            ValueError: nothing was trained there, or an image cannot be read.
+        """
+        model = self.store.current()
+        if model is None:
+            raise OptionError(f"no trained {self.bundle.name} in {self.store.folder.parent}; run train.json first")
+        ensemble = self.store.load(model, self.bundle, self.device)
+        images, _ = listed(self.dataset, self.section)
+        written = []
+        for name, path in images.items():
+            volume = load_image(path)
+            label_xyz = ensemble.mean(volume).argmax(axis=0).astype(np.uint8)
+            written.append(self.output / f"{name}.nii.gz")
+            save_label(written[-1], label_xyz, volume.affine)
+            logger.info("segmented %s", name)
+        return written
+
+
+def listed(folder: Path, section: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and labels by id that a decathlon-style dataset.json lists under `section`; test images have no labels.
+
+    Raises:
+        OptionError: no readable dataset.json, or nothing listed.
+    """
+    path = folder / "dataset.json"
+    try:
+        entries = json.loads(path.read_text()).get(section, [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise OptionError(f"{path}: not readable as a decathlon-style dataset.json ({error})") from error
+    pairs = [entry if isinstance(entry, dict) else {"image": entry} for entry in entries]
+    images = {_id(pair["image"]): folder / pair["image"] for pair in pairs}
+    if not images:
+        raise OptionError(f"{path}: nothing is listed under {section!r}; list images there, or name another section")
+    return images, {_id(pair["image"]): folder / pair["label"] for pair in pairs if "label" in pair}
+
+
+def _id(file: str) -> str:
+    name = Path(file).name
+    return next((name[: -len(end)] for end in EXTENSIONS if name.endswith(end)), name)
+
+
+def _report(member: int, progress: Progress) -> None:
+    logger.info("member %d step %d of %d, loss %.4f", member + 1, progress.step, progress.steps, progress.loss)

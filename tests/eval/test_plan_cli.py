@@ -1,0 +1,52 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from eval.__main__ import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data" / "imagesTr").mkdir(parents=True)
+    for i in range(3):
+        image = nib.Nifti1Image(rng.normal(100, 9, (36, 50, 35)).astype(np.float32), np.eye(4))
+        nib.save(image, tmp_path / "data" / "imagesTr" / f"c{i}.nii.gz")
+    return tmp_path / "data"
+
+
+def test_a_plan_is_printed_and_written(folder, tmp_path, capsys):
+    out = tmp_path / "plan.yaml"
+    assert main(["plan", str(folder), "--memory", "4", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "36 (36-36) x 50 (50-50) x 35 (35-35) voxels" in text
+    assert "40 x 48 x 40" in text
+    assert yaml.safe_load(out.read_text())["features"] == [24, 48, 96]
+
+
+def test_a_gpu_of_another_machine_can_be_planned_for(folder, capsys):
+    assert main(["plan", str(folder), "--device", "cuda", "--memory", "8", "--bundle", "segmentation_dynunet_2d"]) == 0
+    assert "40 x 56 x 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "no such folder"),
+        (["data", "--bundle", "nothing"], "no bundle nothing"),
+        (["data/imagesTr/empty"], "no image of the pool can be read"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_sentence(folder, tmp_path, capsys, monkeypatch, arguments, message):
+    (folder / "imagesTr" / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -81,9 +81,11 @@ def _report(options: argparse.Namespace) -> None:
 
 def _report_on(folders: Sequence[Path], pictures: bool) -> None:
     from eval.report import summary_text, write_report
+    from eval.tables import read_table
 
+    rounds = {folder.name: read_table(folder, "rounds") for folder in folders}
     for folder in folders:
-        path = write_report(folder, pictures=pictures)
+        path = write_report(folder, pictures=pictures, others=rounds if len(folders) > 1 else None)
         sys.stdout.write(f"{summary_text(folder)}\n\nreport: {path}\n")
 
 

@@ -84,6 +84,26 @@ def learning_curves(
     return figure
 
 
+def penalty_matrix(matrix: pd.DataFrame) -> Figure:
+    """Share of budgets at which the row's method beats the column's significantly; rows beat columns."""
+    side = 1.6 + 0.55 * len(matrix)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(matrix.to_numpy(), cmap="Blues", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(matrix.to_numpy()):
+        if value > 0:
+            axis.text(
+                column, row, f"{100 * value:.0f}", ha="center", va="center", color=_INK if value < 0.6 else "white"
+            )
+    names = [str(name) for name in matrix.index]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=9)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_xlabel("is beaten")
+    axis.set_ylabel("beats")
+    figure.colorbar(image, ax=axis, shrink=0.7, label="share of budgets")
+    return figure
+
+
 def region_pictures(pictures: Sequence[Picture], columns: int = 4) -> Figure:
     """A sheet of regions: the box that was asked for in yellow, outlines of the true classes in colour."""
     rows = -(-len(pictures) // columns)

@@ -129,6 +129,7 @@ class Study(_Part):
     minutes: Minutes = Minutes()
     hints_per_class: int = Field(default=8, ge=1)
     oracle: Annotated[Oracle, BeforeValidator(_oracle)] = Oracle()
+    published: str = Field(default="", description="paper/dataset/regime of eval/published that this repeats")
     expected: Expected = Expected()
     server: Server = Server()
 

@@ -138,7 +138,12 @@ def test_report_is_one_self_contained_file(finished, capsys):
     for name in ("summary", "rounds", "asked", "seconds"):
         assert f'<table id="{name}"' in html
     figures = re.findall(r'src="data:(image/[a-z+]+);base64,([^"]+)"', html)
-    assert [kind for kind, _ in figures] == ["image/svg+xml"] * 3 + ["image/png"] * 2
+    # curves, other costs, classes, distances, foreground share; no penalties with one seed
+    assert [kind for kind, _ in figures] == ["image/svg+xml"] * 5 + ["image/png"] * 2
+    tables = {path.name for path in (finished / "tables").iterdir()}
+    assert tables == {f"{name}.{kind}" for name in ("summary", "areas", "tails") for kind in ("csv", "tex")}
+    assert r"\begin{tabular}" in (finished / "tables" / "areas.tex").read_text()
+    assert r"power\_pe" in (finished / "tables" / "areas.tex").read_text()
     for kind, content in figures:
         start = base64.b64decode(content)[:200]
         assert start.startswith(b"\x89PNG") if kind == "image/png" else b"<?xml" in start

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Command line of the referee: `python -m eval run|resume|report|bench|methods|plan|gallery|doctor`.
+"""Command line of the referee: `python -m eval run|resume|report|export|bench|methods|plan|gallery|doctor`.
 
 Exit codes: 0 done, 2 something the caller can mend (one sentence on stderr), 130 interrupted.
 """
@@ -87,6 +87,19 @@ def _report_on(folders: Sequence[Path], pictures: bool) -> None:
     for folder in folders:
         path = write_report(folder, pictures=pictures, others=rounds if len(folders) > 1 else None)
         sys.stdout.write(f"{summary_text(folder)}\n\nreport: {path}\n")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from eval.exchange import write_loops, write_nnunet
+
+    if options.nnactive is None and options.nnunet is None:
+        raise RefereeError("export needs --nnactive FOLDER or --nnunet FOLDER, where to write to")
+    if options.nnactive is not None:
+        paths = write_loops(options.folder, options.method, options.seed, options.nnactive)
+        sys.stdout.write(f"{len(paths)} loop files: {options.nnactive}\n")
+    if options.nnunet is not None:
+        written = write_nnunet(options.folder, options.method, options.seed, options.round, options.nnunet)
+        sys.stdout.write(f"nnU-Net dataset: {written}\n")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -181,6 +194,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--claim", action="store_true", help="refuse fewer seeds than a ranking needs")
     report.add_argument("--mixed", action="store_true", help="report runs of different hardware or versions together")
     report.add_argument("--no-pictures", action="store_true", help="leave pictures of scans out")
+    export = add("export", _export, "write what a method asked for in the formats of other tools")
+    export.add_argument("folder", type=Path)
+    export.add_argument("--method", required=True)
+    export.add_argument("--seed", type=int, required=True)
+    export.add_argument("--round", type=int, default=10_000, help="annotated up to this round; default: all")
+    export.add_argument("--nnactive", type=Path, metavar="FOLDER", help="loop_XXX.json of every round")
+    export.add_argument("--nnunet", type=Path, metavar="FOLDER", help="annotated pool with its ignore label")
     bench = add("bench", _bench, "measure against the plain way of doing the same")
     bench.add_argument("name")
     bench.add_argument("--json", action="store_true")

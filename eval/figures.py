@@ -80,7 +80,9 @@ def learning_curves(
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=min(max(2, 5 * len(panels) // 2), len(labels)), frameon=False
+    )
     return figure
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,39 @@ import pandas as pd
 from eval.errors import RefereeError
 
 
+def read_loop(path: Path) -> list[dict[str, Any]]:
+    """Regions of one loop file of nnActive, as `precomputed` takes them: axes x, y, z of the stored image.
+
+    Raises:
+        RefereeError: not such a file, or patches that are whole images.
+    """
+    try:
+        patches = json.loads(path.read_text())["patches"]
+        return [
+            {
+                "image": patch["file"].removesuffix(".nii.gz"),
+                "start": [int(v) for v in patch["coords"][::-1]],
+                "size": [int(v) for v in patch["size"][::-1]],
+            }
+            for patch in patches
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RefereeError(
+            f"{path} is no loop file of nnActive with patches of file, coords and size ({error!r}); check the path"
+        ) from error
+
+
 def replayed(folder: Path, method: str, seed: int, round_: int) -> list[dict[str, Any]]:
     """Regions of one method, seed and round of the run in `folder`, as the method `precomputed` takes them.
+
+    A folder with loop files of nnActive gives those of the round, whatever the method and seed.
 
     Raises:
         RefereeError: no such run, or none of its regions belongs to the method, seed and round.
     """
+    loop = folder / f"loop_{round_:03d}.json"
+    if loop.is_file():
+        return read_loop(loop)
     path = folder / "queries.csv"
     if not path.is_file():
         raise RefereeError(f"{path} does not exist; run the study whose queries are to be replayed first")

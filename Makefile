@@ -25,6 +25,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m eval bench query
+	$(BIN)/python -m eval bench surfaces
 	$(BIN)/python -m eval bench training
 	$(BIN)/python -m eval bench rounds
 

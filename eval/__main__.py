@@ -16,11 +16,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from eval.errors import RefereeError
+
+if TYPE_CHECKING:
+    from eval.run import Options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,35 +43,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from eval.run import Options, plan, start_run
-    from eval.study import load_study
+    from eval.grid import load_grid, plan_grid
+    from eval.run import start_grid
 
-    study = load_study(options.study)
+    studies = load_grid(options.study)
     if options.dry_run:
-        sys.stdout.write("\n".join([f"{study.name}: data {study.data}", *plan(study)]) + "\n")
+        sys.stdout.write("\n".join(plan_grid(studies)) + "\n")
         return
     if options.out is None:
         raise RefereeError("run needs --out DIR, the new folder for its results")
-    start_run(study, options.out, Options(options.workers, options.server, options.quiet))
-    _report_on([options.out], pictures=True)
+    folders = start_grid(studies, options.out, _how(options))
+    _report_on(folders, pictures=True)
+
+
+def _how(options: argparse.Namespace) -> Options:
+    from eval.run import Options
+
+    if options.scheduler is not None and (options.server is not None or options.workers != 1):
+        raise RefereeError("--scheduler uses the cluster's workers, one server each; leave --workers and --server out")
+    mixed = getattr(options, "mixed", False)
+    return Options(options.workers, options.server, options.quiet, mixed, options.scheduler, options.gpu)
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from eval.run import Options, resume_run
+    from eval.run import resume_grid
 
-    resume_run(options.folder, Options(options.workers, options.server, options.quiet))
-    _report_on([options.folder], pictures=True)
+    folders = resume_grid(options.folder, _how(options))
+    _report_on(folders, pictures=True)
 
 
 def _report(options: argparse.Namespace) -> None:
+    from eval.report import check_folders
+
+    check_folders(options.folders, claim=options.claim, mixed=options.mixed)
     _report_on(options.folders, pictures=not options.no_pictures)
 
 
 def _report_on(folders: Sequence[Path], pictures: bool) -> None:
     from eval.report import summary_text, write_report
+    from eval.tables import read_table
 
+    rounds = {folder.name: read_table(folder, "rounds") for folder in folders}
     for folder in folders:
-        path = write_report(folder, pictures=pictures)
+        path = write_report(folder, pictures=pictures, others=rounds if len(folders) > 1 else None)
         sys.stdout.write(f"{summary_text(folder)}\n\nreport: {path}\n")
 
 
@@ -149,15 +166,20 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "run a study from its YAML file")
     run.add_argument("study", type=Path)
     run.add_argument("--out", type=Path, help="new folder for the results")
-    run.add_argument("--dry-run", action="store_true", help="print the cells and stop")
+    run.add_argument("--dry-run", action="store_true", help="print the cells, the expected hours and disk, and stop")
     resume = add("resume", _resume, "go on with a run that was stopped or killed")
     resume.add_argument("folder", type=Path)
+    resume.add_argument("--mixed", action="store_true", help="go on with other hardware or versions, and note it")
     for made in (run, resume):
         made.add_argument("--workers", type=_workers, default=1, help="cells at a time, one server each")
         made.add_argument("--server", metavar="URL", help="use this running server instead of starting one")
+        made.add_argument("--scheduler", metavar="ADDRESS", help="run the cells on the workers of this Dask scheduler")
+        made.add_argument("--gpu", action="store_true", help="with --scheduler: a cell takes a worker's GPU")
         made.add_argument("--quiet", action="store_true", help="no progress bar")
     report = add("report", _report, "write report.html and learning_curves.png of finished rounds")
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    report.add_argument("--claim", action="store_true", help="refuse fewer seeds than a ranking needs")
+    report.add_argument("--mixed", action="store_true", help="report runs of different hardware or versions together")
     report.add_argument("--no-pictures", action="store_true", help="leave pictures of scans out")
     bench = add("bench", _bench, "measure against the plain way of doing the same")
     bench.add_argument("name")

@@ -11,8 +11,8 @@ request id, a training its seed, an answer the numbers of its queries. So a kill
 
 from __future__ import annotations
 
-import os
-import shutil
+import hashlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +23,16 @@ from typing import Any
 import numpy as np
 
 from eval.client import LabelClient
-from eval.dataset import Case, Dataset, Scan, read_volume
+from eval.dataset import Case, Dataset, Scan, content_digest, load_truth
 from eval.errors import RefereeError
-from eval.files import read_json, write_json
+from eval.files import place, read_json, write_json
+from eval.guards import check_no_test_image
 from eval.measure import case_rows
-from eval.oracle import answer, child_rng, count_voxels, draw_hints, to_nifti
+from eval.metrics.cost import region_costs
+from eval.oracle import child_rng, count_voxels, draw_hints, region_slices, to_nifti
+from eval.profiles import answers
 from eval.reasons import keep_pictures
+from eval.replay import replayed
 from eval.server import ServerProcess
 from eval.study import Method, Study
 
@@ -199,8 +203,12 @@ class Cell:
             **self.study.query,
             **method.options,
         }
+        if round_ > 0 and method.queries_from is not None:
+            request["regions"] = replayed(*method.queries_from, self.seed, round_)
         if self.study.size is not None:
             request.setdefault("size", list(self.study.size))
+        if self.study.oracle.profile == "late" and self.study.oracle.late_by == "lease" and round_ > 0:
+            request["lease_minutes"] = self.study.oracle.lease_minutes
         if method.name in HINTED:
             request["hints"] = self._hints(round_, with_background=method.name == "starting_budget")
         regions = client.query(method.name, request)
@@ -215,21 +223,63 @@ class Cell:
         if image not in self._by_id:
             raise RefereeError(f"{self.name}: the server asked for image {image}, which is not in the pool")
         kept = {key: region.get(key) for key in ("query", "image", "start", "size", "unit", "score", "reason")}
-        return {**kept, "classes": count_voxels(self._truth(image).label_xyz, region, self.material.dataset.labels)}
+        return {**kept, **self._inside(region)}
+
+    def _inside(self, region: Mapping[str, Any]) -> dict[str, Any]:
+        """What the oracle knows about a region: voxels of every class, and what annotating it costs."""
+        truth = self._truth(region["image"])
+        return {
+            "classes": count_voxels(truth.label_xyz, region, self.material.dataset.labels),
+            "costs": region_costs(
+                truth.label_xyz[region_slices(region)],
+                truth.spacing,
+                unit=region.get("unit", self.study.unit),
+                axis=self.study.slice_axis,
+                minutes=self.study.minutes.model_dump(),
+            ),
+        }
 
     def _annotate(self, client: LabelClient, round_: int) -> dict[str, Any]:
         queried = self.state.get(round_, "query")
         assert queried is not None
         by_image: dict[str, list[dict[str, Any]]] = {}
-        for region in queried["regions"]:
+        for region in self._answered_now(round_):
             by_image.setdefault(region["image"], []).append(region)
         classes = [{"name": name, "idx": value} for name, value in self.material.dataset.foreground.items()]
+        digest = hashlib.sha256()
         for image, regions in sorted(by_image.items()):
             self._watch()
             truth = self._truth(image)
-            label = to_nifti(answer(truth.label_xyz, regions), truth.affine)
+            painted_xyz = answers(
+                truth.label_xyz,
+                regions,
+                self.study.oracle,
+                self.seed,
+                foreground=self.material.dataset.foreground,
+                spacing=truth.spacing,
+                axis=self.study.slice_axis,
+            )
+            label = to_nifti(painted_xyz, truth.affine)
+            digest.update(f"{image} {[r['start'] for r in regions]} ".encode() + label)
             client.save(image, label, {**self._addressed(regions), "label_info": classes})
-        return {}
+        if not self.study.minutes.recorded:
+            return {"digest": digest.hexdigest()}
+        numbers = [r["query"] for r in queried["regions"] if r["query"] is not None]
+        return {"digest": digest.hexdigest(), "minutes": {str(number): client.minutes(number) for number in numbers}}
+
+    def _answered_now(self, round_: int) -> list[dict[str, Any]]:
+        """Regions that the oracle answers in this round: its own, those left from the one before, without late ones."""
+        oracle = self.study.oracle
+        own: list[dict[str, Any]] = (self.state.get(round_, "query") or {"regions": []})["regions"]
+        if oracle.profile != "late" or round_ == 0:
+            return own
+        late = {r["query"] for r in own if oracle.is_late(self.seed, r["query"])}
+        if oracle.late_by == "lease":
+            time.sleep(60 * oracle.lease_minutes + 0.1 if late else 0)
+            return own
+        before = self.state.get(round_ - 1, "query") if round_ > 1 else None
+        left = [r for r in (before or {"regions": []})["regions"] if oracle.is_late(self.seed, r["query"])]
+        return left + [r for r in own if r["query"] not in late]
 
     def _addressed(self, regions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What an answer says it answers."""
@@ -253,13 +303,20 @@ class Cell:
                 sessions[case.id] = client.open_session(case.image)
                 self.state.save()
             predicted_xyz, affine = client.infer(self.study.bundle, sessions[case.id])
-            truth = _load_truth(case)
+            truth = load_truth(case)
             if predicted_xyz.shape != truth.label_xyz.shape or not np.allclose(affine, truth.affine, atol=1e-3):
                 raise RefereeError(
                     f"the prediction for {case.id} has shape {predicted_xyz.shape} or an affine that is not its "
                     f"image's {truth.label_xyz.shape}; the server must answer on the original grid"
                 )
-            found = case_rows(predicted_xyz, truth.label_xyz, self.material.dataset.foreground, truth.spacing)
+            found = case_rows(
+                predicted_xyz,
+                truth.label_xyz,
+                self.material.dataset.foreground,
+                truth.spacing,
+                tolerance=self.study.surface_tolerance,
+                axis=self.study.slice_axis,
+            )
             rows += [{"case": case.id, **row} for row in found]
         return {"rows": rows}
 
@@ -273,7 +330,7 @@ class Cell:
         return hints
 
     def _truth(self, image: str) -> Scan:
-        return _load_truth(self._by_id[image])
+        return load_truth(self._by_id[image])
 
     def _watch(self) -> None:
         if self.stop.is_set():
@@ -315,6 +372,12 @@ class Cell:
         leaked = sorted({case.id for case in self.material.test} & held)
         if leaked:
             raise RefereeError(f"the server's pool holds test case {leaked[0]} ({len(leaked)} in all); remove them")
+        if self.url is not None:  # somebody else filled that server
+            digests = [
+                {c.id: content_digest(c.image) for c in cases} for cases in (self.material.test, self.material.pool)
+            ]
+            with tempfile.TemporaryDirectory() as folder:
+                check_no_test_image({image: client.image_digest(image, Path(folder)) for image in held}, *digests)
 
 
 def _progress(info: Mapping[str, Any], bundle: str) -> str:
@@ -323,24 +386,6 @@ def _progress(info: Mapping[str, Any], bundle: str) -> str:
     if not said:
         return ""
     return f" member {said['member']}/{said['members']} step {said['step']}/{said['steps']}"
-
-
-def place(source: Path, target: Path) -> None:
-    """Make `source` appear at `target` without a second copy where the file system allows it."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
-def _load_truth(case: Case) -> Scan:
-    """Ground truth of a case that was checked when the run began."""
-    label_xyz, affine = read_volume(case.label)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    return Scan(label_xyz.astype(np.uint8), affine, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
 
 
 def _decathlon_labels(labels: Mapping[str, int]) -> dict[str, str]:

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.dataset import content_digest
 from eval.errors import RefereeError
 from eval.oracle import from_nifti
 
@@ -66,6 +67,12 @@ class LabelClient:
         reply = self._send("GET", f"/patchwise/queries/{query}/picture.png", allow=(404,))
         return reply.content if reply.status_code == 200 else None
 
+    def minutes(self, query: int) -> float | None:
+        """Minutes from handing out a region to its answer, as the server's ledger has them; None where it has none."""
+        reply = self._send("GET", f"/patchwise/queries/{query}", allow=(404,))
+        found = reply.json().get("minutes") if reply.status_code == 200 else None
+        return None if found is None else float(found)
+
     def save(self, image: str, label: bytes, params: Mapping[str, Any]) -> None:
         """Submit an answer as an annotator's viewer does."""
         sent = json.dumps({**params, "client_id": self.client_id})
@@ -77,6 +84,12 @@ class LabelClient:
     def images(self) -> set[str]:
         """Ids of all images of the server's datastore."""
         return set(self._json("GET", "/datastore/", params={"output": "all"}).get("objects", {}))
+
+    def image_digest(self, image: str, folder: Path) -> str:
+        """Content digest of an image as the server holds it, downloaded to `folder` for the while."""
+        path = folder / "image.nii.gz"
+        path.write_bytes(self._send("GET", "/datastore/image", params={"image": image}).content)
+        return content_digest(path)
 
     def open_session(self, image: Path) -> str:
         """Upload an image that is no part of the pool; the id serves `infer`."""

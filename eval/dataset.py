@@ -119,6 +119,13 @@ def load_scan(case: Case, labels: dict[str, int]) -> Scan:
     return Scan(label_raw_xyz.astype(np.uint8), image_affine, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
 
 
+def load_truth(case: Case) -> Scan:
+    """Ground truth of a case that was checked when the run began."""
+    label_xyz, affine = read_volume(case.label)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return Scan(label_xyz.astype(np.uint8), affine, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
+
+
 def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Values (X, Y, Z) and affine of one NIfTI file.
 

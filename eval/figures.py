@@ -19,15 +19,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from eval.metrics.cost import TITLES as COST_TITLES
 from eval.summary import full_line, mean_curves
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TITLES = {
-    "regions": "annotated regions",
-    "voxels": "annotated voxels",
-    "foreground_voxels": "annotated foreground voxels",
+    **COST_TITLES,
     "mean_dice": "mean Dice of the test cases",
     "mean_hd95": "mean HD95 in mm",
 }
@@ -82,6 +81,26 @@ def learning_curves(
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)), frameon=False)
+    return figure
+
+
+def penalty_matrix(matrix: pd.DataFrame) -> Figure:
+    """Share of budgets at which the row's method beats the column's significantly; rows beat columns."""
+    side = 1.6 + 0.55 * len(matrix)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(matrix.to_numpy(), cmap="Blues", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(matrix.to_numpy()):
+        if value > 0:
+            axis.text(
+                column, row, f"{100 * value:.0f}", ha="center", va="center", color=_INK if value < 0.6 else "white"
+            )
+    names = [str(name) for name in matrix.index]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=9)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_xlabel("is beaten")
+    axis.set_ylabel("beats")
+    figure.colorbar(image, ax=axis, shrink=0.7, label="share of budgets")
     return figure
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,14 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What `path` holds, or None when there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def place(source: Path, target: Path) -> None:
+    """Make `source` appear at `target` without a second copy where the file system allows it."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)

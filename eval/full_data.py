@@ -12,7 +12,6 @@ from typing import Any
 
 from eval.cell import Cell
 from eval.client import LabelClient
-from eval.oracle import count_voxels
 
 
 class FullDataCell(Cell):
@@ -28,8 +27,7 @@ class FullDataCell(Cell):
         for case in self.material.pool:
             label_xyz = self._truth(case.id).label_xyz
             region = {"image": case.id, "start": [0, 0, 0], "size": list(label_xyz.shape), "unit": "volume"}
-            classes = count_voxels(label_xyz, region, self.material.dataset.labels)
-            regions.append({**region, "query": None, "score": None, "classes": classes})
+            regions.append({**region, "query": None, "score": None, **self._inside(region)})
         return {"regions": regions}
 
     def _addressed(self, regions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

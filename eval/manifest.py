@@ -19,6 +19,9 @@ from typing import Any
 
 import psutil
 
+_PROJECT = Path(__file__).resolve().parents[1]
+_CODE = frozenset({".py", ".json", ".yaml"})
+_MEASURING = ("cell.py", "dataset.py", "full_data.py", "measure.py", "oracle.py", "profiles.py")
 PACKAGES = ("monailabel", "monai", "torch", "numpy", "scipy", "nibabel", "scikit-learn", "pytorch-ignite")
 
 
@@ -33,8 +36,19 @@ def describe_versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "patchwise": _git("rev-parse", "HEAD"),
+        "code": code_digest(),
         "patchwise_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def code_digest(root: Path = _PROJECT) -> str:
+    """SHA-256 over the files that decide a study's numbers: app, bundles, and what the referee measures with."""
+    files = [p for folder in ("apps", "bundles") for p in (root / folder).rglob("*") if p.suffix in _CODE]
+    files += [root / "eval" / name for name in _MEASURING] + sorted((root / "eval" / "metrics").glob("*.py"))
+    digest = hashlib.sha256()
+    for path in sorted(p for p in files if p.is_file()):
+        digest.update(f"{path.relative_to(root)} ".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def describe_machine() -> dict[str, Any]:

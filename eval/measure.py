@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.metrics.segmentation import dice, relative_volume_error, sensitivity, specificity
+from eval.metrics.cost import COSTS
+from eval.metrics.segmentation import dice, dice_per_slice, relative_volume_error, sensitivity, specificity
 from eval.metrics.surfaces import Surfaces
+
+# Costs that need the labels inside of a region; runs from before they were kept have NaN there.
+_DRAWN = COSTS[3:]
 
 
 def case_rows(
@@ -23,17 +27,27 @@ def case_rows(
     truth_xyz: NDArray[np.uint8],
     foreground: Mapping[str, int],
     spacing: Sequence[float],
+    *,
+    tolerance: float = 1.0,
+    axis: int = 2,
 ) -> list[dict[str, Any]]:
-    """One row a class with every segmentation measure; undefined values are None, so that JSON can hold them."""
+    """One row a class with every segmentation measure; undefined values are None, so that JSON can hold them.
+
+    Distances in mm, all from one pass over both surfaces; `tolerance` in mm of the surface Dice; `axis` whose slices
+    the 2D Dice is a mean of.
+    """
     rows = []
     for name, value in foreground.items():
         prediction, truth = predicted_xyz == value, truth_xyz == value
         surfaces = Surfaces.between(prediction, truth, spacing=spacing)
         measures = {
             "dice": dice(prediction, truth),
+            "dice_2d": dice_per_slice(prediction, truth, axis=axis),
             "hausdorff95": surfaces.hausdorff(95),
+            "hausdorff95_pooled": surfaces.hausdorff(95, pooled=True),
             "hausdorff": surfaces.hausdorff(),
             "mean_surface_distance": surfaces.mean(),
+            "surface_dice": surfaces.dice(tolerance),
             "relative_volume_error": relative_volume_error(prediction, truth),
             "sensitivity": sensitivity(prediction, truth),
             "specificity": specificity(prediction, truth),
@@ -65,6 +79,7 @@ def round_row(
     foreground_fraction is the share of the pool's foreground voxels that lie in asked regions.
     """
     voxels = sum(int(np.prod(region["size"])) for region in regions)
+    costs = {name: sum(region.get("costs", {}).get(name, float("nan")) for region in regions) for name in _DRAWN}
     foreground = sum(region["classes"][name] for region in regions for name in classes)
     dices = class_means(tested, "dice", classes)
     distances = class_means(tested, "hausdorff95", classes)
@@ -76,6 +91,7 @@ def round_row(
         "mean_dice": float(np.mean(list(dices.values()))),
         **{f"dice_{name}": value for name, value in dices.items()},
         "mean_hd95": float(np.mean(list(distances.values()))),
+        **costs,
     }
 
 
@@ -93,4 +109,5 @@ def query_row(region: Mapping[str, Any], classes: Sequence[str]) -> dict[str, An
         "score": region["score"],
         "foreground_voxels": sum(inside.values()),
         **inside,
+        **{name: region.get("costs", {}).get(name, float("nan")) for name in _DRAWN},
     }

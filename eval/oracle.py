@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import nibabel as nib
@@ -49,15 +49,6 @@ def draw_hints(
 def region_slices(region: Mapping[str, Any]) -> tuple[slice, ...]:
     """Index that cuts a region of the server's answer out of its image."""
     return tuple(slice(a, a + d) for a, d in zip(region["start"], region["size"], strict=True))
-
-
-def answer(label_xyz: NDArray[np.uint8], regions: Sequence[Mapping[str, Any]]) -> NDArray[np.uint8]:
-    """What a client uploads: ground truth inside the regions, background elsewhere."""
-    answer_xyz = np.zeros_like(label_xyz)
-    for region in regions:
-        box = region_slices(region)
-        answer_xyz[box] = label_xyz[box]
-    return answer_xyz
 
 
 def count_voxels(label_xyz: NDArray[np.uint8], region: Mapping[str, Any], labels: Mapping[str, int]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,18 +18,25 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from eval.dataset import Dataset, read_dataset, read_volume
 from eval.errors import RefereeError
-from eval.figures import Picture, learning_curves, region_pictures, to_png, to_svg
+from eval.figures import Picture, learning_curves, penalty_matrix, region_pictures, to_png, to_svg
 from eval.files import read_json, write_bytes, write_text
+from eval.findings import HEADINGS, NOTES, cells, find, write_findings
+from eval.guards import check_cells, check_same_origin, check_seeds, steps_of
+from eval.metrics.cost import COSTS
 from eval.reasons import reasons_of
 from eval.study import FULL_DATA, Study, load_study
-from eval.summary import COSTS, only_methods, plain_table, seconds, summarise, with_sd
+from eval.summary import COSTS as SUMMED
+from eval.summary import only_methods, plain_table, seconds, summarise, with_sd
 from eval.tables import read_table
 
+_SHARE = "share of the foreground annotated"
 _PICTURES = 4  # regions drawn of every method
 
 
-def write_report(folder: Path, *, pictures: bool = True) -> Path:
-    """Write report.html and learning_curves.png into a run's folder and give the report's path.
+def write_report(folder: Path, *, pictures: bool = True, others: Mapping[str, pd.DataFrame] | None = None) -> Path:
+    """Write report.html, learning_curves.png and tables/ into a run's folder and give the report's path.
+
+    `others` holds the rounds of the runs reported together, this one included, for correlations between settings.
 
     Raises:
         RefereeError: no run in the folder, or no finished round yet.
@@ -41,12 +48,25 @@ def write_report(folder: Path, *, pictures: bool = True) -> Path:
     write_bytes(folder / "learning_curves.png", to_png(curves))
     per_class = {f"dice_{name}": f"Dice of {name}" for name in classes}
     shown = _pictures(folder, queries) if pictures else {}
+    findings = find(rounds, read_table(folder, "cases"), _study_of(folder).published, others)
+    write_findings(folder / "tables", findings, summarise(rounds))
+    known = [c for c in COSTS if c in rounds and rounds[c].notna().all() and c not in ("regions", "foreground_voxels")]
+    drawn = {
+        "costs": learning_curves(rounds, ["mean_dice"], known) if known else None,
+        "share": learning_curves(rounds, ["foreground_fraction"], ["regions"], {"foreground_fraction": _SHARE}),
+        "penalty": penalty_matrix(findings.matrix) if findings.matrix is not None else None,
+    }
     environment = Environment(
         loader=PackageLoader("eval"), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     html = environment.get_template("report.html.j2").render(
         manifest=manifest,
-        about=_about(folder),
+        about=_study_of(folder).about,
+        drawn={name: _inline(to_svg(figure), "image/svg+xml") for name, figure in drawn.items() if figure},
+        findings=[
+            {"id": n, "heading": HEADINGS[n], "note": NOTES.get(n, ""), "rows": cells(t)}
+            for n, t in findings.tables.items()
+        ],
         finished=_finished(rounds, manifest),
         table=_summary_rows(rounds),
         curves=_inline(to_svg(curves), "image/svg+xml"),
@@ -64,6 +84,22 @@ def write_report(folder: Path, *, pictures: bool = True) -> Path:
     return path
 
 
+def check_folders(folders: Sequence[Path], *, claim: bool, mixed: bool) -> None:
+    """Refuse to report together what cannot be compared, and with `claim` what too few seeds were run for.
+
+    Raises:
+        RefereeError: see `eval.guards`.
+    """
+    if not mixed:
+        check_same_origin([(str(folder), _manifest(folder)) for folder in folders if len(folders) > 1])
+    for folder in folders:
+        if (folder / "study.yaml").is_file():
+            check_cells(steps_of(load_study(folder / "study.yaml"), folder))
+        if claim:
+            summary = summarise(only_methods(read_table(folder, "rounds")))
+            check_seeds(dict(zip(summary["method"], summary["seeds"], strict=True)), "a ranking of methods")
+
+
 def summary_text(folder: Path) -> str:
     """The summary table of a run for a terminal."""
     return plain_table(summarise(read_table(folder, "rounds")))
@@ -76,9 +112,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _about(folder: Path) -> str:
-    study = folder / "study.yaml"
-    return load_study(study).about if study.is_file() else ""
+class _Described(NamedTuple):
+    about: str = ""
+    published: str = ""
+
+
+def _study_of(folder: Path) -> _Described:
+    """What the study says about itself; nothing where only the tables were kept."""
+    path = folder / "study.yaml"
+    if not path.is_file():
+        return _Described()
+    study = load_study(path)
+    return _Described(study.about, study.published)
 
 
 def _finished(rounds: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
@@ -93,12 +138,12 @@ def _summary_rows(rounds: pd.DataFrame) -> list[dict[str, str]]:
     best = {name: ranked[name].max() for name in ("aubc", "final_dice")} | {"final_hd95": ranked["final_hd95"].min()}
     rows = []
     for row in summary.to_dict("records"):
-        cells = {"method": str(row["method"]), "seeds": str(row["seeds"])}
+        shown = {"method": str(row["method"]), "seeds": str(row["seeds"])}
         for name, decimals in (("aubc", 4), ("final_dice", 4), ("final_hd95", 2)):
-            cells[name] = with_sd(row[name], row[f"{name}_sd"], decimals)
-            cells[f"{name}_best"] = "best" if row[name] == best[name] and row["method"] != FULL_DATA else ""
-        cells |= {cost: f"{row[cost]:,.0f}" for cost in COSTS}
-        rows.append({**cells, "share": f"{100 * row['foreground_fraction']:.2f} %"})
+            shown[name] = with_sd(row[name], row[f"{name}_sd"], decimals)
+            shown[f"{name}_best"] = "best" if row[name] == best[name] and row["method"] != FULL_DATA else ""
+        shown |= {cost: f"{row[cost]:,.0f}" for cost in SUMMED}
+        rows.append({**shown, "share": f"{100 * row['foreground_fraction']:.2f} %"})
     return rows
 
 
@@ -120,7 +165,10 @@ def _asked(queries: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]
         return rows
     for method, own in queries[queries["round"] > 0].groupby("method", sort=False):
         voxels = (own["dx"] * own["dy"] * own["dz"]).sum()
-        shares = {name: f"{100 * own[f'voxels_{name}'].sum() / voxels:.2f} %" for name in classes}
+        shares = {
+            name: f"{100 * own[f'voxels_{name}'].sum() / voxels:.2f} % ({(own[f'voxels_{name}'] > 0).sum()} regions)"
+            for name in classes
+        }
         empty = f"{100 * (own['foreground_voxels'] == 0).mean():.0f} %"
         rows.append({"method": method, "images": own["image"].nunique(), "empty": empty, "shares": shares})
     return rows

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from eval.cell import STEPS, CancelledError, Cell, Material
@@ -25,9 +26,12 @@ from eval.dataset import load_scan, read_dataset, refuse_overlap
 from eval.errors import RefereeError
 from eval.files import read_json, write_json, write_text
 from eval.full_data import FullDataCell
+from eval.guards import Steps, check_cells, check_same_origin
 from eval.manifest import data_digest, describe_machine, describe_versions, now
-from eval.study import FULL_DATA, Study, load_study, save_study, split_cases
-from eval.tables import check_same_start, write_tables
+from eval.study import FULL_DATA, Study, load_study, read_study, save_study, split_cases
+from eval.tables import write_tables
+
+GRID = "grid.yaml"
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,43 @@ class Options:
     workers: int = 1
     url: str | None = None
     quiet: bool = False
+    mixed: bool = False
+    scheduler: str | None = None
+    gpu: bool = False
 
 
-def plan(study: Study) -> list[str]:
-    """One line a cell, for `--dry-run`."""
-    start = study.starting_budget.batch if study.starting_budget else 0
-    per_round = [start] + [study.batch] * (study.rounds - 1)
-    total = f"{study.rounds} rounds, {sum(per_round)} regions ({' + '.join(map(str, per_round))})"
-    what = {FULL_DATA: "1 round, every label of the pool"}
-    return [f"{m.label} seed {seed}: {what.get(m.label, total)}" for seed in study.seeds for m, _ in study.lines]
+def start_grid(studies: Sequence[Study], out: Path, options: Options) -> list[Path]:
+    """Run every study of a grid, each in a folder of its own below `out`; gives the folders.
+
+    Raises:
+        RefereeError: as `start_run`.
+    """
+    if len(studies) == 1:
+        start_run(studies[0], out, options)
+        return [out]
+    if out.exists() and any(out.iterdir()):
+        raise RefereeError(f"{out} is not empty; use `python -m eval resume {out}` or name a new folder")
+    write_text(out / GRID, "".join(f"--- # {study.name}\n{save_study(study)}" for study in studies))
+    return resume_grid(out, options)
+
+
+def resume_grid(out: Path, options: Options) -> list[Path]:
+    """Go on with a study, or with every study of a grid: those that were not begun are started.
+
+    Raises:
+        RefereeError: as `resume_run`.
+    """
+    if not (out / GRID).is_file():
+        resume_run(out, options)
+        return [out]
+    studies = [read_study(content, out / GRID) for content in yaml.safe_load_all((out / GRID).read_text())]
+    for study in studies:
+        folder = out / study.name
+        if (folder / "study.yaml").is_file():
+            resume_run(folder, options)
+        else:
+            start_run(study, folder, options)
+    return [out / study.name for study in studies]
 
 
 def start_run(study: Study, out: Path, options: Options) -> None:
@@ -92,9 +124,12 @@ def resume_run(out: Path, options: Options) -> None:
         material, data = _prepare(study, options)
         if data["digest"] != manifest["data"]["digest"]:
             raise RefereeError(f"{study.data} changed since {out} was started; restore it or start a new run")
-        versions = describe_versions()
-        if versions["packages"] != manifest["versions"]["packages"]:
-            raise RefereeError(f"{out} was started with other package versions; restore them or start a new run")
+        here = {"hardware": describe_machine(), "versions": describe_versions()}
+        if not options.mixed:
+            check_same_origin([(str(out), manifest), ("this machine", here)])
+        elif {key: manifest[key] for key in here} != here:
+            manifest = {**manifest, "mixed": [*manifest.get("mixed", []), here]}
+            write_json(out / "manifest.json", manifest)
         _run_cells(material, out, options)
 
 
@@ -153,16 +188,20 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
         with lock:
             bar.n = _finished_steps(cells)
             bar.refresh()
-            if step == "query":
-                check_same_start(cells)
-            elif step == "test":
+            check_cells([Steps(c.method.label, c.seed, c.state.content["steps"]) for c in cells])
+            if step == "test":
                 write_tables(study, out)
 
     cells = cells_of(material, out, url=options.url, stop=stop, notice=notice, finished_step=finished_step)
     if options.url is not None and len(cells) > 1:
         raise RefereeError(f"--server serves one method and seed, but the study has {len(cells)} cells; leave it out")
     bar.update(_finished_steps(cells))
-    failed: list[str] = []
+    if options.scheduler is not None:
+        with bar:
+            failed = _on_cluster(material, out, options, bar)
+        _finish(study, out, failed)
+        return
+    failed = []
 
     def work(cell: Cell) -> None:
         try:
@@ -184,6 +223,29 @@ def _run_cells(material: Material, out: Path, options: Options) -> None:
                 cell.abort()
             pool.shutdown(cancel_futures=True)
             raise
+    _finish(study, out, failed)
+
+
+def _on_cluster(material: Material, out: Path, options: Options, bar: Any) -> list[str]:
+    from eval.cluster import run_on_cluster
+
+    study, seen = material.study, [0]
+
+    def progress() -> None:
+        states = [Steps(c.method.label, c.seed, c.state.content["steps"]) for c in cells_of(material, out)]
+        steps = sum(len(state.steps) for state in states)
+        if steps > seen[0]:
+            seen[0] = bar.n = steps
+            bar.refresh()
+            check_cells(states)
+            write_tables(study, out)
+
+    cells = [(method.label, seed) for seed in study.seeds for method, _ in study.lines]
+    return run_on_cluster(cells, out, options.scheduler or "", options.gpu, progress)
+
+
+def _finish(study: Study, out: Path, failed: Sequence[str]) -> None:
+    """Write the tables, and the end into the manifest unless a cell failed."""
     write_tables(study, out)
     if failed:
         raise RefereeError("; ".join(failed) + f"; finished steps are kept, so `python -m eval resume {out}` goes on")

@@ -18,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from eval.dataset import Case, Dataset
 from eval.dataset import split_by_hash as hash_split
 from eval.errors import RefereeError
+from eval.metrics.cost import MINUTES
+from eval.profiles import Oracle
 
 FULL_DATA = "full_data"  # the cell that learns from every label of the pool
 
@@ -33,6 +35,7 @@ class Method(_Part):
     label: str = ""
     options: dict[str, Any] = {}
     score: bool | None = None
+    queries_from: tuple[Path, str] | None = Field(default=None, description="replay (folder of a run, method) instead")
 
     @model_validator(mode="after")
     def _labelled(self) -> Method:
@@ -45,6 +48,10 @@ class Method(_Part):
 
 def _method(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
+
+
+def _oracle(value: Any) -> Any:
+    return {"profile": value} if isinstance(value, str) else value
 
 
 class Split(_Part):
@@ -68,6 +75,25 @@ class StartingBudget(_Part):
     method: str = "starting_budget"
     batch: int = Field(ge=1)
     options: dict[str, Any] = {}
+
+
+class Minutes(_Part):
+    """Linear model of annotation time: region + slice * slices with foreground + mm * border drawn.
+
+    `recorded` takes the times of the server's ledger instead, for studies that people answer.
+    """
+
+    region: float = Field(default=MINUTES["region"], ge=0)
+    slice: float = Field(default=MINUTES["slice"], ge=0)
+    mm: float = Field(default=MINUTES["mm"], ge=0)
+    recorded: bool = False
+
+
+class Expected(_Part):
+    """What `--dry-run` reckons with; it changes nothing else. Measured on two CPU cores."""
+
+    step_seconds: float = Field(default=0.6, gt=0, description="an optimiser step of one member")
+    case_seconds: float = Field(default=0.2, gt=0, description="inference of one case by one member")
 
 
 class Server(_Part):
@@ -98,8 +124,13 @@ class Study(_Part):
     score: dict[str, Any] = {}
     uncertainty: str = "predictive_entropy"
     query: dict[str, Any] = {}
+    surface_tolerance: float = Field(default=1.0, ge=0, description="mm that the surface Dice forgives")
+    slice_axis: Literal[0, 1, 2] = Field(default=2, description="axis of the slices of 2D Dice and slice costs")
+    minutes: Minutes = Minutes()
     hints_per_class: int = Field(default=8, ge=1)
-    oracle: Literal["perfect"] = "perfect"
+    oracle: Annotated[Oracle, BeforeValidator(_oracle)] = Oracle()
+    published: str = Field(default="", description="paper/dataset/regime of eval/published that this repeats")
+    expected: Expected = Expected()
     server: Server = Server()
 
     @model_validator(mode="after")
@@ -127,10 +158,19 @@ class Study(_Part):
 
 
 def load_study(path: Path) -> Study:
-    """Read and validate a study; `data` is resolved against DATA, the file's folder, then the working directory.
+    """Read and validate a file with one study; `data` is resolved against DATA, the file's folder, then the cwd.
 
     Raises:
         RefereeError: missing file, broken YAML, unknown or unusable entries, each in one sentence.
+    """
+    return read_study(read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The entries of a study's file.
+
+    Raises:
+        RefereeError: missing file, broken YAML, or no entries.
     """
     if not path.is_file():
         raise RefereeError(f"study {path} does not exist; ready-made ones are in eval/studies")
@@ -140,6 +180,15 @@ def load_study(path: Path) -> Study:
         raise RefereeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RefereeError(f"{path} must hold `name: value` entries, found {type(content).__name__}")
+    return content
+
+
+def read_study(content: dict[str, Any], path: Path) -> Study:
+    """Validate the entries of a study that `path` holds.
+
+    Raises:
+        RefereeError: unknown or unusable entries, each in one sentence.
+    """
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
@@ -178,7 +227,8 @@ def split_cases(study: Study, dataset: Dataset) -> tuple[list[Case], list[Case]]
 def _data_folder(data: Path, study_path: Path) -> Path:
     override = os.environ.get("DATA")
     if override:
-        return Path(override).resolve()
+        inside = Path(override) / data.name  # a grid has many datasets, so DATA may hold them all
+        return (inside if data.name and inside.is_dir() else Path(override)).resolve()
     project = Path(__file__).resolve().parents[1]
     for base in (study_path.resolve().parent, Path.cwd(), project):
         if (base / data).is_dir():

@@ -7,15 +7,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from eval.cell import STEPS, Cell
+from eval.cell import STEPS
 from eval.errors import RefereeError
 from eval.files import read_json, write_text
+from eval.guards import steps_of
 from eval.measure import query_row, round_row
 from eval.study import FULL_DATA, Study
 
@@ -36,13 +37,13 @@ def build_tables(study: Study, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, p
     rounds: list[dict[str, Any]] = []
     cases: list[dict[str, Any]] = []
     queries: list[dict[str, Any]] = []
-    for method, seed, steps in _cells(study, out):
+    for method, seed, steps in steps_of(study, out):
         asked: list[dict[str, Any]] = []
         for round_ in range(study.rounds):
             key = {"method": method, "seed": seed, "round": round_}
             if f"{round_}.query" not in steps:
                 break
-            new = steps[f"{round_}.query"]["regions"]
+            new = _timed(steps[f"{round_}.query"]["regions"], steps.get(f"{round_}.annotate"))
             asked += new
             if method != FULL_DATA:
                 queries += [{**key, **query_row(region, classes)} for region in new]
@@ -68,26 +69,9 @@ def read_table(out: Path, name: str, *, required: bool = True) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def check_same_start(cells: Sequence[Cell]) -> None:
-    """Methods of one seed must share round 0, or a difference between them means nothing.
-
-    Raises:
-        RefereeError: two cells of a seed that started from different regions.
-    """
-    first: dict[int, tuple[str, list[Any]]] = {}
-    for cell in cells:
-        queried = cell.state.get(0, "query")
-        if queried is None or cell.method.label == FULL_DATA:
-            continue
-        regions = sorted((r["image"], r["start"], r["size"]) for r in queried["regions"])
-        name, expected = first.setdefault(cell.seed, (cell.name, regions))
-        if regions != expected:
-            raise RefereeError(f"{cell.name} and {name} did not start from the same regions; they cannot be compared")
-
-
-def _cells(study: Study, out: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    for seed in study.seeds:
-        for method, _ in study.lines:
-            state = read_json(out / "cells" / f"{method.label}_s{seed}" / "state.json")
-            if state is not None:
-                yield method.label, seed, state["steps"]
+def _timed(regions: list[dict[str, Any]], annotated: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Regions with the minutes that the server recorded, where it did for all of them."""
+    minutes = [((annotated or {}).get("minutes") or {}).get(str(region["query"])) for region in regions]
+    if any(m is None for m in minutes):
+        return regions
+    return [{**r, "costs": {**r["costs"], "minutes": m}} for r, m in zip(regions, minutes, strict=True)]

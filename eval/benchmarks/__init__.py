@@ -26,6 +26,7 @@ def _lazily(module: str) -> Callable[[], Iterator[Row]]:
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "query": _lazily("eval.benchmarks.query"),
+    "surfaces": _lazily("eval.benchmarks.surfaces"),
     "training": _lazily("eval.benchmarks.training"),
     "nnunet": _lazily("eval.benchmarks.nnunet"),
     "rounds": _lazily("eval.benchmarks.rounds"),

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import curve_fit
-from scipy.stats import kendalltau, ttest_rel
+from scipy.stats import kendalltau
+
+from eval.metrics.significance import Test, holm_adjust, paired_p
 
 
 class Kendall(NamedTuple):
@@ -24,14 +26,16 @@ class Kendall(NamedTuple):
     p: float
 
 
-def aubc(values: ArrayLike, cost: ArrayLike | None = None) -> float:
+def aubc(values: ArrayLike, cost: ArrayLike | None = None, limits: tuple[float, float] | None = None) -> float:
     """Area under the budget curve, in the unit of `values` (L,).
 
     Equal steps, as published: sum_i (y_i + y_{i+1}) / 2 / (L - 1). With `cost` (L,), strictly increasing, on the true
     axis: trapezoids over cost / (cost_last - cost_first). A single value is its own area (nnActive, section 8).
+    `limits` (low, high) of the cost axis cut the curve, straight between its points, so that methods which spent
+    different amounts are compared over the costs that all of them reached.
 
     Raises:
-        ValueError: no value, another number of costs, or costs that do not increase.
+        ValueError: no value, another number of costs, costs that do not increase, or limits outside of them.
     """
     y = np.asarray(values, dtype=np.float64)
     if y.ndim != 1 or y.size == 0:
@@ -41,9 +45,14 @@ def aubc(values: ArrayLike, cost: ArrayLike | None = None) -> float:
         raise ValueError(f"{y.size} values need as many costs, found {x.size}")
     if y.size == 1:
         return float(y[0])
-    steps = np.diff(x)
-    if not np.all(steps > 0):
+    if not np.all(np.diff(x) > 0):
         raise ValueError(f"costs must increase from round to round, found {x.tolist()}")
+    if limits is not None:
+        if not x[0] <= limits[0] < limits[1] <= x[-1]:
+            raise ValueError(f"limits {limits} must be increasing and within the costs {x[0]:g} to {x[-1]:g}")
+        cut = np.array([limits[0], *x[(x > limits[0]) & (x < limits[1])], limits[1]])
+        x, y = cut, np.interp(cut, x, y)
+    steps = np.diff(x)
     return float(np.sum((y[1:] + y[:-1]) / 2 * steps) / (x[-1] - x[0]))
 
 
@@ -84,12 +93,19 @@ def foreground_efficiency(
     return float(best[0])
 
 
-def paired_wins(scores: Mapping[str, ArrayLike], alpha: float = 0.05, *, holm: bool = False) -> pd.DataFrame:
+def paired_wins(
+    scores: Mapping[str, ArrayLike],
+    alpha: float = 0.05,
+    *,
+    holm: bool = False,
+    test: Test = "t",
+    rng: np.random.Generator | None = None,
+) -> pd.DataFrame:
     """Significant differences as a tidy table with columns winner, loser, budget, p.
 
     `scores[method]` is (seeds, budgets), rows of all methods being the same seeds. For every budget and pair: paired
-    two-sided t-test over seeds; the method with the larger mean wins when p < alpha. `holm` corrects over all pairs and
-    budgets together. A difference that is the same for every seed is a win unless it is 0 (nnActive, section 8).
+    two-sided `test` over seeds (see `paired_p`; published: the t-test); the method with the larger mean wins when
+    p < alpha. `holm` corrects over all pairs and budgets together (nnActive, section 8).
 
     Raises:
         ValueError: methods with different seeds or budgets, or fewer than two seeds.
@@ -105,14 +121,22 @@ def paired_wins(scores: Mapping[str, ArrayLike], alpha: float = 0.05, *, holm: b
             for budget in range(next(iter(shapes))[1]):
                 z = values[first][:, budget] - values[second][:, budget]
                 winner, loser = (first, second) if z.mean() > 0 else (second, first)
-                rows.append({"winner": winner, "loser": loser, "budget": budget, "p": _paired_p(z)})
+                p = paired_p(z, np.zeros_like(z), test, rng=rng)
+                rows.append({"winner": winner, "loser": loser, "budget": budget, "p": p})
     table = pd.DataFrame(rows, columns=["winner", "loser", "budget", "p"])
     if holm:
         table["p"] = holm_adjust(table["p"].to_numpy())
     return table[table["p"] < alpha].reset_index(drop=True)
 
 
-def pairwise_penalty(scores: Mapping[str, ArrayLike], alpha: float = 0.05, *, holm: bool = False) -> pd.DataFrame:
+def pairwise_penalty(
+    scores: Mapping[str, ArrayLike],
+    alpha: float = 0.05,
+    *,
+    holm: bool = False,
+    test: Test = "t",
+    rng: np.random.Generator | None = None,
+) -> pd.DataFrame:
     """Penalty matrix: share of budgets at which the row's method beats the column's, in 0..1 (nnActive, section 8).
 
     Arguments and errors as of `paired_wins`.
@@ -120,19 +144,11 @@ def pairwise_penalty(scores: Mapping[str, ArrayLike], alpha: float = 0.05, *, ho
     names = list(scores)
     budgets = np.atleast_2d(np.asarray(scores[names[0]])).shape[1]
     matrix = pd.DataFrame(0.0, index=names, columns=names)
-    for winner, loser in paired_wins(scores, alpha, holm=holm)[["winner", "loser"]].itertuples(index=False):
+    for winner, loser in paired_wins(scores, alpha, holm=holm, test=test, rng=rng)[["winner", "loser"]].itertuples(
+        index=False
+    ):
         matrix.loc[winner, loser] += 1 / budgets
     return matrix
-
-
-def holm_adjust(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Holm's step-down adjusted p values, in the order given: max_{j <= i} min(1, (n - j) p_(j)); NaN counts as 1."""
-    p = np.nan_to_num(np.asarray(p_values, dtype=np.float64), nan=1.0)
-    order = np.argsort(p, kind="stable")
-    scaled = np.minimum(1.0, p[order] * np.arange(p.size, 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(scaled)
-    return adjusted
 
 
 def mean_ranks(scores: pd.DataFrame, decimals: int | None = None) -> pd.Series:
@@ -162,10 +178,3 @@ def setting_effect(values: Sequence[ArrayLike]) -> Kendall:
     metric = np.concatenate([np.asarray(v, dtype=np.float64) for v in values])
     index = np.concatenate([np.full(len(np.asarray(v)), float(k)) for k, v in enumerate(values)])
     return kendall(metric, index)
-
-
-def _paired_p(z: NDArray[np.float64]) -> float:
-    """p of the paired t-test for differences z; a constant difference is certain unless it is 0."""
-    if np.ptp(z) == 0:
-        return 1.0 if z[0] == 0 else 0.0
-    return float(ttest_rel(z, np.zeros_like(z)).pvalue)

@@ -78,6 +78,10 @@ class StandIn:
         def datastore():
             return {"objects": {image: {} for image in self._images()}}
 
+        @app.get("/datastore/image")
+        def image(image: str):
+            return Response((self.studies / f"{image}.nii.gz").read_bytes(), media_type="application/gzip")
+
         @app.post("/train/{model}")
         def train(model: str, request: dict):
             self._count("train")

@@ -14,7 +14,8 @@ import pytest
 from eval.__main__ import main
 from eval.dataset import read_dataset, read_volume
 from eval.figures import learning_curves
-from eval.run import Options, plan, resume_run, start_run
+from eval.grid import plan
+from eval.run import Options, resume_run, start_run
 from eval.study import load_study
 from eval.summary import full_line, mean_curves, summarise
 
@@ -76,3 +77,11 @@ def test_a_study_may_have_the_line_only(write_study, stand_in, tmp_path):
 def test_studies_that_cannot_be(write_study, capsys, tmp_path, changes, message):
     assert main(["run", str(write_study(**changes)), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_minutes_are_the_ledgers_where_it_has_them(write_study, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.client.LabelClient.minutes", lambda self, query: 2.0 * query)
+    study = load_study(write_study(methods=["random"], rounds=2, minutes={"recorded": True}))
+    start_run(study, tmp_path / "out", QUIET)
+    assert pd.read_csv(tmp_path / "out" / "queries.csv")["minutes"].tolist() == [2, 4, 6, 8, 10]
+    assert pd.read_csv(tmp_path / "out" / "rounds.csv")["minutes"].tolist() == [12, 30]

@@ -9,9 +9,11 @@ from collections import Counter
 
 import numpy as np
 
-from eval.oracle import answer, child_rng, count_voxels, draw_hints, from_nifti, to_nifti
+from eval.oracle import child_rng, count_voxels, draw_hints, from_nifti, to_nifti
+from eval.profiles import Oracle, answers
 
 LABELS = {"background": 0, "head": 1, "tail": 2}
+FOREGROUND = {"head": 1, "tail": 2}
 
 
 def scene():
@@ -55,8 +57,11 @@ def test_draws_depend_on_seed_and_purpose_only():
 
 def test_answer_and_counts_by_hand():
     label = scene()
-    regions = [{"start": [0, 0, 0], "size": [2, 3, 2]}, {"start": [6, 2, 2], "size": [3, 3, 3]}]
-    sent = answer(label, regions)
+    regions = [
+        {"image": "a", "start": [0, 0, 0], "size": [2, 3, 2]},
+        {"image": "a", "start": [6, 2, 2], "size": [3, 3, 3]},
+    ]
+    sent = answers(label, regions, Oracle(), 1, foreground=FOREGROUND, spacing=(1, 1, 1))
     assert int((sent == 1).sum()) == 2  # x 0..1, y 2, z 1
     assert int((sent == 2).sum()) == 8
     assert count_voxels(label, regions[0], LABELS) == {"background": 10, "head": 2, "tail": 0}

@@ -72,6 +72,27 @@ def test_case_rows_leave_undefined_measures_out():
     assert rows[1]["relative_volume_error"] is None
 
 
+def test_case_rows_by_hand():
+    truth, prediction = np.zeros((1, 2, 10), dtype=np.uint8), np.zeros((1, 2, 10), dtype=np.uint8)
+    prediction[0, 0, 2], truth[0, 0, [3, 5]] = 1, 1  # on a line, 2.5 mm a step: directed {2.5}; {2.5, 7.5}
+    row = case_rows(prediction, truth, {"one": 1}, (1, 1, 2.5), tolerance=2.5)[0]
+    assert row == pytest.approx(
+        {
+            "class": "one",
+            "dice": 0.0,
+            "dice_2d": 0.0,
+            "hausdorff95": 7.25,
+            "hausdorff95_pooled": 7.0,
+            "hausdorff": 7.5,
+            "mean_surface_distance": 12.5 / 3,
+            "surface_dice": 2 / 3,
+            "relative_volume_error": 50.0,
+            "sensitivity": 0.0,
+            "specificity": 17 / 18,
+        }
+    )
+
+
 def test_means_skip_what_is_undefined():
     rows = [{"class": "a", "dice": 0.5}, {"class": "a", "dice": None}, {"class": "b", "dice": None}]
     means = class_means(rows, "dice", ["a", "b"])
@@ -80,7 +101,8 @@ def test_means_skip_what_is_undefined():
 
 
 def test_round_row_by_hand():
-    regions = [{"size": [2, 3, 4], "classes": {"background": 20, "a": 3, "b": 1}}] * 2
+    costs = {"foreground_slices": 2.0, "border_mm": 5.0, "minutes": 0.5}
+    regions = [{"size": [2, 3, 4], "classes": {"background": 20, "a": 3, "b": 1}, "costs": costs}] * 2
     tested = [{"class": c, "dice": d, "hausdorff95": h} for c, d, h in [("a", 0.5, 2), ("a", 0.7, 4), ("b", 1.0, 0)]]
     row = round_row(regions, tested, ["a", "b"], pool_foreground=80)
     assert row == pytest.approx(
@@ -93,6 +115,9 @@ def test_round_row_by_hand():
             "dice_a": 0.6,
             "dice_b": 1.0,
             "mean_hd95": 1.5,
+            "foreground_slices": 4.0,
+            "border_mm": 10.0,
+            "minutes": 1.0,
         }
     )
 
@@ -113,7 +138,12 @@ def test_report_is_one_self_contained_file(finished, capsys):
     for name in ("summary", "rounds", "asked", "seconds"):
         assert f'<table id="{name}"' in html
     figures = re.findall(r'src="data:(image/[a-z+]+);base64,([^"]+)"', html)
-    assert [kind for kind, _ in figures] == ["image/svg+xml"] * 3 + ["image/png"] * 2
+    # curves, other costs, classes, distances, foreground share; no penalties with one seed
+    assert [kind for kind, _ in figures] == ["image/svg+xml"] * 5 + ["image/png"] * 2
+    tables = {path.name for path in (finished / "tables").iterdir()}
+    assert tables == {f"{name}.{kind}" for name in ("summary", "areas", "tails") for kind in ("csv", "tex")}
+    assert r"\begin{tabular}" in (finished / "tables" / "areas.tex").read_text()
+    assert r"power\_pe" in (finished / "tables" / "areas.tex").read_text()
     for kind, content in figures:
         start = base64.b64decode(content)[:200]
         assert start.startswith(b"\x89PNG") if kind == "image/png" else b"<?xml" in start

@@ -22,9 +22,9 @@ from eval.__main__ import main
 from eval.cell import CancelledError, Cell, Material
 from eval.dataset import read_dataset
 from eval.errors import RefereeError
-from eval.run import Options, plan, resume_run, start_run
+from eval.grid import plan
+from eval.run import Options, resume_run, start_run
 from eval.study import load_study
-from eval.tables import check_same_start
 from tests.eval.conftest import ROOT
 
 QUIET = Options(quiet=True)
@@ -55,6 +55,9 @@ def test_run_writes_the_folder_of_the_design(write_study, stand_in, tmp_path, da
         "dice_anterior",
         "dice_posterior",
         "mean_hd95",
+        "foreground_slices",
+        "border_mm",
+        "minutes",
         "score_s",
         "query_s",
         "annotate_s",
@@ -74,6 +77,10 @@ def test_run_writes_the_folder_of_the_design(write_study, stand_in, tmp_path, da
     pool = manifest["data"]["pool"]["images"]
     total = sum(int((labels[i] > 0).sum()) for i in pool)
     own = queries[queries.method == "random"]
+    first = cuts[0]
+    assert queries["foreground_slices"][0] == (first > 0).any(axis=(0, 1)).sum()
+    assert rounds["minutes"][2] == pytest.approx(own["minutes"].sum())
+    assert rounds["border_mm"][0] == pytest.approx(own[own["round"] == 0]["border_mm"].sum())
     assert rounds["foreground_fraction"][2] == pytest.approx(own["foreground_voxels"].sum() / total)
     cases = tables["cases"]
     last = cases[(cases.method == "power_pe") & (cases["round"] == 2)]
@@ -144,18 +151,6 @@ def test_two_workers_give_the_same_numbers(write_study, stand_in, tmp_path):
         pd.testing.assert_frame_equal(table, numbers(tmp_path / "two")[name])
 
 
-def test_methods_that_start_differently_are_refused(write_study, stand_in, tmp_path):
-    study = load_study(write_study())
-    start_run(study, tmp_path / "out", QUIET)
-    state = tmp_path / "out" / "cells" / "power_pe_s1" / "state.json"
-    content = json.loads(state.read_text())
-    content["steps"]["0.query"]["regions"][0]["start"][0] += 1
-    state.write_text(json.dumps(content))
-    cells = [Cell(empty_material(study), m, 1, state.parent.parent / f"{m.label}_s1") for m in study.methods]
-    with pytest.raises(RefereeError, match="power_pe_s1 and random_s1 did not start from the same regions"):
-        check_same_start(cells)
-
-
 def empty_material(study):
     return Material(study, read_dataset(study.data), [], [], 1)
 
@@ -175,7 +170,7 @@ def test_run_uses_a_running_server(write_study, stand_in, tmp_path, data):
     from eval.study import split_cases
 
     study = load_study(write_study(methods=["random"], rounds=2))
-    pool, _ = split_cases(study, read_dataset(data))
+    pool, test = split_cases(study, read_dataset(data))
     studies = tmp_path / "served"
     studies.mkdir()
     for case in pool:
@@ -185,6 +180,10 @@ def test_run_uses_a_running_server(write_study, stand_in, tmp_path, data):
     try:
         start_run(study, tmp_path / "out", Options(url=server.url, quiet=True))
         assert numbers(tmp_path / "out")["rounds"]["regions"].tolist() == [3, 5]
+        shutil.copy(test[0].image, studies / "renamed.nii.gz")
+        with pytest.raises(RefereeError, match=f"image renamed is test case {test[0].id}"):
+            start_run(study, tmp_path / "leaky", Options(url=server.url, quiet=True))
+        (studies / "renamed.nii.gz").unlink()
         (studies / pool[0].image.name).unlink()
         with pytest.raises(RefereeError, match=f"does not hold pool image {pool[0].id}"):
             start_run(study, tmp_path / "again", Options(url=server.url, quiet=True))

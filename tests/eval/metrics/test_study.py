@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.metrics.significance import holm_adjust
 from eval.metrics.study import (
     aubc,
     foreground_efficiency,
-    holm_adjust,
     kendall,
     mean_ranks,
     paired_wins,
@@ -38,6 +38,10 @@ def test_aubc_by_hand():
     assert aubc([0.2, 0.6, 0.8]) == pytest.approx((0.4 + 0.7) / 2)
     assert aubc([0.2, 0.6, 0.8], cost=[0, 10, 40]) == pytest.approx((0.4 * 10 + 0.7 * 30) / 40)
     assert aubc([0.5]) == 0.5
+    # From 5 (0.4) over 10 (0.6) to 25 (0.7).
+    assert aubc([0.2, 0.6, 0.8], [0, 10, 40], (5, 25)) == pytest.approx((0.5 * 5 + 0.65 * 15) / 20)
+    with pytest.raises(ValueError, match="within the costs"):
+        aubc([0.2, 0.6], [0, 10], (5, 11))
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0.1, 50))

@@ -1,0 +1,140 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""A grid of studies: datasets x regimes x options in one file, every point of it a study with methods and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from eval.dataset import Case, read_dataset
+from eval.errors import RefereeError
+from eval.study import FULL_DATA, Study, read_study, read_yaml, split_cases
+
+AXES = ("datasets", "regimes", "options")
+# An optimiser step and the inference of a case on two CPU cores, measured; a study may state its own.
+_CHECKPOINT_MB = 25.0
+_SCORE_SHARE = 0.2
+
+
+def load_grid(path: Path) -> list[Study]:
+    """The studies of a file: one without axes, else one for every dataset, regime and option.
+
+    An axis maps names to entries of a study, which replace those of the file; entries that are maps are merged. A
+    dataset may have `regimes` of its own, for budgets that only it has. `{dataset}` and `{regime}` in a text stand for
+    the names. A study of a grid is called after the file and its point: `nnactive_acdc_low`.
+
+    Raises:
+        RefereeError: missing file, broken YAML, an axis without entries, unusable entries.
+    """
+    content = read_yaml(path)
+    studies = [read_study(point, path) for point in _points(content, path)]
+    names = [study.name for study in studies]
+    if len(set(names)) != len(names):
+        raise RefereeError(f"{path}: two points of the grid are called {_twice(names)}; rename one")
+    return studies
+
+
+def forecast(study: Study) -> dict[str, float]:
+    """Expected hours (all cells, one after another), and GB of disk; NaN for what needs data that is not there.
+
+    hours = trainings * members * steps * seconds of a step, a fifth more for scoring and querying, and the test cases;
+    disk = moments of the pool (classes + 2 maps of 4 bytes a voxel), checkpoints of every round and answers.
+    """
+    members, steps = int(study.train.get("members", 5)), int(study.train.get("steps", 1000))
+    trainings = len(study.seeds) * sum(rounds for _, rounds in study.lines)
+    cells = len(study.seeds) * len(study.lines)
+    try:
+        dataset = read_dataset(study.data)
+        pool, test = split_cases(study, dataset)
+    except RefereeError:
+        return {"hours": float("nan"), "gb": float("nan"), "cells": cells}
+    voxels = sum(_voxels(case) for case in pool)
+    training = trainings * members * steps * study.expected.step_seconds * (1 + _SCORE_SHARE)
+    testing = trainings * members * len(test) * study.expected.case_seconds
+    disk = cells * (voxels * (4 * (len(dataset.labels) + 2) + 1) + study.rounds * members * _CHECKPOINT_MB * 1e6)
+    return {"hours": (training + testing) / 3600, "gb": disk / 1e9, "cells": cells}
+
+
+def _voxels(case: Case) -> float:
+    """Size of a scan, from its header alone."""
+    return float(np.prod(nib.load(case.image).shape[:3], dtype=np.float64))  # type: ignore[attr-defined]
+
+
+def _points(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+    plain = {key: value for key, value in content.items() if key not in AXES}
+    for dataset, of_dataset in _axis(content, "datasets", path):
+        regimes = of_dataset.pop("regimes", content.get("regimes"))
+        for regime, of_regime in _axis({"regimes": regimes} if regimes else {}, "regimes", path):
+            for option, of_option in _axis(content, "options", path):
+                name = "_".join(filter(None, [str(plain.get("name", "")), dataset, regime, option]))
+                point = _merged(_merged(_merged(plain, of_dataset), of_regime), of_option)
+                yield {**_filled(point, {"{dataset}": dataset, "{regime}": regime}), "name": name}
+
+
+def _axis(content: Mapping[str, Any], axis: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Names and entries of an axis; one nameless point where the file has none."""
+    if axis not in content:
+        return [("", {})]
+    entries = content[axis]
+    if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
+        raise RefereeError(f"{path.name}: {axis} must map names to entries of a study, found {entries!r}")
+    return [(str(name), dict(entry)) for name, entry in entries.items()]
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _filled(value: Any, names: Mapping[str, str]) -> Any:
+    """The same entries with `{dataset}` and `{regime}` in their texts replaced by the point's names."""
+    if isinstance(value, Mapping):
+        return {key: _filled(entry, names) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_filled(entry, names) for entry in value]
+    if isinstance(value, str):
+        for placeholder, name in names.items():
+            value = value.replace(placeholder, name)
+    return value
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
+
+
+def plan(study: Study) -> list[str]:
+    """One line a cell, for `--dry-run`."""
+    start = study.starting_budget.batch if study.starting_budget else 0
+    per_round = [start] + [study.batch] * (study.rounds - 1)
+    total = f"{study.rounds} rounds, {sum(per_round)} regions ({' + '.join(map(str, per_round))})"
+    what = {FULL_DATA: "1 round, every label of the pool"}
+    return [f"{m.label} seed {seed}: {what.get(m.label, total)}" for seed in study.seeds for m, _ in study.lines]
+
+
+def plan_grid(studies: list[Study]) -> list[str]:
+    """Every cell of every study, each study with its expected hours and disk, and the sum."""
+    lines, hours, gigabytes = [], 0.0, 0.0
+    for study in studies:
+        expected = forecast(study)
+        hours, gigabytes = hours + expected["hours"], gigabytes + expected["gb"]
+        lines += [f"{study.name}: data {study.data}", *plan(study), f"expected: {_sizes(expected)}"]
+    if len(studies) > 1:
+        lines.append(f"in all: {len(studies)} studies, {_sizes({'hours': hours, 'gb': gigabytes})}")
+    return lines
+
+
+def _sizes(expected: Mapping[str, float]) -> str:
+    if np.isnan(expected["hours"]):
+        return "hours and disk unknown, the data is not there"
+    return f"{expected['hours']:.1f} hours one cell at a time, {expected['gb']:.1f} GB of disk"

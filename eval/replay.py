@@ -1,0 +1,34 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Regions that another run asked for, to be asked for again under another recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from eval.errors import RefereeError
+
+
+def replayed(folder: Path, method: str, seed: int, round_: int) -> list[dict[str, Any]]:
+    """Regions of one method, seed and round of the run in `folder`, as the method `precomputed` takes them.
+
+    Raises:
+        RefereeError: no such run, or none of its regions belongs to the method, seed and round.
+    """
+    path = folder / "queries.csv"
+    if not path.is_file():
+        raise RefereeError(f"{path} does not exist; run the study whose queries are to be replayed first")
+    table = pd.read_csv(path)
+    own = table[(table["method"] == method) & (table["seed"] == seed) & (table["round"] == round_)]
+    if own.empty:
+        raise RefereeError(f"{path} holds no query of {method}, seed {seed}, round {round_}; finish that run first")
+    return [
+        {"image": row["image"], "start": [row["x"], row["y"], row["z"]], "size": [row["dx"], row["dy"], row["dz"]]}
+        for row in own.to_dict("records")
+    ]

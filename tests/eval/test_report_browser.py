@@ -1,0 +1,45 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The report in a headless browser: every figure decodes and every table has rows."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from eval.__main__ import main
+from eval.run import Options, start_run
+from eval.study import load_study
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+COUNT = """<script>addEventListener("load", () => { document.title = JSON.stringify({
+ broken: [...document.images].filter(i => !i.naturalWidth).length,
+ images: [...document.images].map(i => i.id || i.className || "other"),
+ rows: Object.fromEntries([...document.querySelectorAll("table")].map(t => [t.id, t.tBodies[0].rows.length])),
+ remote: performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:")).length}) })</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_figures_and_tables_are_there(write_study, stand_in, tmp_path):
+    out = tmp_path / "out"
+    study = write_study(rounds=2, seeds=[1, 2, 3], full_data=True, published="nnactive/hippocampus/low")
+    start_run(load_study(study), out, Options(workers=2, quiet=True))
+    assert main(["report", str(out), "--claim"]) == 0
+    page = tmp_path / "page.html"
+    page.write_text((out / "report.html").read_text() + COUNT)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(re.search(r"<title>(.*?)</title>", shown).group(1))
+    assert found["broken"] == 0
+    assert found["remote"] == 0
+    assert {"curves", "costs", "penalty", "classes", "distances", "share", "regions"} <= set(found["images"])
+    rows = found["rows"]
+    assert rows["summary"] == 3
+    assert rows["areas"] == rows["ranks"] == rows["tails"] - 1 == rows["seconds"] - 1 == 2
+    assert rows["published"] >= 4

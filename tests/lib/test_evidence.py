@@ -129,3 +129,14 @@ def test_descriptors_tell_regions_apart_and_ignore_the_scale_of_intensities(volu
     np.testing.assert_allclose(described[1][8:11], [(4 + 8) / 20, (6 + 8) / 22, (2 + 8) / 18], atol=1e-6)
     thin = describe(volume.array_xyz, [((0, 0, 3), (20, 22, 1))])
     assert thin.shape == (1, 75)
+
+
+def test_the_mean_takes_in_mirror_images(ensemble):
+    both = Ensemble(ensemble.networks, ensemble.patch, ensemble.divisor, None, CPU, mirrored=(0, 2))
+    volume = Volume(np.random.default_rng(3).normal(size=(16, 16, 16)).astype(np.float32), np.eye(4), "a")
+    views = []
+    for axis in (None, 0, 2):
+        turned = volume.array_xyz if axis is None else np.flip(volume.array_xyz, axis).copy()
+        probs = ensemble.mean(Volume(turned, np.eye(4), "a"))
+        views.append(probs if axis is None else np.flip(probs, axis + 1))
+    np.testing.assert_allclose(both.mean(volume), np.mean(views, axis=0), atol=1e-5)

@@ -102,7 +102,8 @@ class ModelStore:
                 heads.append(head)
         taps = bundle.layers("loss_taps") if heads else []
         spacing, grey = model.facts["spacing"], bundle.normalisation
-        return Ensemble(networks, recipe.patch, bundle.divisor, spacing, device, heads, taps, grey)
+        mirrored = recipe.mirror if recipe.mirror_predictions else ()
+        return Ensemble(networks, recipe.patch, bundle.divisor, spacing, device, heads, taps, grey, mirrored)
 
     def _folders(self) -> list[Path]:
         """Folders of trainings, newest first."""

@@ -27,7 +27,7 @@ from lib.training.cases import network_image, to_grid
 from lib.training.learned_loss import LossHead, tapped
 from lib.training.plan import Normalisation
 from lib.training.trainer import autocast_type
-from lib.views import View, identity, views
+from lib.views import View, flip, identity, views
 
 # An image up to this many times the training crop goes through the network whole: one window instead of overlapping
 # ones, which for small scans saves most of the work.
@@ -79,6 +79,7 @@ class Ensemble:
         device: where the networks run.
         heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
         normalisation: of grey values; None is the z-score of each image.
+        mirrored: axes whose mirror images `mean` takes in as well.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Ensemble:
         heads: Sequence[LossHead] = (),
         taps: Sequence[str] = (),
         normalisation: Normalisation | None = None,
+        mirrored: Sequence[int] = (),
     ) -> None:
         self.heads = [head.to(device).eval() for head in heads]
         self.taps = list(taps)
@@ -100,6 +102,7 @@ class Ensemble:
         self.spacing = spacing
         self.device = device
         self.normalisation = normalisation or Normalisation()
+        self.mirrored = tuple(mirrored)
 
     def members(
         self, volume: Volume, overlap: float = 0.25, spec: PosteriorSpec = DEEP_ENSEMBLE, seed: int = 0
@@ -133,11 +136,15 @@ class Ensemble:
             yield probs
 
     def mean(self, volume: Volume, overlap: float = 0.5) -> NDArray[np.float32]:
-        """Mean of the members' probabilities (C, X, Y, Z)."""
+        """Mean of the members' probabilities (C, X, Y, Z), over the image and its mirror images along `mirrored`."""
+        image = network_image(volume, self.spacing, self.normalisation).to(self.device)
+        chosen = [identity(), *(flip(axis) for axis in self.mirrored)]
         total = torch.zeros(())
-        for probs in self.members(volume, overlap):
-            total = probs.clone() if total.ndim == 0 else total.add_(probs)
-        return cast("NDArray[np.float32]", (total / len(self.networks)).cpu().numpy())
+        for network in self.networks:
+            for view in chosen:
+                logits, _ = view.inverse(self._logits(network, view.forward(image), overlap))
+                total = total + torch.softmax(to_grid(logits, volume.shape), dim=0)
+        return cast("NDArray[np.float32]", (total / (len(self.networks) * len(chosen))).cpu().numpy())
 
     def learning_loss(self, volume: Volume) -> NDArray[np.float32] | None:
         """Predicted loss (X, Y, Z) on the stored grid, never negative; None for members without a head.

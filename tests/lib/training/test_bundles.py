@@ -256,3 +256,32 @@ def test_a_new_network_is_a_new_folder(folders, tmp_path):
     world.train()
     world.predicted()
     assert world.segmenter.store.current().facts["recipe"]["patch"] == [48, 56, 12]
+
+
+def test_the_stage_at_full_resolution_sees_single_voxels_that_folding_hides():
+    torch.manual_seed(0)
+
+    class Constant(torch.nn.Module):
+        def forward(self, folded):
+            return folded.new_zeros(folded.shape[0], 4 * 8, *folded.shape[2:])
+
+    network = SpaceToDepth(2, Constant(), refine=4, classes=3).eval()
+    for part in (network.stem[1], network.joined, network.look[1]):
+        part[0] = torch.nn.Identity()  # a norm would spread the change over the whole crop
+    plain = torch.zeros(1, 1, 8, 8, 8)
+    dotted = plain.clone()
+    dotted[0, 0, 3, 3, 3] = 1
+    with torch.no_grad():
+        change = (network(dotted) - network(plain))[0].abs().amax(0)
+    assert network(plain).shape == (1, 3, 8, 8, 8)
+    assert change[3, 3, 3] > 0
+    # Two convolutions of 3 reach two voxels.
+    assert torch.count_nonzero(change[1:6, 1:6, 1:6]) == torch.count_nonzero(change)
+
+
+def test_a_plan_without_folding_has_no_such_stage():
+    bundle = Bundle(ROOT / "bundles" / "segmentation_dynunet_3d")
+    folded = bundle.network(2)
+    bundle._config = {**bundle._config, "factor": [1, 1, 1]}
+    assert folded.refine == 8
+    assert bundle.network(2).refine == 0

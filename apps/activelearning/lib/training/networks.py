@@ -23,17 +23,49 @@ class SpaceToDepth(nn.Module):
     (B, C, X, Y, Z) -> (B, C f, X/fx, Y/fy, Z/fz) with f = fx fy fz -> network -> (B, K f, ...) -> (B, K, X, Y, Z). No
     voxel is lost, while the convolutions run over f times fewer positions. factor 1 is the network itself.
 
+    With `refine` R > 0 the network answers R channels a voxel instead of classes, and a thin stage at full resolution
+    looks at every voxel and its neighbours: s = a(conv(image)), h = a(unfolded + s), logits = out(a(conv(h))), where a
+    is instance norm and leaky ReLU. Borders gain most from it.
+
     Args:
         factor: (fx, fy, fz), or one number for all; sizes of the input must be multiples of it.
-        network: takes C f channels and returns K f.
+        network: takes C f channels and returns K f, or R f with `refine`.
+        refine: channels of the stage at full resolution; 0 for none.
+        classes: K, needed with `refine`.
+        kernel: of the stage's convolutions; 1 along an axis keeps slices apart.
     """
 
-    def __init__(self, factor: int | Sequence[int], network: nn.Module) -> None:
+    def __init__(
+        self,
+        factor: int | Sequence[int],
+        network: nn.Module,
+        refine: int = 0,
+        classes: int = 0,
+        kernel: Sequence[int] = (3, 3, 3),
+    ) -> None:
         super().__init__()
         self.factor = (factor,) * 3 if isinstance(factor, int) else tuple(factor)
         self.network = network
+        self.refine = refine
+        if refine:
+            self.stem = nn.Sequential(_look(1, refine, kernel), _activation(refine))
+            self.joined = _activation(refine)
+            self.look = nn.Sequential(_look(refine, refine, kernel), _activation(refine))
+            self.output = nn.Conv3d(refine, classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
+        scores = self._unfolded(image)
+        if not self.refine:
+            return scores
+        if scores.ndim == image.ndim:
+            return self._refined(scores, image)
+        heads = [self._refined(scores[:, 0], image), *(self.output(head) for head in scores[:, 1:].unbind(1))]
+        return torch.stack(heads, dim=1)
+
+    def _refined(self, features: Tensor, image: Tensor) -> Tensor:
+        return self.output(self.look(self.joined(features + self.stem(image))))
+
+    def _unfolded(self, image: Tensor) -> Tensor:
         i, j, k = self.factor
         if i * j * k == 1:
             return self.network(image)
@@ -43,6 +75,15 @@ class SpaceToDepth(nn.Module):
         lead = scores.shape[:-4]  # batch, and heads of a deeply supervised network
         scores = scores.reshape(-1, scores.shape[-4] // (i * j * k), i, j, k, x // i, y // j, z // k)
         return scores.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(*lead, -1, x, y, z)
+
+
+def _look(inputs: int, outputs: int, kernel: Sequence[int]) -> nn.Module:
+    x, y, z = kernel
+    return nn.Conv3d(inputs, outputs, (x, y, z), padding=(x // 2, y // 2, z // 2))
+
+
+def _activation(channels: int) -> nn.Module:
+    return nn.Sequential(nn.InstanceNorm3d(channels, affine=True), nn.LeakyReLU(0.01, inplace=True))
 
 
 class Slicewise(nn.Module):

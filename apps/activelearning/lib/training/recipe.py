@@ -43,6 +43,9 @@ class Recipe(BaseModel):
     clip: float = Field(gt=0, description="largest norm of the gradient")
     foreground: float = Field(ge=0, le=1, description="share of crops centred on foreground")
     mirror: tuple[int, ...] = Field(default=(0,), description="axes that may be flipped")
+    mirror_predictions: bool = Field(
+        default=False, description="whether segmentations average the mirror images along these axes too"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
     learning_loss: float = Field(default=0.0, ge=0, le=1000, description="weight of the head that predicts losses")
     learning_loss_margin: float = Field(default=1.0, ge=0, le=1000, description="margin of its ranking loss")

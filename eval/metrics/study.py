@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import curve_fit
+from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import kendalltau
 
 from eval.metrics.significance import Test, holm_adjust, paired_p
@@ -89,7 +90,9 @@ def foreground_efficiency(
         return full_dice - a * np.exp(-gamma * (t - x0))
 
     limits = {"bounds": (0.0, 1e6)} if bounded else {}
-    best, _ = curve_fit(curve, x, y, p0=[1.0], maxfev=10_000, **limits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OptimizeWarning)  # says that the covariance, which is not used, is unknown
+        best, _ = curve_fit(curve, x, y, p0=[1.0], maxfev=10_000, **limits)
     return float(best[0])
 
 

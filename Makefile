@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?= runs
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow lint bench bench-nnunet study install clean
+.PHONY: demo test test-slow lint bench bench-nnunet quality phantoms study install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
@@ -28,6 +28,16 @@ bench: $(STAMP)
 	$(BIN)/python -m eval bench surfaces
 	$(BIN)/python -m eval bench training
 	$(BIN)/python -m eval bench rounds
+
+# What the recipes reach: hippocampi (quick, 100 patches, default) and phantoms; hours on a small machine.
+quality: $(STAMP) phantoms
+	for study in quality_quick quality_100 quality_default quality_phantoms; do \
+		$(BIN)/python -m eval run eval/studies/$$study.yaml --out $(OUT)/$$study || exit; done
+
+phantoms: $(OUT)/phantoms/amos $(OUT)/phantoms/acdc $(OUT)/phantoms/kits
+
+$(OUT)/phantoms/%: | $(STAMP)
+	$(BIN)/python sample-datasets/phantoms.py $@ --preset $* --cases 40 --seed 5
 
 # nnU-Net's own trainer, in an environment of its own; about three quarters of an hour, MINUTES=2 for a first look.
 bench-nnunet: $(STAMP) .venv-nnunet/.installed

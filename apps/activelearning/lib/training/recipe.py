@@ -68,6 +68,9 @@ class Recipe(BaseModel):
     flat: int | None = Field(
         default=None, ge=0, le=2, description="axis whose slices are turned and scaled in-plane only; null for none"
     )
+    compiled: bool = Field(
+        default=False, description="whether torch.compile runs the network; with CUDA graphs on a GPU"
+    )
     augment: bool = Field(default=True, description="whether crops are augmented")
 
 

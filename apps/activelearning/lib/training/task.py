@@ -124,6 +124,8 @@ class EnsembleTrainTask(TrainTask):
         if any(p < 1 or p % d for p, d in zip(recipe.patch, self.bundle.divisor, strict=True)):
             takes = f"{self.bundle.name} takes multiples of {self.bundle.divisor}"
             raise RecipeError(f"training option patch: {takes}, found {recipe.patch}")
+        if recipe.learning_loss and recipe.compiled:
+            raise RecipeError("learning_loss looks into the network while it runs: use compiled=false")
         if recipe.learning_loss and recipe.batch % 2:
             raise RecipeError(f"learning_loss compares pairs of crops: batch must be even, found {recipe.batch}")
         return wanted, recipe

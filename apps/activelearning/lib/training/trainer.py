@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -202,8 +202,11 @@ class _Member:
         self.sets = None if sets is None else sets.to(device)
         self.replica = replica
         network.to(device).train()
+        # Small networks keep a GPU waiting for launches, which CUDA graphs ("reduce-overhead") save.
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self.model = cast(nn.Module, torch.compile(network, mode=mode)) if recipe.compiled else network
         # Gradients of replicas are averaged; a lone process needs no wrapper.
-        self.model = DistributedDataParallel(network) if replica.world > 1 else network
+        self.model = DistributedDataParallel(self.model) if replica.world > 1 else self.model
         classes = UNLABELLED - 1 if sets is None else sets.shape[1] - 1
         self.stream = CropStream(cases, recipe, np.random.default_rng(seed), device, replica, classes)
         self.parameters = [*network.parameters(), *(head.to(device).train().parameters() if head else ())]

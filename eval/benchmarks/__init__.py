@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "query": _lazily("eval.benchmarks.query"),
     "surfaces": _lazily("eval.benchmarks.surfaces"),
     "training": _lazily("eval.benchmarks.training"),
+    "equal": _lazily("eval.benchmarks.equal"),
     "nnunet": _lazily("eval.benchmarks.nnunet"),
     "rounds": _lazily("eval.benchmarks.rounds"),
 }

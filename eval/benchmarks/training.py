@@ -82,7 +82,7 @@ def our_batches(
 
 
 def monai_batches(
-    recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]
+    recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray], seed: int = 0
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """The same kinds of change, as a MONAI training script would write them."""
     keys, mode = ("image", "label"), ("bilinear", "nearest")
@@ -102,8 +102,9 @@ def monai_batches(
         {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)[None]}
         for image, label in zip(images, labels, strict=True)
     ]
+    augment.set_random_state(seed)
     dataset = CacheDataset(items, augment, progress=False)
-    order = np.random.default_rng(0)
+    order = np.random.default_rng(seed)
 
     def batch() -> tuple[Tensor, Tensor]:
         # RandCropByPosNegLabeld answers a list of crops an item, here of one.

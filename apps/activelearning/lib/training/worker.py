@@ -16,6 +16,7 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lib.training.trainer import Progress, Replica
 
 def main(folder: Path, device: torch.device, replica: Replica, port: int) -> None:
     """Serves members of the job in `folder` until there is no more input."""
+    say = _speaker()
     wanted: queue.Queue[tuple[int, int]] = queue.Queue()
     threading.Thread(target=_listen, args=(wanted,), daemon=True).start()
     if replica.world > 1:
@@ -42,10 +44,10 @@ def main(folder: Path, device: torch.device, replica: Replica, port: int) -> Non
         torch.set_num_threads(threads)
 
         def report(progress: Progress, member: int = member) -> None:
-            _say({"member": member, "step": progress.step, "steps": progress.steps, "loss": progress.loss})
+            say({"member": member, "step": progress.step, "steps": progress.steps, "loss": progress.loss})
 
         train_one(job, cases, member, device, report, replica if replica.world > 1 else None)
-        _say({"member": member, "done": True})
+        say({"member": member, "done": True})
 
 
 def _listen(wanted: queue.Queue[tuple[int, int]]) -> None:
@@ -55,8 +57,16 @@ def _listen(wanted: queue.Queue[tuple[int, int]]) -> None:
     os._exit(0)
 
 
-def _say(what: dict[str, Any]) -> None:
-    print(json.dumps(what), flush=True)
+def _speaker() -> Callable[[dict[str, Any]], None]:
+    """Writes lines of JSON to what was standard output; what libraries print there goes to the log from now on."""
+    stream = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(what: dict[str, Any]) -> None:
+        stream.write(json.dumps(what) + "\n")
+        stream.flush()
+
+    return say
 
 
 if __name__ == "__main__":

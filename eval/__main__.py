@@ -37,9 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished steps are kept, `python -m eval resume DIR` goes on\n")
+        sys.stderr.write(_interrupted(options))
         return 130
     return 0
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    """What to do next; only runs leave something to go on with."""
+    folder = {_run: getattr(options, "out", None), _resume: getattr(options, "folder", None)}.get(options.command)
+    if folder is None:
+        return "interrupted\n"
+    cluster = f" --scheduler {options.scheduler}" if options.scheduler else ""
+    return f"interrupted; finished steps are kept, `python -m eval resume {folder}{cluster}` goes on\n"
 
 
 def _run(options: argparse.Namespace) -> None:

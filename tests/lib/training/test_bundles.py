@@ -7,26 +7,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import yaml
 from fastapi import HTTPException
 
-from lib.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.features import bottleneck_features, gradient_embeddings
 from lib.images import Volume, load_image
-from lib.inference import SegmentationTask
-from lib.ledger import QueryLedger
-from lib.models import ModelStore
-from lib.options import parse_options
 from lib.posterior import Ensemble, PosteriorSpec
 from lib.training.learned_loss import tapped
 from lib.training.networks import AnisotropicUNet, Slicewise, SpaceToDepth
@@ -34,11 +26,10 @@ from lib.training.plan import PlanError
 from lib.training.planner import Budget, make_plan
 from lib.training.planner_fingerprint import Fingerprint, Grey
 from lib.training.recipe import Bundle
-from lib.training.task import EnsembleTrainTask
+from tests.lib.training.studies import World
 
 ROOT = Path(__file__).resolve().parents[3]
 BUNDLES = sorted(path.name for path in (ROOT / "bundles").glob("segmentation_*"))
-CLASSES = {"anterior": 1, "posterior": 2}
 CPU = torch.device("cpu")
 
 
@@ -116,53 +107,6 @@ def test_flat_levels_of_the_anisotropic_net_see_one_slice():
     rates = [m.p for name, m in network.named_modules() if isinstance(m, torch.nn.Dropout) and "decoder" in name]
     assert rates == [0.25, 0.25]
     assert not any(m.p for n, m in network.named_modules() if isinstance(m, torch.nn.Dropout) and "encoder" in n)
-
-
-def phantoms(out: Path, preset: str) -> Path:
-    spec = importlib.util.spec_from_file_location("phantoms", ROOT / "sample-datasets" / "phantoms.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    assert module.main([str(out), "--preset", preset, "--cases", "4", "--seed", "3"]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = tmp_path_factory.mktemp("phantoms")
-    return {preset: phantoms(made / preset, preset) for preset in ("hippocampus", "thick_slices")}
-
-
-class World:
-    """A studies folder with three images, two of which are partly annotated, and the tasks of one bundle."""
-
-    def __init__(self, studies: Path, source: Path, name: str, **conf: object) -> None:
-        studies.mkdir(exist_ok=True)
-        for image in sorted((source / "imagesTr").glob("*.nii.gz"))[:3]:
-            shutil.copy(image, studies)
-        self.options = parse_options({"members": 1, "device": "cpu", "memory": 4, **conf})
-        state = studies / STATE_FOLDER
-        self.store = PartialLabelDatastore(studies, CLASSES, QueryLedger(state / "ledger.sqlite"))
-        for image in sorted((source / "labelsTr").glob("*.nii.gz"))[:2]:
-            label = nib.load(image)
-            partial = np.asarray(label.dataobj).astype(np.uint8)
-            partial[: partial.shape[0] // 3] = 255
-            nib.save(nib.Nifti1Image(partial, label.affine), studies / "labels" / "final" / image.name)
-        bundle = Bundle(Path(self.options.bundles or ROOT / "bundles") / name)
-        models = ModelStore(state / "models", name)
-        self.trainer = EnsembleTrainTask(bundle, models, CLASSES, self.options, state)
-        self.segmenter = SegmentationTask(bundle, models, CLASSES, self.options)
-        self.plan_file = state / f"plan_{name}.yaml"
-        self.studies = studies
-
-    def train(self, **request: object) -> dict:
-        return self.trainer({"steps": 3, **request}, self.store)
-
-    def predicted(self) -> np.ndarray:
-        image = load_image(sorted(self.studies.glob("*.nii.gz"))[2])
-        probs = self.segmenter.ensemble().mean(image)
-        assert probs.shape == (3, *image.shape)
-        return probs
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -1,0 +1,16 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+from __future__ import annotations
+
+import pytest
+
+from tests.lib.training.studies import phantoms
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    made = tmp_path_factory.mktemp("phantoms")
+    return {preset: phantoms(made / preset, preset) for preset in ("hippocampus", "thick_slices")}

@@ -60,6 +60,17 @@ def test_work_renews_a_lease_and_the_longer_one_stays(ledger, clock):
     assert ledger.expire() == 0
 
 
+def test_asking_for_more_of_an_image_renews_what_is_held_there(ledger, clock):
+    first, second = ask(ledger, 0, 2)
+    ledger.lease([first], "ann", 60)
+    clock.now += 3000
+    ledger.lease([second], "ann", 60)
+    assert ledger.query(first).lease_until == clock.now + 3600
+    clock.now += 3000
+    answer(ledger, second)
+    assert ledger.query(first).lease_until == clock.now + 3600
+
+
 def test_renew_takes_a_freed_region_up_again_unless_it_was_asked_for_again(ledger, clock):
     (query,) = ask(ledger, 0)
     ledger.lease([query], "ann", 1)

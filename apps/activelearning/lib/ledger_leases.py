@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from itertools import islice
 
 from lib.ledger_records import FREED, TAKEN, Query, to_query
 from lib.ledger_store import LeaseError, LedgerStore
@@ -24,7 +25,7 @@ class Leases(LedgerStore):
     """Regions handed out, renewed, given back and skipped; no two clients ever hold one region."""
 
     def lease(self, ids: Sequence[int], client: str, minutes: float) -> list[Query]:
-        """Gives planned or freed queries to `client`; those already open for this client get a new lease.
+        """Gives planned or freed queries to `client`; those already open for this client on the images get a new lease.
 
         Queries that somebody else holds or that are answered keep what they are, and so do freed ones whose voxels have
         been asked for again. Returned in the order of `ids`.
@@ -33,7 +34,9 @@ class Leases(LedgerStore):
         marks = ",".join("?" * len(ids))
         with self._transaction() as connection:
             rows = connection.execute(f"SELECT * FROM queries WHERE id IN ({marks})", tuple(ids)).fetchall()
-            self._work(connection, client, self._held(connection, client, {row["image"] for row in rows}))
+            held = self._held(connection, client, {row["image"] for row in rows})
+            self._work(connection, client, held)
+            self._renew(connection, held, now)
             for row in rows:
                 mine = row["status"] == "open" and row["client"] == client
                 if mine or (row["status"] in ("proposed", *FREED) and not _barred(connection, row, client)):
@@ -143,7 +146,7 @@ class Leases(LedgerStore):
                 values.append(value)
         return self._queries(" AND ".join(clauses) + " ORDER BY id", tuple(values))
 
-    def freed(self, method: str, round_: int, unit: str, client: str) -> list[Query]:
+    def freed(self, method: str, round_: int, unit: str, client: str, limit: int = 1) -> list[Query]:
         """Regions that were given back and may be handed to `client`, best first; not those it released itself."""
         with self._connect() as connection:
             rows = connection.execute(
@@ -152,7 +155,8 @@ class Leases(LedgerStore):
                 " ORDER BY asked, rank, id",
                 (method, round_, unit, client),
             ).fetchall()
-            return [to_query(row) for row in rows if not _barred(connection, row, client)]
+            free = (to_query(row) for row in rows if not _barred(connection, row, client))
+            return list(islice(free, limit))
 
     def second_readings(self, client: str, limit: int) -> list[Query]:
         """Regions that somebody else was handed and that wait for a second reading, oldest first."""

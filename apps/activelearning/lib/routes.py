@@ -96,9 +96,9 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         found = patchwise.ledger.query(query_id)
         if found is None:
             refuse(f"there is no query {query_id}", 404)
-        picture = (
-            f"/patchwise/queries/{query_id}/picture.png" if patchwise.reasons.picture(query_id).is_file() else None
-        )
+        # A second reading looks like the first one.
+        drawn = query_id if found.twin is None else found.twin
+        picture = f"/patchwise/queries/{drawn}/picture.png" if patchwise.reasons.picture(drawn).is_file() else None
         return {**found.to_json(), **times(patchwise, found), "picture": picture}
 
     @router.get("/patchwise/queries/{query_id}/picture.png", tags=["Patchwise"], summary="Image and score map")

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Command line of the referee: `python -m eval run|resume|report|export|bench|methods|plan|gallery|audit|doctor`.
+"""Command line of the referee: `python -m eval run|resume|merge|report|export|bench|methods|plan|gallery|audit|doctor`.
 
 Exit codes: 0 done, 2 something the caller can mend (one sentence on stderr), 130 interrupted.
 """
@@ -37,9 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished steps are kept, `python -m eval resume DIR` goes on\n")
+        sys.stderr.write(_interrupted(options))
         return 130
     return 0
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    """What to do next; only runs leave something to go on with."""
+    folder = {_run: getattr(options, "out", None), _resume: getattr(options, "folder", None)}.get(options.command)
+    if folder is None:
+        return "interrupted\n"
+    cluster = f" --scheduler {options.scheduler}" if options.scheduler else ""
+    return f"interrupted; finished steps are kept, `python -m eval resume {folder}{cluster}` goes on\n"
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -48,7 +57,7 @@ def _run(options: argparse.Namespace) -> None:
 
     studies = load_grid(options.study)
     if options.dry_run:
-        sys.stdout.write("\n".join(plan_grid(studies)) + "\n")
+        sys.stdout.write("\n".join(plan_grid(studies, options.only, options.calibrate)) + "\n")
         return
     if options.out is None:
         raise RefereeError("run needs --out DIR, the new folder for its results")
@@ -62,7 +71,8 @@ def _how(options: argparse.Namespace) -> Options:
     if options.scheduler is not None and (options.server is not None or options.workers != 1):
         raise RefereeError("--scheduler uses the cluster's workers, one server each; leave --workers and --server out")
     mixed = getattr(options, "mixed", False)
-    return Options(options.workers, options.server, options.quiet, mixed, options.scheduler, options.gpu)
+    only = getattr(options, "only", None)
+    return Options(options.workers, options.server, options.quiet, mixed, options.scheduler, options.gpu, only)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -70,6 +80,14 @@ def _resume(options: argparse.Namespace) -> None:
 
     folders = resume_grid(options.folder, _how(options))
     _report_on(folders, pictures=True)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from eval.parts import merge_parts
+
+    there, planned = merge_parts(options.folders, options.out, mixed=options.mixed)
+    sys.stdout.write(f"{there} of {planned} cells: {options.out}\n")
+    _report_on([options.out], pictures=True)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -189,6 +207,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("study", type=Path)
     run.add_argument("--out", type=Path, help="new folder for the results")
     run.add_argument("--dry-run", action="store_true", help="print the cells, the expected hours and disk, and stop")
+    run.add_argument("--only", metavar="FILTER", help="some cells: method=NAME,seed=NUMBER, each as often as needed")
+    run.add_argument("--calibrate", type=Path, metavar="DIR", help="with --dry-run: seconds from this finished run")
+    merge = add("merge", _merge, "join the finished cells of several runs of one study")
+    merge.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    merge.add_argument("--out", type=Path, required=True, help="new folder for the whole")
+    merge.add_argument("--mixed", action="store_true", help="join runs of different hardware or versions, and note it")
     resume = add("resume", _resume, "go on with a run that was stopped or killed")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--mixed", action="store_true", help="go on with other hardware or versions, and note it")

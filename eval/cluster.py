@@ -28,6 +28,7 @@ from eval.study import FULL_DATA, load_study, split_cases
 
 STOP = ".stop"
 _POLL_SECONDS = 1.0
+_LEAVING_SECONDS = 20.0
 
 
 def run_on_cluster(
@@ -72,6 +73,7 @@ def run_on_cluster(
         except BaseException:
             (out / STOP).touch()
             client.cancel(list(named))
+            _until_left([out / "cells" / name for name in named.values()])
             raise
         ended = {name: future.exception() for future, name in named.items()}
         return [f"{name}: {error}" for name, error in ended.items() if error is not None]
@@ -107,6 +109,19 @@ def _mine(folder: Path) -> Iterator[None]:
             raise RefereeError(f"{folder.name} is still run by {holder.get('host', 'another worker')}; wait") from error
         write_json(folder / "worker.json", {"host": socket.gethostname(), "process": os.getpid()})
         yield
+
+
+def _until_left(folders: Sequence[Path]) -> None:
+    """Wait a while for workers to leave their cells, so that `resume` finds none taken."""
+    end = time.monotonic() + _LEAVING_SECONDS
+    for folder in folders:
+        while (folder / ".lock").exists() and time.monotonic() < end:
+            with open(folder / ".lock", "a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    time.sleep(0.1)
 
 
 @contextlib.contextmanager

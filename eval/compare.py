@@ -3,24 +3,25 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a run says about its methods: areas on every cost, efficiency, penalties, ranks, tails, published numbers."""
+"""What a run says about its methods: areas on every cost, efficiency, penalties, tests, ranks, tails."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from eval.guards import SEEDS_OF_A_CLAIM
 from eval.metrics.cost import COSTS
-from eval.metrics.robustness import efficiency_interval, rank_intervals, tail
+from eval.metrics.robustness import efficiency_interval, quantile_effects, rank_intervals, tail
+from eval.metrics.significance import Test, holm_adjust, paired_p
 from eval.metrics.study import aubc, foreground_efficiency, kendall, paired_wins, pairwise_penalty
 from eval.summary import full_line, only_methods
 
-PUBLISHED = Path(__file__).resolve().parent / "published"
-_METRICS = ("aubc", "final_dice", "fg_eff")
+TAILS = {"dice": 5, "hausdorff95": 95, "mean_surface_distance": 95}  # percentiles of the worst cases
+_TESTS: tuple[Test, ...] = ("t", "wilcoxon", "permutation")
 
 
 def complete(rounds: pd.DataFrame) -> pd.DataFrame:
@@ -102,51 +103,65 @@ def ranks(rounds: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     return rank_intervals(scores, rng).sort_values("rank", kind="stable").reset_index(drop=True)
 
 
+def last_round(cases: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the last round of every method and seed."""
+    return cases[cases["round"] == cases.groupby(["method", "seed"])["round"].transform("max")]
+
+
 def tails(cases: pd.DataFrame) -> pd.DataFrame:
     """5th percentile of Dice and 95th of distances over all cases, classes and seeds of the last round."""
-    last = cases[cases["round"] == cases.groupby(["method", "seed"])["round"].transform("max")]
-    wanted = {"dice": 5, "hausdorff95": 95, "mean_surface_distance": 95}
     rows = [
-        {"method": method, **{f"{name}_p{p}": tail(own[name].to_numpy(), p) for name, p in wanted.items()}}
-        for method, own in last.groupby("method", sort=False)
+        {
+            "method": method,
+            **{f"{name}_p{p}": tail(own[name].to_numpy(), p) for name, p in TAILS.items() if name in own},
+        }
+        for method, own in last_round(cases).groupby("method", sort=False)
     ]
     return pd.DataFrame(rows)
 
 
-def published(setting: str, summary: pd.DataFrame, fits: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(ours beside theirs, rank correlation of every metric) for a setting `paper/dataset/regime`; empty without one.
+def significance(rounds: pd.DataFrame, cases: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """Every pair of methods under three paired tests, two-sided: plain p and Holm's over all pairs of the same test.
 
-    Rows hold metric, method, published, published_sd, ours; tau-b is over the methods that both have.
+    Two families: `pairs` of seeds by area on equal steps, and of test cases by Dice of the last round, which is the
+    mean over classes and seeds. Columns pairs, first, second, n, difference (first - second), then p and holm of t,
+    wilcoxon and permutation. Empty without two methods with two pairs.
     """
-    paper, _, rest = setting.partition("/")
-    dataset, _, regime = rest.partition("/")
-    path = PUBLISHED / f"{paper}.csv"
-    empty = pd.DataFrame(), pd.DataFrame()
-    if not setting or not path.is_file():
-        return empty
-    table = pd.read_csv(path)
-    table = table[(table["dataset"] == dataset) & (table["regime"] == regime)]
-    ours = summary.merge(fits[["method", "fg_eff"]], on="method", how="left")
-    rows, taus = [], []
-    for metric in _METRICS:
-        both = table[table["metric"] == metric].merge(ours[["method", metric]], on="method")
-        both = both[both[metric].notna()]
-        rows.append(
-            pd.DataFrame(
-                {
-                    "metric": metric,
-                    "method": both["method"],
-                    "published": both["mean"],
-                    "published_sd": both["sd"],
-                    "ours": both[metric],
-                }
-            )
-        )
-        ranked = both[both["method"] != "full_data"]
-        if len(ranked) > 1:
-            tau, p = kendall(ranked["mean"], ranked[metric])
-            taus.append({"metric": metric, "methods": len(ranked), "tau_b": tau, "p": p})
-    return pd.concat(rows, ignore_index=True), pd.DataFrame(taus)
+    parts = []
+    for pairs, values in (("seeds, AUBC", _areas_by_seed(rounds)), ("cases, final Dice", _dices_by_case(cases))):
+        names = list(values.columns)
+        if len(names) < 2 or len(values) < 2:
+            continue
+        part = pd.DataFrame(list(itertools.combinations(names, 2)), columns=["first", "second"])
+        columns = [(values[a].to_numpy(), values[b].to_numpy()) for a, b in part.to_numpy()]
+        part.insert(0, "pairs", pairs)
+        part["n"] = [int(np.count_nonzero(~np.isnan(a - b))) for a, b in columns]
+        part["difference"] = [float(np.nanmean(a - b)) for a, b in columns]
+        for test in _TESTS:
+            part[f"p_{test}"] = [paired_p(a, b, test, rng=rng) for a, b in columns]
+            part[f"holm_{test}"] = holm_adjust(part[f"p_{test}"].to_numpy())
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def effects(cases: pd.DataFrame, factors: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Quantile regression of the last round on what methods have in common; empty where that says nothing.
+
+    `factors[name]` lists the methods of which it is true. A row a measure: its quantile, the intercept (methods with no
+    factor) and the change with every factor, over cases, classes and seeds (Chlebus et al. 2022, Table 9).
+    """
+    last = last_round(only_methods(cases))
+    marks = {name: last["method"].isin(list(methods)).astype(float) for name, methods in factors.items()}
+    if last.empty or not marks:
+        return pd.DataFrame()
+    design = np.stack([np.ones(len(last)), *marks.values()], axis=1)
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        return pd.DataFrame()
+    rows = []
+    for measure, percentile in TAILS.items():
+        found = quantile_effects(last[measure].to_numpy(), marks, percentile / 100)
+        rows.append({"measure": measure, "quantile": percentile / 100, **found})
+    return pd.DataFrame(rows)
 
 
 def between_settings(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -162,6 +177,19 @@ def between_settings(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                 row[f"tau_{metric}"], row[f"p_{metric}"] = kendall(both[f"{metric}_x"], both[f"{metric}_y"])
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _areas_by_seed(rounds: pd.DataFrame) -> pd.DataFrame:
+    """Area on equal steps of every method (columns) and complete seed (rows)."""
+    return pd.DataFrame({name: [aubc(curve) for curve in curves] for name, curves in scores_of(rounds).items()})
+
+
+def _dices_by_case(cases: pd.DataFrame) -> pd.DataFrame:
+    """Dice of every method (columns) and test case (rows) in the last round, over classes and then seeds."""
+    last = last_round(only_methods(cases))
+    by_seed = last.groupby(["method", "case", "seed"], sort=False)["dice"].mean()
+    by_case = by_seed.groupby(["method", "case"], sort=False).mean().unstack("method")
+    return by_case[list(last["method"].unique())] if len(last) else by_case
 
 
 def _limits(table: pd.DataFrame, cost: str) -> tuple[float, float] | None:

@@ -52,10 +52,15 @@ def learning_curves(
     """One panel for every value and cost: a line a method, a band of one standard deviation where seeds repeat."""
     names = {**TITLES, **(titles or {})}
     panels = [(value, cost) for value in values for cost in costs]
-    figure = Figure(figsize=(5.4 * len(panels), 4.3), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=len(values) == 1)[0]
-    for column, (axis, (value, cost)) in enumerate(zip(axes, panels, strict=True)):
-        for i, (method, curve) in enumerate(mean_curves(rounds, value, cost).items()):
+    columns = min(2, len(panels))  # more would be too small to read on the page
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.6 * lines + 0.7), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=len(values) == 1).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for panel, (axis, (value, cost)) in enumerate(zip(axes, panels, strict=False)):
+        curves = mean_curves(rounds, value, cost)
+        for i, (method, curve) in enumerate(curves.items()):
             colour = COLOURS[i % len(COLOURS)]
             axis.plot(
                 curve["cost"],
@@ -67,7 +72,8 @@ def learning_curves(
                 markersize=5.5,
                 linestyle="-" if i < len(COLOURS) else "--",
             )
-            if curve["sd"].notna().any():
+            # Bands of more methods than colours hide the curves; the tables have the deviations.
+            if curve["sd"].notna().any() and len(curves) <= len(COLOURS):
                 low, high = curve["mean"] - curve["sd"], curve["mean"] + curve["sd"]
                 axis.fill_between(curve["cost"], low, high, color=colour, alpha=0.15, linewidth=0)
         full = full_line(rounds, value)
@@ -75,13 +81,13 @@ def learning_curves(
             axis.axhline(full, color=_INK, linestyle=":", linewidth=1.4, label="full data")
         _plain(axis)
         axis.set_xlabel(names.get(cost, cost))
-        if column == 0 or len(values) > 1:
+        if panel % columns == 0 or len(values) > 1:
             axis.set_ylabel(names.get(value, value))
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=min(max(2, 5 * len(panels) // 2), len(labels)), frameon=False
+        handles, labels, loc="outside upper left", ncols=min(max(2, 5 * columns // 2), len(labels)), frameon=False
     )
     return figure
 

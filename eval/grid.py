@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import numpy as np
 
 from eval.dataset import Case, read_dataset
 from eval.errors import RefereeError
-from eval.study import FULL_DATA, Study, read_study, read_yaml, split_cases
+from eval.parts import read_only
+from eval.study import FULL_DATA, Expected, Study, read_study, read_yaml, split_cases
+from eval.tables import read_table
 
 AXES = ("datasets", "regimes", "options")
 # An optimiser step and the inference of a case on two CPU cores, measured; a study may state its own.
@@ -42,15 +44,16 @@ def load_grid(path: Path) -> list[Study]:
     return studies
 
 
-def forecast(study: Study) -> dict[str, float]:
-    """Expected hours (all cells, one after another), and GB of disk; NaN for what needs data that is not there.
+def forecast(study: Study, only: Collection[str] | None = None) -> dict[str, float]:
+    """Expected hours (all cells or `only` some, by name; one after another), and GB of disk; NaN without the data.
 
     hours = trainings * members * steps * seconds of a step, a fifth more for scoring and querying, and the test cases;
     disk = moments of the pool (classes + 2 maps of 4 bytes a voxel), checkpoints of every round and answers.
     """
-    members, steps = int(study.train.get("members", 5)), int(study.train.get("steps", 1000))
-    trainings = len(study.seeds) * sum(rounds for _, rounds in study.lines)
-    cells = len(study.seeds) * len(study.lines)
+    members, steps = _sizes_of_training(study)
+    lengths = {f"{m.label}_s{seed}": rounds for seed in study.seeds for m, rounds in study.lines}
+    kept = [rounds for name, rounds in lengths.items() if only is None or name in only]
+    trainings, cells = sum(kept), len(kept)
     try:
         dataset = read_dataset(study.data)
         pool, test = split_cases(study, dataset)
@@ -113,22 +116,67 @@ def _twice(names: list[str]) -> str:
     return next(name for name in names if names.count(name) > 1)
 
 
-def plan(study: Study) -> list[str]:
-    """One line a cell, for `--dry-run`."""
+def calibrated(study: Study, run: Path) -> Study:
+    """The study with the seconds of a step and of a case that a finished run on this machine took.
+
+    seconds of a step = training seconds / (trainings * members * steps of that run), likewise of a tested case. The
+    run must have the same bundle and crops for this to hold.
+
+    Raises:
+        RefereeError: no run, no finished round, or a run of another bundle or crop.
+    """
+    if not (run / "study.yaml").is_file():
+        raise RefereeError(f"{run} holds no study.yaml, so no run to calibrate with; name a run's folder")
+    rounds = read_table(run, "rounds")
+    then = read_study(read_yaml(run / "study.yaml"), run / "study.yaml")
+    for what, mine, other in (
+        ("bundle", study.bundle, then.bundle),
+        ("crop", study.train.get("patch"), then.train.get("patch")),
+        ("recipe", study.train.get("recipe"), then.train.get("recipe")),
+    ):
+        if mine != other:
+            raise RefereeError(f"{run} trained with {what} {other}, {study.name} with {mine}; calibrate with its like")
+    members, steps = _sizes_of_training(then)
+    tested = read_table(run, "cases")["case"].nunique()
+    seconds = Expected(
+        step_seconds=float(rounds["train_s"].mean()) / (members * steps),
+        case_seconds=float(rounds["test_s"].mean()) / (members * tested),
+    )
+    return study.model_copy(update={"expected": seconds})
+
+
+def _sizes_of_training(study: Study) -> tuple[int, int]:
+    """(members, steps of each), as the app sets them where a study does not."""
+    return int(study.train.get("members", 5)), int(study.train.get("steps", 1000))
+
+
+def plan(study: Study, only: Collection[str] | None = None) -> list[str]:
+    """One line a cell, for `--dry-run`; `only` some, by name."""
     start = study.starting_budget.batch if study.starting_budget else 0
     per_round = [start] + [study.batch] * (study.rounds - 1)
     total = f"{study.rounds} rounds, {sum(per_round)} regions ({' + '.join(map(str, per_round))})"
     what = {FULL_DATA: "1 round, every label of the pool"}
-    return [f"{m.label} seed {seed}: {what.get(m.label, total)}" for seed in study.seeds for m, _ in study.lines]
+    return [
+        f"{m.label} seed {seed}: {what.get(m.label, total)}"
+        for seed in study.seeds
+        for m, _ in study.lines
+        if only is None or f"{m.label}_s{seed}" in only
+    ]
 
 
-def plan_grid(studies: list[Study]) -> list[str]:
-    """Every cell of every study, each study with its expected hours and disk, and the sum."""
+def plan_grid(studies: list[Study], only: str | None = None, calibration: Path | None = None) -> list[str]:
+    """Every cell of every study, each study with its expected hours and disk, and the sum.
+
+    `only` is the filter of `run`, `calibration` a finished run whose seconds are taken.
+    """
     lines, hours, gigabytes = [], 0.0, 0.0
-    for study in studies:
-        expected = forecast(study)
+    for given in studies:
+        study = given if calibration is None else calibrated(given, calibration)
+        kept = None if only is None else read_only(only, study)
+        expected = forecast(study, kept)
         hours, gigabytes = hours + expected["hours"], gigabytes + expected["gb"]
-        lines += [f"{study.name}: data {study.data}", *plan(study), f"expected: {_sizes(expected)}"]
+        lines += [f"{study.name}: data {study.data}", *plan(study, kept), f"expected: {_sizes(expected)}"]
+        lines.append(f"at {study.expected.step_seconds:.3g} s a step and {study.expected.case_seconds:.3g} s a case")
     if len(studies) > 1:
         lines.append(f"in all: {len(studies)} studies, {_sizes({'hours': hours, 'gb': gigabytes})}")
     return lines

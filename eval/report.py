@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,8 +20,9 @@ from eval.dataset import Dataset, read_dataset, read_volume
 from eval.errors import RefereeError
 from eval.figures import Picture, learning_curves, penalty_matrix, region_pictures, to_png, to_svg
 from eval.files import read_json, write_bytes, write_text
-from eval.findings import HEADINGS, NOTES, cells, find, write_findings
+from eval.findings import HEADINGS, NOTES, Described, cells, find, write_findings
 from eval.guards import check_cells, check_same_origin, check_seeds, steps_of
+from eval.interpolated import pseudo_quality
 from eval.metrics.cost import COSTS
 from eval.reasons import reasons_of
 from eval.study import FULL_DATA, Study, load_study
@@ -30,6 +31,7 @@ from eval.summary import only_methods, plain_table, seconds, summarise, with_sd
 from eval.tables import read_table
 
 _SHARE = "share of the foreground annotated"
+_LONG = 25  # rows of a table that is folded away
 _PICTURES = 4  # regions drawn of every method
 
 
@@ -48,7 +50,8 @@ def write_report(folder: Path, *, pictures: bool = True, others: Mapping[str, pd
     write_bytes(folder / "learning_curves.png", to_png(curves))
     per_class = {f"dice_{name}": f"Dice of {name}" for name in classes}
     shown = _pictures(folder, queries) if pictures else {}
-    findings = find(rounds, read_table(folder, "cases"), _study_of(folder).published, others)
+    study = _study_of(folder)
+    findings = find(rounds, read_table(folder, "cases"), _described(study), others, _pseudo(study, queries))
     write_findings(folder / "tables", findings, summarise(rounds))
     known = [c for c in COSTS if c in rounds and rounds[c].notna().all() and c not in ("regions", "foreground_voxels")]
     drawn = {
@@ -61,14 +64,15 @@ def write_report(folder: Path, *, pictures: bool = True, others: Mapping[str, pd
     )
     html = environment.get_template("report.html.j2").render(
         manifest=manifest,
-        about=_study_of(folder).about,
+        about=study.about if study else "",
         drawn={name: _inline(to_svg(figure), "image/svg+xml") for name, figure in drawn.items() if figure},
         findings=[
-            {"id": n, "heading": HEADINGS[n], "note": NOTES.get(n, ""), "rows": cells(t)}
+            {"id": n, "heading": HEADINGS[n], "note": NOTES.get(n, ""), "rows": cells(t), "folded": len(t) > _LONG}
             for n, t in findings.tables.items()
         ],
         finished=_finished(rounds, manifest),
         table=_summary_rows(rounds),
+        efficient=_efficient(findings.tables.get("efficiency")),
         curves=_inline(to_svg(curves), "image/svg+xml"),
         per_class=_inline(to_svg(learning_curves(rounds, list(per_class), ["regions"], per_class)), "image/svg+xml"),
         distance=_inline(to_svg(learning_curves(rounds, ["mean_hd95"], ["regions"])), "image/svg+xml"),
@@ -112,18 +116,27 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class _Described(NamedTuple):
-    about: str = ""
-    published: str = ""
-
-
-def _study_of(folder: Path) -> _Described:
-    """What the study says about itself; nothing where only the tables were kept."""
+def _study_of(folder: Path) -> Study | None:
+    """The run's study; None where only the tables were kept."""
     path = folder / "study.yaml"
-    if not path.is_file():
-        return _Described()
-    study = load_study(path)
-    return _Described(study.about, study.published)
+    return load_study(path) if path.is_file() else None
+
+
+def _described(study: Study | None) -> Described:
+    return Described() if study is None else Described(study.about, study.published, study.factors, study.train)
+
+
+def _pseudo(study: Study | None, queries: pd.DataFrame) -> pd.DataFrame:
+    """Quality of pseudo labels, where the study makes some and its scans are at hand."""
+    dataset = _dataset_of(study)
+    return pd.DataFrame() if study is None or dataset is None else pseudo_quality(queries, dataset, study.train)
+
+
+def _dataset_of(study: Study | None) -> Dataset | None:
+    try:
+        return read_dataset(study.data) if study is not None else None
+    except RefereeError:
+        return None
 
 
 def _finished(rounds: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
@@ -145,6 +158,15 @@ def _summary_rows(rounds: pd.DataFrame) -> list[dict[str, str]]:
         shown |= {cost: f"{row[cost]:,.0f}" for cost in SUMMED}
         rows.append({**shown, "share": f"{100 * row['foreground_fraction']:.2f} %"})
     return rows
+
+
+def _efficient(fits: pd.DataFrame | None) -> dict[str, str]:
+    """Published foreground efficiency of every method."""
+    return (
+        {}
+        if fits is None
+        else {m: with_sd(v, float("nan"), 2) for m, v in zip(fits["method"], fits["fg_eff"], strict=True)}
+    )
 
 
 def _by_round(rounds: pd.DataFrame) -> list[dict[str, Any]]:
@@ -176,13 +198,9 @@ def _asked(queries: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]
 
 def _pictures(folder: Path, queries: pd.DataFrame) -> dict[str, list[Picture]]:
     """Last regions of every method's first seed, drawn on the scans; nothing where the scans are not at hand."""
-    study_path = folder / "study.yaml"
-    if queries.empty or not study_path.is_file():
-        return {}
-    study = load_study(study_path)
-    try:
-        dataset = read_dataset(study.data)
-    except RefereeError:
+    study = _study_of(folder)
+    dataset = _dataset_of(study)
+    if queries.empty or study is None or dataset is None:
         return {}
     sheets = {}
     for method, own in queries.groupby("method", sort=False):

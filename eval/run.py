@@ -28,7 +28,8 @@ from eval.files import read_json, write_json, write_text
 from eval.full_data import FullDataCell
 from eval.guards import Steps, check_cells, check_same_origin
 from eval.manifest import data_digest, describe_machine, describe_versions, now
-from eval.study import FULL_DATA, Study, load_study, read_study, save_study, split_cases
+from eval.parts import read_only
+from eval.study import FULL_DATA, Method, Study, load_study, read_study, save_study, split_cases
 from eval.tables import write_tables
 
 GRID = "grid.yaml"
@@ -44,6 +45,7 @@ class Options:
     mixed: bool = False
     scheduler: str | None = None
     gpu: bool = False
+    only: str | None = None
 
 
 def start_grid(studies: Sequence[Study], out: Path, options: Options) -> list[Path]:
@@ -88,6 +90,7 @@ def start_run(study: Study, out: Path, options: Options) -> None:
     """
     if out.exists() and any(p.name not in {".lock", "manifest.json"} for p in out.iterdir()):
         raise RefereeError(f"{out} is not empty; use `python -m eval resume {out}` or name a new folder")
+    chosen = None if options.only is None else sorted(read_only(options.only, study))
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
         material, data = _prepare(study, options)
@@ -104,6 +107,8 @@ def start_run(study: Study, out: Path, options: Options) -> None:
             "hardware": describe_machine(),
             "data": data,
         }
+        if chosen is not None:
+            manifest["only"] = chosen  # `resume` keeps to them
         write_json(out / "manifest.json", manifest)
         # Written last: a folder with study.yaml has everything that `resume` needs.
         write_text(out / "study.yaml", save_study(study))
@@ -140,9 +145,15 @@ def cells_of(material: Material, out: Path, **options: Any) -> list[Cell]:
         (FullDataCell if method.label == FULL_DATA else Cell)(
             material, method, seed, out / "cells" / f"{method.label}_s{seed}", **options
         )
-        for seed in study.seeds
-        for method, _ in study.lines
+        for method, seed in chosen_cells(study, out)
     ]
+
+
+def chosen_cells(study: Study, out: Path) -> list[tuple[Method, int]]:
+    """(method, seed) of every cell that the run in `out` is to run: all, or those that its `--only` kept."""
+    only = (read_json(out / "manifest.json") or {}).get("only")
+    lines = [(method, seed) for seed in study.seeds for method, _ in study.lines]
+    return [(m, seed) for m, seed in lines if only is None or f"{m.label}_s{seed}" in only]
 
 
 def _prepare(study: Study, options: Options) -> tuple[Material, dict[str, Any]]:
@@ -177,7 +188,8 @@ def _of(digests: dict[str, str], cases: Sequence[Any]) -> dict[str, str]:
 def _run_cells(material: Material, out: Path, options: Options) -> None:
     stop, lock = threading.Event(), threading.Lock()
     study = material.study
-    total = sum(rounds for _, rounds in study.lines) * len(study.seeds) * len(STEPS)
+    rounds_of = {method.label: rounds for method, rounds in study.lines}
+    total = len(STEPS) * sum(rounds_of[method.label] for method, _ in chosen_cells(study, out))
     bar = tqdm(total=total, desc=study.name, unit="step", disable=options.quiet, smoothing=0.05)
 
     def notice(cell: Cell, text: str) -> None:
@@ -240,7 +252,7 @@ def _on_cluster(material: Material, out: Path, options: Options, bar: Any) -> li
             check_cells(states)
             write_tables(study, out)
 
-    cells = [(method.label, seed) for seed in study.seeds for method, _ in study.lines]
+    cells = [(method.label, seed) for method, seed in chosen_cells(study, out)]
     return run_on_cluster(cells, out, options.scheduler or "", options.gpu, progress)
 
 

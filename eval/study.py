@@ -130,6 +130,7 @@ class Study(_Part):
     hints_per_class: int = Field(default=8, ge=1)
     oracle: Annotated[Oracle, BeforeValidator(_oracle)] = Oracle()
     published: str = Field(default="", description="paper/dataset/regime of eval/published that this repeats")
+    factors: dict[str, tuple[str, ...]] = Field(default={}, description="what methods have in common: name to labels")
     expected: Expected = Expected()
     server: Server = Server()
 
@@ -146,6 +147,9 @@ class Study(_Part):
             raise ValueError(f"seeds {list(self.seeds)} must be different and not negative")
         if labels and (self.starting_budget is None or "batch" not in self.model_fields_set):
             raise ValueError("methods need a starting_budget and a batch; add both")
+        unknown = sorted({m for methods in self.factors.values() for m in methods} - set(labels))
+        if unknown:
+            raise ValueError(f"factors name {unknown[0]}, which is no method of the study; its methods are {labels}")
         if labels and self.unit == "patch" and (self.size is None or min(self.size) < 1):
             raise ValueError("unit patch needs size: three whole numbers of voxels")
         return self

@@ -65,4 +65,5 @@ def stand_in(monkeypatch):
     monkeypatch.setattr("eval.cell.ServerProcess", StandIn)
     monkeypatch.setattr(StandIn, "calls", [])
     monkeypatch.setattr(StandIn, "fail_on", None)
+    monkeypatch.setattr(StandIn, "minutes_each", None)
     return StandIn

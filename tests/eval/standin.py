@@ -32,6 +32,7 @@ class StandIn:
 
     fail_on: str | None = None  # "route count": that call of a route is refused
     calls: ClassVar[list[str]] = []
+    minutes_each: float | None = None  # what its ledger recorded for query 1; twice that for query 2
 
     def __init__(self, studies: Path, conf: dict, *, log: Path, threads: int, env=None, port=None) -> None:
         self.studies, self.conf, self.threads = studies, conf, threads
@@ -115,6 +116,11 @@ class StandIn:
                 known[request["request_id"]] = regions
                 self.note.write_text(json.dumps(self.memory))
             return {"id": "x", "regions": known[request["request_id"]]}
+
+        @app.get("/patchwise/queries/{number}")
+        def asked(number: int):
+            known = {"query": number, "state": "submitted", "seconds": 1.0, "elapsed_minutes": 99.0}
+            return known if self.minutes_each is None else {**known, "minutes": number * self.minutes_each}
 
         @app.put("/datastore/label")
         async def save(image: str, label: UploadFile, params: str = Form("{}")):

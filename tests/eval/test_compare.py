@@ -9,7 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.compare import PUBLISHED, areas, between_settings, complete, efficiency, penalties, published, ranks, tails
+from eval.compare import (
+    areas,
+    between_settings,
+    complete,
+    effects,
+    efficiency,
+    penalties,
+    ranks,
+    significance,
+    tails,
+)
 from eval.summary import summarise
 
 
@@ -87,17 +97,55 @@ def test_tails_take_the_last_round():
     assert table.loc[0, "hausdorff95_p95"] == pytest.approx(2.9)
 
 
-def test_the_published_table_agrees_with_itself():
-    table = pd.read_csv(PUBLISHED / "nnactive.csv")
-    own = table[(table["dataset"] == "hippocampus") & (table["regime"] == "low")]
-    wide = own.pivot(index="method", columns="metric", values="mean").reset_index()
-    fits = wide[["method", "fg_eff"]]
-    both, taus = published("nnactive/hippocampus/low", wide.drop(columns="fg_eff"), fits)
-    assert (both["published"] == both["ours"]).all()
-    assert taus["tau_b"].tolist() == pytest.approx([1, 1, 1])
-    assert taus["methods"].tolist() == [8, 8, 8]
-    assert all(part.empty for part in published("", wide, fits))
-    assert len(table[table["metric"] != "x"]) == 8 * 4 * 3 * 3 + 12
+def test_every_pair_is_tested_three_ways(rounds):
+    rows = [
+        {"method": m, "seed": s, "round": 2, "case": c, "class": k, "dice": d + c / 100 * (m == "good")}
+        for m, d in [("good", 0.8), ("poor", 0.7)]
+        for s in (1, 2)
+        for c in range(5)
+        for k in ("a", "b")
+    ]
+    cases = pd.DataFrame([{**rows[0], "round": 1, "dice": 0.0}, *rows])
+    table = significance(rounds, cases, np.random.default_rng(0)).set_index("pairs")
+    seeds, tested = table.loc["seeds, AUBC"], table.loc["cases, final Dice"]
+    assert (seeds["first"], seeds["second"], seeds["n"], tested["n"]) == ("good", "poor", 3, 5)
+    assert seeds["difference"] == pytest.approx(0.675 - (0.501 + 0.551) / 2 + 1e-9, abs=2e-3)
+    assert (seeds["p_permutation"], tested["p_permutation"]) == (0.25, 2 / 2**5)
+    assert tested["difference"] == pytest.approx(0.12)
+    assert (tested["p_wilcoxon"], tested["holm_wilcoxon"]) == (2 / 2**5, 2 / 2**5)
+    assert significance(rounds[rounds["seed"] == 1], cases[cases["case"] == 0], np.random.default_rng(0)).empty
+
+
+def test_three_methods_make_a_family_of_three():
+    rows = [
+        {"method": m, "seed": 1, "round": 0, "case": c, "dice": d * (c % 7) / 7 + c / 90}
+        for m, d in [("a", 0.1), ("b", 0.2), ("c", 0.21)]
+        for c in range(12)
+    ]
+    table = significance(
+        pd.DataFrame({"method": [], "seed": [], "round": [], "mean_dice": []}),
+        pd.DataFrame(rows),
+        np.random.default_rng(0),
+    )
+    assert len(table) == 3
+    smallest = table["p_t"].idxmin()
+    assert table.loc[smallest, "holm_t"] == pytest.approx(3 * table.loc[smallest, "p_t"])
+
+
+def test_effects_of_what_methods_share():
+    # Two factors that add up: quantiles of constant groups are those constants.
+    dice = {"uss": 0.9, "rss": 0.8, "uvs": 0.7, "rvs": 0.6}
+    rows = [
+        {"method": m, "seed": 1, "round": 5, "dice": d, "hausdorff95": 10 * d, "mean_surface_distance": d}
+        for m, d in dice.items()
+        for _ in range(4)
+    ]
+    factors = {"uncertainty": ["uss", "uvs"], "slice": ["uss", "rss"]}
+    table = effects(pd.DataFrame(rows), factors).set_index("measure")
+    assert table.loc["dice"].tolist() == pytest.approx([0.05, 0.6, 0.1, 0.2])
+    assert table.loc["hausdorff95"].tolist() == pytest.approx([0.95, 6, 1, 2])
+    assert effects(pd.DataFrame(rows), {}).empty
+    assert effects(pd.DataFrame(rows), {"all": list(dice)}).empty  # nothing to compare with
 
 
 def test_settings_are_compared_pair_by_pair(rounds):

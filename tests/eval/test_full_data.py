@@ -80,8 +80,16 @@ def test_studies_that_cannot_be(write_study, capsys, tmp_path, changes, message)
 
 
 def test_minutes_are_the_ledgers_where_it_has_them(write_study, stand_in, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.client.LabelClient.minutes", lambda self, query: 2.0 * query)
+    monkeypatch.setattr(stand_in, "minutes_each", 2.0)
     study = load_study(write_study(methods=["random"], rounds=2, minutes={"recorded": True}))
     start_run(study, tmp_path / "out", QUIET)
     assert pd.read_csv(tmp_path / "out" / "queries.csv")["minutes"].tolist() == [2, 4, 6, 8, 10]
     assert pd.read_csv(tmp_path / "out" / "rounds.csv")["minutes"].tolist() == [12, 30]
+
+
+def test_without_recorded_minutes_the_model_stays(write_study, stand_in, tmp_path):
+    study = load_study(
+        write_study(methods=["random"], rounds=1, minutes={"recorded": True, "region": 0.5, "slice": 0, "mm": 0})
+    )
+    start_run(study, tmp_path / "out", Options(quiet=True))
+    assert pd.read_csv(tmp_path / "out" / "queries.csv")["minutes"].tolist() == [0.5, 0.5, 0.5]

@@ -141,7 +141,9 @@ def test_report_is_one_self_contained_file(finished, capsys):
     # curves, other costs, classes, distances, foreground share; no penalties with one seed
     assert [kind for kind, _ in figures] == ["image/svg+xml"] * 5 + ["image/png"] * 2
     tables = {path.name for path in (finished / "tables").iterdir()}
-    assert tables == {f"{name}.{kind}" for name in ("summary", "areas", "tails") for kind in ("csv", "tex")}
+    assert tables == {
+        f"{name}.{kind}" for name in ("summary", "areas", "significance", "tails") for kind in ("csv", "tex")
+    }
     assert r"\begin{tabular}" in (finished / "tables" / "areas.tex").read_text()
     assert r"power\_pe" in (finished / "tables" / "areas.tex").read_text()
     for kind, content in figures:

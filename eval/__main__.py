@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Command line of the referee: `python -m eval run|resume|merge|report|export|bench|methods|plan|gallery|doctor`.
+"""Command line of the referee: `python -m eval run|resume|merge|report|export|bench|methods|plan|gallery|audit|doctor`.
 
 Exit codes: 0 done, 2 something the caller can mend (one sentence on stderr), 130 interrupted.
 """
@@ -159,6 +159,15 @@ def _gallery(options: argparse.Namespace) -> None:
     sys.stdout.write(f"gallery: {write_gallery(options.out)}\n")
 
 
+def _audit(options: argparse.Namespace) -> None:
+    from eval.audit import audit, audit_json, audit_text
+
+    found = audit(options.studies)
+    sys.stdout.write((audit_json(found) if options.json else audit_text(found)) + "\n")
+    if found.problems:
+        raise RefereeError(f"{options.studies}: {len(found.problems)} files are not what the ledger says; see above")
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from eval.doctor import findings
 
@@ -238,6 +247,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan as YAML, for --conf plan FILE")
     gallery = add("gallery", _gallery, "draw what every method picks on the same phantom posterior")
     gallery.add_argument("--out", type=Path, default=Path("gallery.html"), help="the page to write")
+    audited = add("audit", _audit, "compare every label on disk with its rebuild from the raw answers")
+    audited.add_argument("studies", type=Path)
+    audited.add_argument("--json", action="store_true")
     add("doctor", _doctor, "check the installation")
     return parser
 

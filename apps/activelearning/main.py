@@ -20,7 +20,9 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
+from lib.agreement import summarise
 from lib.classes import resolve_classes
+from lib.clients import Clients
 from lib.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.errors import SPEAKING, refuse
 from lib.evidence import COMPOSE
@@ -61,9 +63,13 @@ class PatchwiseApp(MONAILabelApp):
             first = next(iter(self.bundles.values()))
             self.classes = resolve_classes(self.options.labels, root, first.metadata)
             self.listed_methods = listed(self.options.methods)
-            self.ledger = QueryLedger(root / STATE_FOLDER / "ledger.sqlite")
+            self.ledger = QueryLedger(root / STATE_FOLDER / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
         except SPEAKING as error:
             _end(str(error))
+        # Whoever checks the labels later has to know what their values meant.
+        if self.ledger.get_meta("classes") != self.classes:
+            self.ledger.set_meta("classes", self.classes)
+        self.clients = Clients()
         self.root = root
         self.store = PartialLabelDatastore(root, self.classes, self.ledger)
         self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
@@ -125,6 +131,7 @@ class PatchwiseApp(MONAILabelApp):
             "model": model.facts if model else None,
             "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
+            "agreement": summarise(self.ledger.agreements(), self.classes),
             "plans": {name: plan.model_dump(mode="json") for name, plan in self._plans().items()},
             "training": {name: task.progress() for name, task in self.trainers.items()},
         }
@@ -143,13 +150,22 @@ class PatchwiseApp(MONAILabelApp):
                 resolve(name)
             except SPEAKING as error:
                 refuse(str(error), 404)
-        answer = self._strategy(name)(request, self.store)
+        answer = self._strategy(name)({**request, "client_id": self.clients.identify(request)}, self.store)
         return {**answer, "path": self.store.get_image_uri(answer["id"])} if answer else {}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Keeps the image's id, which upstream replaces by its path."""
-        result: dict[str, Any] = super().infer({**request, "image_id": request.get("image")}, datastore)
+        """Keeps the image's id, which upstream replaces by its path; whoever infers on an image works on it."""
+        image, client = request.get("image"), self.clients.identify(request)
+        if isinstance(image, str):
+            self.ledger.touch(client, image, opening=True)
+        result: dict[str, Any] = super().infer({**request, "image_id": image, "client_id": client}, datastore)
         return result
+
+    def opened(self, image: str) -> None:
+        """Notes a download of an image by whoever holds a region there; it names no client, but has an address."""
+        for client in self.clients.here():
+            if self.ledger.touch(client, image, opening=True):
+                return
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
         return self._run("train", super().train, request)

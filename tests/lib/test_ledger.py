@@ -13,8 +13,9 @@ import time
 
 import pytest
 
-from lib.ledger import LedgerError, QueryLedger
+from lib.ledger import QueryLedger
 from lib.ledger_records import Asked
+from lib.ledger_store import LedgerError
 from lib.regions import Region
 
 

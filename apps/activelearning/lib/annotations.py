@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lib.agreement import class_agreement
 from lib.files import atomic_path, file_digest
 from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label, save_label
 from lib.ledger import QueryLedger
-from lib.ledger_records import Answer
+from lib.ledger_records import ANONYMOUS, Agreement, Answer
 from lib.partial_labels import ClasswiseLabels, LabelError, LabelMap, check_values, merge, remap_by_name, unlabelled
 from lib.regions import Region, Triple
 
-ANONYMOUS = "anonymous"
+Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
 
 
 class Annotations:
@@ -66,18 +67,64 @@ class Annotations:
         client = str(info.get("client_id") or ANONYMOUS)
         regions = self._regions(image_id, shape, info, client)
         self._adopt(image_id, shape, affine)
-        answer = self._record(image_id, submitted, info, client, regions)
+        agreements = self._agreements(label_xyz, drawn, client, [region for _, region in regions])
+        answer = self._record(image_id, submitted, info, client, regions, agreements)
         self.rebuild(image_id, shape, affine)
         return answer
 
     def rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
-        """Writes the merged label anew from the raw files of every active answer, oldest first."""
-        answers = self.ledger.answers(image_id)
-        label_xyz = self._merged(shape, answers)
-        save_label(self.merged / f"{image_id}.nii.gz", label_xyz, affine)
-        if answers:
-            self.ledger.mark_merged(image_id, answers[-1].id)
+        """Writes the merged label anew from the raw files of every active answer, oldest first.
+
+        Where all answers have been withdrawn the file is removed: nothing of the image is annotated.
+        """
+        last = self.ledger.last_answer(image_id)
+        label_xyz = self.rebuilt(image_id, shape)
+        if self.ledger.answers(image_id):
+            save_label(self.merged / f"{image_id}.nii.gz", label_xyz, affine)
+        elif last:
+            for extension in EXTENSIONS:
+                (self.merged / f"{image_id}{extension}").unlink(missing_ok=True)
+        if last:
+            self.ledger.mark_merged(image_id, last)
         return label_xyz
+
+    def rebuilt(self, image_id: str, shape: Triple) -> LabelMap:
+        """The merged label as its raw files say it is; nothing is written.
+
+        Raises:
+            ImageError: a raw file is missing or not what was submitted.
+        """
+        return self._merged(shape, self.ledger.answers(image_id))
+
+    def withdraw(self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None = None) -> Answer:
+        """Takes an answer out of its image's label and opens its queries to the pool; record and raw file stay.
+
+        Raises:
+            ImageError: a raw file that the rest of the label needs is missing or changed; then nothing changes.
+            LeaseError: no such answer, or it was withdrawn before.
+        """
+        return self._switch(answer_id, geometry, client, reason, active=False)
+
+    def restore(self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None = None) -> Answer:
+        """Takes back a withdrawal; answers that came later still win.
+
+        Raises:
+            ImageError: a raw file that the label needs is missing or changed; then nothing changes.
+            LeaseError: no such answer, or it was not withdrawn.
+        """
+        return self._switch(answer_id, geometry, client, reason, active=True)
+
+    def _switch(
+        self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None, active: bool
+    ) -> Answer:
+        found = self.ledger.answer(answer_id)
+        if found is not None:
+            shape, affine = geometry(found.image)
+            kept = self.ledger.answers(found.image, withdrawn=True)
+            self._merged(shape, [a for a in kept if (active if a.id == answer_id else a.active)])
+        found = (self.ledger.restore if active else self.ledger.withdraw)(answer_id, client, reason)
+        self.rebuild(found.image, shape, affine)
+        return found
 
     def classwise(self, image_id: str, shape: Triple) -> ClasswiseLabels | None:
         """What is known of an image in which somewhere only some classes were drawn; None where there is no such."""
@@ -111,8 +158,9 @@ class Annotations:
         return None if len(found) == len(ids) else found
 
     def repair(self, image_paths: Mapping[str, Path]) -> list[str]:
-        """Rebuilds labels that a kill left behind the ledger; the images concerned."""
-        behind = [image for image in self.ledger.unmerged() if image in image_paths]
+        """Rebuilds labels that a kill left behind the ledger, and those that were deleted; the images concerned."""
+        deleted = [i for i in self.ledger.answered_images() if not (self.merged / f"{i}.nii.gz").is_file()]
+        behind = [image for image in sorted({*self.ledger.unmerged(), *deleted}) if image in image_paths]
         for image in behind:
             self.rebuild(image, *image_geometry(image_paths[image]))
         return behind
@@ -127,6 +175,26 @@ class Annotations:
         if not path.is_file() or file_digest(path) != answer.raw_sha256:
             raise ImageError(f"{path.name}: the raw file of answer {answer.id} is missing or changed; restore a backup")
         return remap_by_name(load_label(path).array_xyz, answer.info.get("label_info"), self.classes)
+
+    def _agreements(
+        self, label_xyz: LabelMap, drawn: Sequence[int] | None, client: str, regions: Sequence[Region]
+    ) -> list[Agreement]:
+        """Dice of every class that two people looked for in the same region."""
+        found = []
+        for region in regions:
+            other = self.ledger.earlier_reading(region, client)
+            if other is None:
+                continue
+            theirs = self._drawn(other.info)
+            compared = {
+                name: value
+                for name, value in self.classes.items()
+                if (drawn is None or value in drawn) and (theirs is None or value in theirs)
+            }
+            other_xyz = self.answer_label(other)[region.slices]
+            shared = class_agreement(label_xyz[region.slices], other_xyz, compared)
+            found += [Agreement(region, other.id, name, *values) for name, values in shared.items()]
+        return found
 
     def _regions(
         self, image_id: str, shape: Triple, info: Mapping[str, Any], client: str
@@ -157,7 +225,7 @@ class Annotations:
     def _adopt(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> None:
         """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
-        if existing is None or self.ledger.answers(image_id):
+        if existing is None or self.ledger.last_answer(image_id):
             return
         label = load_label(existing)
         check_same_grid(label, shape, affine, image_id)
@@ -171,13 +239,14 @@ class Annotations:
         info: Mapping[str, Any],
         client: str | None,
         regions: list[tuple[int | None, Region]],
+        agreements: Sequence[Agreement] = (),
     ) -> int:
         suffix = "".join(submitted.suffixes[-2:]) if submitted.name.endswith(".nii.gz") else submitted.suffix
         raw = f"{image_id}/{uuid.uuid4().hex}{suffix}"
         target = self.state / "raw" / raw
         with atomic_path(target) as temporary:
             shutil.copyfile(submitted, temporary)
-        return self.ledger.record_answer(image_id, raw, file_digest(target), info, client, regions)
+        return self.ledger.record_answer(image_id, raw, file_digest(target), info, client, regions, agreements)
 
 
 def _numbers(queries: Any) -> list[int]:

@@ -24,10 +24,12 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from numpy.typing import NDArray
 
 from lib.annotations import Annotations
+from lib.clients import current_client
 from lib.errors import refuse, speaking_errors
 from lib.files import atomic_path, file_digest
 from lib.images import EXTENSIONS, image_geometry, load_image
 from lib.ledger import QueryLedger
+from lib.ledger_records import Answer
 from lib.regions import Triple
 
 FINAL = DefaultLabelTag.FINAL.value
@@ -203,17 +205,31 @@ class PartialLabelDatastore(Datastore):
         image = self.image_path(image_id)
         tag = _checked_name(label_tag, "tag")
         source = Path(label_filename)
+        info = dict(label_info or {})
+        here = current_client()
+        if here and not info.get("client_id"):
+            info["client_id"] = here
         if _split(source) is None:
             refuse(f"label for {image_id}: files must end in {', '.join(EXTENSIONS)}, found {source.suffix or 'none'}")
         if tag == FINAL:
             with speaking_errors():
-                self.annotations.save(image_id, image, source, label_info or {})
+                self.annotations.save(image_id, image, source, info)
         else:
             extension = next(e for e in EXTENSIONS if source.name.endswith(e))
             with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
                 shutil.copyfile(source, temporary)
-        self.ledger.update_info(image_id, label_info or {}, tag)
+        self.ledger.update_info(image_id, info, tag)
         return image_id
+
+    def withdraw_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
+        """Takes an answer out of its image's label; it can be restored."""
+        with speaking_errors():
+            return self.annotations.withdraw(answer_id, self.geometry, client, reason)
+
+    def restore_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
+        """Takes back a withdrawal."""
+        with speaking_errors():
+            return self.annotations.restore(answer_id, self.geometry, client, reason)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         path = self.label_path(label_id, label_tag)

@@ -14,7 +14,7 @@ from typing import NoReturn
 from fastapi import HTTPException
 
 from lib.images import ImageError
-from lib.ledger import LedgerError
+from lib.ledger_store import LedgerError
 from lib.methods import MethodError
 from lib.options import OptionError
 from lib.partial_labels import LabelError
@@ -23,6 +23,11 @@ from lib.training.recipe import RecipeError
 
 # Errors whose text is written for the person who made the request.
 SPEAKING = (ImageError, LabelError, LedgerError, MethodError, OptionError, PlanError, RecipeError)
+
+
+def status_of(error: Exception) -> int:
+    """The 4xx status of an error in `SPEAKING`."""
+    return int(getattr(error, "status", 400))
 
 
 def refuse(sentence: str, status: int = 400) -> NoReturn:
@@ -36,4 +41,4 @@ def speaking_errors() -> Iterator[None]:
     try:
         yield
     except SPEAKING as error:
-        raise HTTPException(status_code=400, detail=str(error)) from error
+        raise HTTPException(status_code=status_of(error), detail=str(error)) from error

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the ledger holds: its tables and the records its callers see."""
+"""The records of the ledger that its callers see."""
 
 from __future__ import annotations
 
@@ -16,72 +16,18 @@ from typing import Any, Literal
 
 from lib.regions import Region, Triple
 
-SCHEMA_VERSION = 1
+# What the batch of second readings is called after that of the first ones.
+SECOND = ":second"
 
-Status = Literal["proposed", "open", "answered", "expired", "skipped", "withdrawn"]
+# Who is noted where nobody said who they are.
+ANONYMOUS = "anonymous"
+
+Status = Literal["proposed", "open", "answered", "expired", "released", "skipped", "withdrawn"]
 
 # Statuses whose region must not be asked again: it is planned, somebody works on it, or it is annotated.
 TAKEN: tuple[Status, ...] = ("proposed", "open", "answered", "skipped")
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS queries (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    image TEXT NOT NULL,
-    x INTEGER NOT NULL, y INTEGER NOT NULL, z INTEGER NOT NULL,
-    dx INTEGER NOT NULL, dy INTEGER NOT NULL, dz INTEGER NOT NULL,
-    unit TEXT NOT NULL,
-    score REAL,
-    method TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    rank INTEGER NOT NULL,
-    batch TEXT NOT NULL,
-    reason TEXT NOT NULL DEFAULT '{}',
-    status TEXT NOT NULL,
-    client TEXT,
-    asked REAL NOT NULL,
-    leased REAL,
-    lease_until REAL
-);
-CREATE INDEX IF NOT EXISTS queries_by_image ON queries (image, status);
-CREATE INDEX IF NOT EXISTS queries_by_status ON queries (status, lease_until);
-CREATE INDEX IF NOT EXISTS queries_by_batch ON queries (batch, rank);
-CREATE TABLE IF NOT EXISTS answers (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    image TEXT NOT NULL,
-    raw TEXT NOT NULL,
-    raw_sha256 TEXT NOT NULL,
-    info TEXT NOT NULL,
-    client TEXT,
-    submitted REAL NOT NULL,
-    active INTEGER NOT NULL DEFAULT 1
-);
-CREATE INDEX IF NOT EXISTS answers_by_image ON answers (image, active);
-CREATE TABLE IF NOT EXISTS answered (
-    answer INTEGER NOT NULL REFERENCES answers (id),
-    query INTEGER,
-    x INTEGER NOT NULL, y INTEGER NOT NULL, z INTEGER NOT NULL,
-    dx INTEGER NOT NULL, dy INTEGER NOT NULL, dz INTEGER NOT NULL,
-    minutes REAL
-);
-CREATE INDEX IF NOT EXISTS answered_by_answer ON answered (answer);
-CREATE TABLE IF NOT EXISTS merged (image TEXT PRIMARY KEY, answer INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS rounds (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    round INTEGER NOT NULL,
-    bundle TEXT NOT NULL,
-    model TEXT NOT NULL UNIQUE,
-    request TEXT NOT NULL,
-    stats TEXT NOT NULL,
-    finished REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS info (
-    image TEXT NOT NULL,
-    tag TEXT NOT NULL DEFAULT '',
-    content TEXT NOT NULL,
-    PRIMARY KEY (image, tag)
-);
-"""
+# Statuses of regions that were given back: their lease ran out, or their holder did not want them.
+FREED: tuple[Status, ...] = ("expired", "released")
 
 
 @dataclass(frozen=True)
@@ -96,7 +42,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Query:
-    """A region that was asked for, as recorded."""
+    """A region that was asked for, as recorded.
+
+    `leased`, `opened` and `lease_until` are seconds since 1970, `worked` the seconds its holder worked on it; `twin` is
+    the query whose second reading this one is; `note` why it was skipped or released.
+    """
 
     id: int
     region: Region
@@ -111,6 +61,10 @@ class Query:
     client: str | None
     leased: float | None
     lease_until: float | None
+    opened: float | None
+    worked: float
+    twin: int | None
+    note: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `regions` in an /activelearning answer."""
@@ -140,6 +94,20 @@ class Answer:
     info: dict[str, Any]
     client: str | None
     regions: list[tuple[int | None, Region]]
+    submitted: float = 0.0
+    active: bool = True
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Dice of one class between two people's answers to one region; None where neither drew the class."""
+
+    region: Region
+    other: int
+    name: str
+    dice: float | None
+    voxels: int
+    other_voxels: int
 
 
 def iso(seconds: float | None) -> str | None:
@@ -167,4 +135,8 @@ def to_query(row: sqlite3.Row) -> Query:
         client=row["client"],
         leased=row["leased"],
         lease_until=row["lease_until"],
+        opened=row["opened"],
+        worked=row["worked"],
+        twin=row["twin"],
+        note=row["note"],
     )

@@ -26,7 +26,8 @@ DISAGREEMENT = frozenset({"bald", "mean_std", "mean_variance"})  # zero, whateve
 
 REQUEST_KEYS = frozenset(
     {
-        "axis", "batch", "client_id", "config", "hints", "image", "label_tag", "lease_minutes", "method",
+        "axis", "batch", "client_id", "config", "double_share", "hints", "image", "label_tag", "lease_minutes",
+        "method",
         "model", "n", "n_per_image", "params", "regions", "request_id", "result_extension", "round", "rounds",
         "rounds_total", "seed", "session_id", "size", "size_mm", "strategy", "stride", "tag", "utilities",
         "whole"

@@ -73,6 +73,17 @@ class AppOptions(BaseModel):
         default=[32, 32, 32], min_length=3, max_length=3, description="patch in voxels when a request names none"
     )
     lease_minutes: float = Field(default=60, gt=0, le=100_000, description="how long a region is kept for a client")
+    double_share: float = Field(
+        default=0, ge=0, le=1, description="share of the regions that two annotators get, to measure their agreement"
+    )
+    idle_minutes: float = Field(
+        default=5, gt=0, le=1000, description="longest time between two requests of a client that counts as work"
+    )
+    forwarded_header: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9-]+$",
+        description="header in which a trusted proxy tells a client's address, e.g. X-Forwarded-For; default: none",
+    )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where networks run")
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a training; 0 leaves it to torch")
     workers: int = Field(

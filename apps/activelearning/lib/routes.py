@@ -8,17 +8,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import FileResponse, JSONResponse
 from monailabel.config import settings
+from monailabel.endpoints import datastore as upstream_datastore
 from monailabel.endpoints import train as upstream_train
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lib.errors import SPEAKING, refuse, speaking_errors
+from lib.clients import IdentifiedClients
+from lib.errors import SPEAKING, refuse, speaking_errors, status_of
+from lib.lease_routes import answer_routes, lease_routes, times
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
@@ -38,7 +42,7 @@ class SpeakingErrors:
         except MONAILabelException as error:
             await _answer(400, error.msg)(scope, receive, send)
         except SPEAKING as error:
-            await _answer(400, str(error))(scope, receive, send)
+            await _answer(status_of(error), str(error))(scope, receive, send)
         except json.JSONDecodeError as error:
             await _answer(400, f"params must be a JSON object; it is not readable: {error}")(scope, receive, send)
 
@@ -51,16 +55,18 @@ def install(patchwise: PatchwiseApp) -> None:
     """Adds this project's routes in front of upstream's and guards them all. Called once, when the server starts."""
     from monailabel.app import app
 
-    _install(app, routes(patchwise))
+    routers = [routes(patchwise), lease_routes(patchwise), answer_routes(patchwise)]
+    _install(app, routers, patchwise.options.forwarded_header)
 
 
-def _install(app: FastAPI, router: APIRouter) -> None:
+def _install(app: FastAPI, routers: Sequence[APIRouter], forwarded_header: str | None) -> None:
     count = len(app.router.routes)
-    app.include_router(router, prefix=settings.MONAI_LABEL_API_STR)
+    for router in routers:
+        app.include_router(router, prefix=settings.MONAI_LABEL_API_STR)
     added = app.router.routes[count:]
     app.router.routes[:] = [*added, *app.router.routes[:count]]
     # The application's own middleware is built before this app is loaded; the router's can still be wrapped.
-    app.router.middleware_stack = SpeakingErrors(app.router.middleware_stack)
+    app.router.middleware_stack = IdentifiedClients(SpeakingErrors(app.router.middleware_stack), forwarded_header)
 
 
 def routes(patchwise: PatchwiseApp) -> APIRouter:
@@ -90,10 +96,10 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         found = patchwise.ledger.query(query_id)
         if found is None:
             refuse(f"there is no query {query_id}", 404)
-        picture = (
-            f"/patchwise/queries/{query_id}/picture.png" if patchwise.reasons.picture(query_id).is_file() else None
-        )
-        return {**found.to_json(), "status": found.status, "picture": picture}
+        # A second reading looks like the first one.
+        drawn = query_id if found.twin is None else found.twin
+        picture = f"/patchwise/queries/{drawn}/picture.png" if patchwise.reasons.picture(drawn).is_file() else None
+        return {**found.to_json(), **times(patchwise, found), "picture": picture}
 
     @router.get("/patchwise/queries/{query_id}/picture.png", tags=["Patchwise"], summary="Image and score map")
     async def picture(
@@ -104,5 +110,13 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         if not path.is_file():
             refuse(f"there is no picture of query {query_id}", 404)
         return FileResponse(path, media_type="image/png")
+
+    @router.get("/datastore/image", tags=["Datastore"], summary="Download an image; its regions count as opened")
+    async def image(
+        image: str,
+        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),  # noqa: B008
+    ) -> Any:
+        patchwise.opened(image)
+        return upstream_datastore.download_image(image)
 
     return router

@@ -17,17 +17,18 @@ from typing import Any
 from monailabel.interfaces.tasks.strategy import Strategy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lib.annotations import ANONYMOUS
+from lib.cues import cue
 from lib.datastore import PartialLabelDatastore
 from lib.engine import PoolExhausted, PoolImage, select
 from lib.errors import refuse, speaking_errors
 from lib.evidence import COMPOSE, DescriptorEvidence, ModelEvidence, spec_of
 from lib.inference import SegmentationTask
-from lib.ledger_records import Asked, Query
+from lib.ledger_records import ANONYMOUS, SECOND, Asked, Query
 from lib.methods import QueryMethod, compose, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
 from lib.options import AppOptions, problems
+from lib.randomness import child_rng
 from lib.reasons import Reasons, draw
 from lib.regions import Region, Triple, millimetres_to_voxels
 
@@ -49,6 +50,7 @@ class QueryRequest(BaseModel):
     request_id: str | None = Field(default=None, max_length=200)
     model: str | None = None
     lease_minutes: float | None = Field(default=None, gt=0, le=100_000)
+    double_share: float | None = Field(default=None, ge=0, le=1)
     axis: int = Field(default=2, ge=0, le=2)
     stride: tuple[int, int, int] = (1, 1, 1)
     n_per_image: int | None = Field(default=None, ge=1)
@@ -81,8 +83,9 @@ class QueryStrategy(Strategy):
     def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any] | None:
         """Regions for the client, leased to it; None when nothing is left to ask.
 
-        With `batch` n new regions are chosen. Without, one region is handed out: the next of the batch planned before,
-        or the first of a new batch. The same `request_id` again gives the same regions.
+        With `batch` n regions are chosen. Without, one region is handed out: the next of the batch planned before, one
+        that was given back, or the first of a new batch. Regions that wait for a second reading by somebody else come
+        first. The same `request_id` again gives the same regions.
 
         Raises:
             HTTPException: 4xx with a sentence.
@@ -106,18 +109,33 @@ class QueryStrategy(Strategy):
         known = ledger.batch(batch)
         if known:
             return None, ledger.lease([query.id for query in known], client, minutes)
+        second = [] if wanted.regions else ledger.second_readings(client, wanted.batch or 1)
         if wanted.batch is None:
-            planned = ledger.proposed(method.name, round_, method.unit)
+            planned = second or ledger.proposed(method.name, round_, method.unit)
+            planned = planned or ledger.freed(method.name, round_, method.unit, client)
             if planned:
                 return None, ledger.lease([planned[0].id], client, minutes)
         ledger.withdraw_planned(round_)
-        evidence = self._evidence(method, wanted, model, datastore)
-        note, asked = self._choose(method, wanted, datastore, evidence, round_)
-        pictures = draw(method, [a.region for a in asked], datastore, evidence)
-        recorded = ledger.ask(batch, method.name, round_, asked)
-        self.reasons.keep(recorded, pictures)
+        note, recorded = None, list[Query]()
+        left = (wanted.batch or self.options.batch) - len(second)
+        if left:
+            evidence = self._evidence(method, wanted, model, datastore)
+            note, asked = self._choose(method, wanted, datastore, evidence, round_, left)
+            pictures = draw(method, [a.region for a in asked], datastore, evidence)
+            recorded = ledger.ask(batch, method.name, round_, asked, self._twice(wanted, round_, len(asked)))
+            self.reasons.keep(recorded, pictures)
+        if second:
+            ledger.join_batch([query.id for query in second], batch)
+            recorded = ledger.batch(batch)
         handed = recorded if wanted.batch else recorded[:1]
         return note, ledger.lease([query.id for query in handed], client, minutes) if handed else []
+
+    def _twice(self, wanted: QueryRequest, round_: int, count: int) -> list[int]:
+        """Places in the batch of the regions that are read twice; a fraction of a region is drawn by chance."""
+        share = self.options.double_share if wanted.double_share is None else wanted.double_share
+        rng = child_rng(wanted.seed, round_, "double")
+        number = min(count, int(share * count + rng.random()))
+        return sorted(rng.permutation(count)[:number].tolist())
 
     def _choose(
         self,
@@ -126,6 +144,7 @@ class QueryStrategy(Strategy):
         datastore: PartialLabelDatastore,
         evidence: ModelEvidence | DescriptorEvidence,
         round_: int,
+        count: int,
     ) -> tuple[str | None, list[Asked]]:
         pool = self._pool(datastore)
         if not pool:
@@ -138,7 +157,7 @@ class QueryStrategy(Strategy):
                 method,
                 pool,
                 evidence,
-                wanted.batch or self.options.batch,
+                count,
                 size=size,
                 seed=wanted.seed,
                 round_=round_,
@@ -226,7 +245,7 @@ class QueryStrategy(Strategy):
         answer = {
             "id": first.region.image,
             # Slicer shows this as the name of the volume: the one place where an unmodified client shows text.
-            "PatientID": _cue(first, len(datastore.ledger.batch(first.batch))),
+            "PatientID": _cue(first, datastore),
             "regions": [query.to_json() for query in queries],
         }
         return answer | ({"note": note} if note else {})
@@ -239,8 +258,11 @@ def _parse(request: Mapping[str, Any]) -> QueryRequest:
         refuse(f"request {problems(error)}")
 
 
-def _cue(query: Query, batch: int) -> str:
-    spans = ", ".join(
-        f"{axis} {a}-{b - 1}" for axis, a, b in zip("xyz", query.region.start, query.region.stop, strict=True)
-    )
-    return f"{query.region.image}: {query.unit} {spans}, region {query.rank + 1} of {batch}"
+def _cue(query: Query, datastore: PartialLabelDatastore) -> str:
+    # A second reading that is handed out alone keeps the place of the first one.
+    batch = datastore.ledger.batch(query.batch.removesuffix(SECOND))
+    ids = [other.id for other in batch]
+    place = ids.index(query.id if query.id in ids or query.twin is None else query.twin) + 1
+    scores = [other.score for other in batch if other.score is not None]
+    shape, affine = datastore.geometry(query.region.image)
+    return cue(query, place, len(batch), shape, affine, max(scores, default=None))

@@ -1,0 +1,42 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""How far two annotators agree on a region: Dice of each class, arrays in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lib.partial_labels import UNLABELLED, LabelMap
+
+
+def class_agreement(
+    mine_xyz: LabelMap, other_xyz: LabelMap, classes: Mapping[str, int]
+) -> dict[str, tuple[float | None, int, int]]:
+    """Dice = 2 |A and B| / (|A| + |B|) and the voxels of A and B of every class, where both people labelled.
+
+    None where neither drew the class: two people who both see nothing have not been compared on it.
+    """
+    both = (mine_xyz != UNLABELLED) & (other_xyz != UNLABELLED)
+    found: dict[str, tuple[float | None, int, int]] = {}
+    for name, value in classes.items():
+        mine, other = (mine_xyz == value) & both, (other_xyz == value) & both
+        a, b = int(np.count_nonzero(mine)), int(np.count_nonzero(other))
+        shared = int(np.count_nonzero(mine & other))
+        found[name] = (2 * shared / (a + b) if a + b else None, a, b)
+    return found
+
+
+def summarise(pairs: Iterable[Mapping[str, Any]], classes: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Mean Dice of every class over the regions two people answered, and how many of these showed the class."""
+    listed = list(pairs)
+    found = {}
+    for name in classes:
+        values = [p["classes"][name]["dice"] for p in listed if p["classes"].get(name, {}).get("dice") is not None]
+        found[name] = {"mean_dice": float(np.mean(values)) if values else None, "regions": len(values)}
+    return found

@@ -1,0 +1,318 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+
+from lib.ledger import QueryLedger
+from lib.ledger_records import Asked
+from lib.ledger_schema import SCHEMA_VERSION
+from lib.ledger_store import LeaseError, LedgerError
+from lib.regions import Region
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path, clock):
+    return QueryLedger(tmp_path / "ledger.sqlite", clock)
+
+
+def ask(ledger, *starts, image="a", batch="b", twice=(), round_=0):
+    asked = [Asked(Region(image, (s, 0, 0), (2, 2, 2)), "patch", 1.0, {}) for s in starts]
+    return [q.id for q in ledger.ask(batch, "random", round_, asked, twice)]
+
+
+def answer(ledger, query, client="ann"):
+    return ledger.record_answer("a", "r", "0", {}, client, [(query, ledger.query(query).region)])
+
+
+def events(ledger):
+    with sqlite3.connect(ledger.path) as connection:
+        return connection.execute("SELECT kind, query, client, note FROM events ORDER BY id").fetchall()
+
+
+def test_work_renews_a_lease_and_the_longer_one_stays(ledger, clock):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 60)
+    clock.now += 3000
+    (touched,) = ledger.touch("ann", "a")
+    assert touched.lease_until == clock.now + 3600
+    assert ledger.touch("ben", "a") == []
+    assert ledger.touch("ann", "b") == []
+    clock.now += 3599
+    assert ledger.expire() == 0
+
+
+def test_asking_for_more_of_an_image_renews_what_is_held_there(ledger, clock):
+    first, second = ask(ledger, 0, 2)
+    ledger.lease([first], "ann", 60)
+    clock.now += 3000
+    ledger.lease([second], "ann", 60)
+    assert ledger.query(first).lease_until == clock.now + 3600
+    clock.now += 3000
+    answer(ledger, second)
+    assert ledger.query(first).lease_until == clock.now + 3600
+
+
+def test_renew_takes_a_freed_region_up_again_unless_it_was_asked_for_again(ledger, clock):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 1)
+    clock.now += 100
+    ledger.expire()
+    renewed = ledger.renew(query, "ann")
+    assert (renewed.status, renewed.lease_until) == ("open", clock.now + 60)
+    clock.now += 100
+    ledger.expire()
+    (other,) = ask(ledger, 1, batch="c")
+    with pytest.raises(LeaseError, match="asked for again"):
+        ledger.renew(query, "ann")
+    assert ledger.lease([query], "ann", 60)[0].status == "expired"
+    ledger.lease([other], "ben", 60)
+    ledger.release(other, "ben")
+    assert ledger.renew(query, "ann").status == "open"
+
+
+def test_a_released_region_goes_to_somebody_else_and_the_trail_is_kept(ledger):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 60)
+    assert ledger.release(query, "ann", "lunch").status == "released"
+    assert ledger.taken() == {}
+    assert ledger.freed("random", 0, "patch", "ann") == []
+    assert [q.id for q in ledger.freed("random", 0, "patch", "ben")] == [query]
+    assert ledger.lease([query], "ben", 60)[0].client == "ben"
+    assert events(ledger) == [
+        ("leased", query, "ann", None), ("released", query, "ann", "lunch"), ("leased", query, "ben", None)
+    ]  # fmt: skip
+
+
+def test_a_skipped_region_is_asked_of_nobody(ledger, clock):
+    (query,) = ask(ledger, 0, twice=[0])
+    ledger.lease([query], "ann", 60)
+    (second,) = ledger.second_readings("ben", 5)
+    skipped = ledger.skip(query, "ann", "motion")
+    assert (skipped.status, skipped.note) == ("skipped", "motion")
+    assert ledger.query(second.id).status == "withdrawn"
+    assert ledger.freed("random", 0, "patch", "ben") == []
+    assert [r.start for r in ledger.taken()["a"]] == [(0, 0, 0)]
+    assert ledger.lease([query], "ben", 60)[0].status == "skipped"
+
+
+@pytest.mark.parametrize("act", ["renew", "release", "skip"])
+def test_queries_that_are_not_the_clients_are_refused_in_a_sentence(ledger, act):
+    work = getattr(ledger, act)
+    with pytest.raises(LeaseError, match="no query 9") as unknown:
+        work(9, "ann")
+    assert unknown.value.status == 404
+    first, second = ask(ledger, 0, 2)
+    with pytest.raises(LeaseError, match="not open but proposed"):
+        work(first, "ann")
+    ledger.lease([first, second], "ann", 60)
+    with pytest.raises(LeaseError, match="held by ann, not by ben") as foreign:
+        work(first, "ben")
+    assert foreign.value.status == 409
+    answer(ledger, first)
+    with pytest.raises(LeaseError, match="answered already"):
+        work(first, "ann")
+
+
+def test_minutes_are_capped_gaps_counted_once(ledger, clock):
+    first, second, far = *ask(ledger, 0, 2), *ask(ledger, 0, image="b", batch="c")
+    ledger.lease([first, second, far], "ann", 600)
+    clock.now += 60
+    ledger.touch("ann", "a", opening=True)
+    opened = clock.now
+    clock.now += 3600
+    ledger.touch("ann", "a", opening=True)
+    clock.now += 30
+    answer(ledger, first)
+    assert ledger.query(first).opened == opened
+    assert ledger.query(first).worked == 30 + 150 + 30
+    assert ledger.query(second).worked == 30 + 150
+    assert (ledger.query(far).worked, ledger.query(far).opened) == (0, None)
+    assert ledger.submitted(first) == clock.now
+    assert ledger.submitted(second) is None
+    clock.now += 12
+    answer(ledger, first)
+    with sqlite3.connect(ledger.path) as connection:
+        minutes = [row[0] for row in connection.execute("SELECT minutes FROM answered ORDER BY answer")]
+    assert minutes == pytest.approx([3.5, 0.2])
+
+
+def test_the_next_holder_starts_at_zero(ledger, clock):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 60)
+    clock.now += 60
+    ledger.touch("ann", "a", opening=True)
+    ledger.release(query, "ann")
+    clock.now += 60
+    (taken,) = ledger.lease([query], "ben", 60)
+    assert (taken.leased, taken.opened, taken.worked) == (clock.now, None, 0)
+
+
+# --- second readings --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_reading_goes_to_somebody_else_once_the_first_is_handed_out(ledger):
+    first, other = ask(ledger, 0, 2, twice=[0])
+    assert [q.id for q in ledger.proposed("random", 0, "patch")] == [first, other]
+    assert ledger.second_readings("ben", 5) == []
+    ledger.lease([first], "ann", 60)
+    assert ledger.second_readings("ann", 5) == []
+    (second,) = ledger.second_readings("ben", 5)
+    assert (second.region, second.twin) == (ledger.query(first).region, first)
+    assert ledger.lease([second.id], "ann", 60)[0].status == "proposed"
+    assert ledger.lease([second.id], "ben", 60)[0].client == "ben"
+    ledger.release(first, "ann")
+    assert ledger.lease([first], "ben", 60)[0].status == "released"
+
+
+def test_a_second_reading_outlives_the_round_its_plan_does_not(ledger):
+    first, _ = ask(ledger, 0, 2, twice=[0, 1])
+    ledger.lease([first], "ann", 60)
+    assert ledger.withdraw_planned(1) == 2
+    (second,) = ledger.second_readings("ben", 5)
+    assert second.twin == first
+
+
+def test_a_repeated_request_gets_the_second_readings_too(ledger):
+    (first,) = ask(ledger, 0, twice=[0])
+    ledger.lease([first], "ann", 60)
+    (second,) = ledger.second_readings("ben", 5)
+    ask(ledger, 4, batch="ben's")
+    ledger.join_batch([second.id], "ben's")
+    assert second.id in [q.id for q in ledger.batch("ben's")]
+    assert [q.id for q in ledger.batch("b")] == [first]
+
+
+# --- withdrawal -------------------------------------------------------------------------------------------------------
+
+
+def test_a_withdrawn_answer_frees_its_query_and_comes_back(ledger):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 60)
+    number = answer(ledger, query)
+    ledger.mark_merged("a", number)
+    withdrawn = ledger.withdraw(number, "ann", "wrong side")
+    assert not withdrawn.active
+    assert ledger.query(query).status == "expired"
+    assert ledger.answers("a") == []
+    assert [a.id for a in ledger.answers("a", withdrawn=True)] == [number]
+    assert ledger.unmerged() == ["a"]
+    with pytest.raises(LeaseError, match="withdrawn already"):
+        ledger.withdraw(number, "ann")
+    assert ledger.restore(number, "ann").active
+    assert ledger.query(query).status == "answered"
+    with pytest.raises(LeaseError, match="not withdrawn"):
+        ledger.restore(number, "ann")
+    with pytest.raises(LeaseError, match="no answer 77") as unknown:
+        ledger.withdraw(77, "ann")
+    assert unknown.value.status == 404
+    assert [e[0] for e in events(ledger)] == ["leased", "answered", "withdrawn", "restored"]
+
+
+def test_a_query_with_another_answer_stays_answered(ledger):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 60)
+    first, _ = answer(ledger, query), answer(ledger, query)
+    ledger.withdraw(first, "ann")
+    assert ledger.query(query).status == "answered"
+
+
+# --- schema -----------------------------------------------------------------------------------------------------------
+
+VERSION_1 = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE queries (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, image TEXT NOT NULL,
+    x INTEGER NOT NULL, y INTEGER NOT NULL, z INTEGER NOT NULL,
+    dx INTEGER NOT NULL, dy INTEGER NOT NULL, dz INTEGER NOT NULL,
+    unit TEXT NOT NULL, score REAL, method TEXT NOT NULL, round INTEGER NOT NULL, rank INTEGER NOT NULL,
+    batch TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '{}', status TEXT NOT NULL, client TEXT, asked REAL NOT NULL,
+    leased REAL, lease_until REAL
+);
+CREATE TABLE answers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, image TEXT NOT NULL, raw TEXT NOT NULL, raw_sha256 TEXT NOT NULL,
+    info TEXT NOT NULL, client TEXT, submitted REAL NOT NULL, active INTEGER NOT NULL DEFAULT 1
+);
+CREATE TABLE answered (
+    answer INTEGER NOT NULL REFERENCES answers (id), query INTEGER,
+    x INTEGER NOT NULL, y INTEGER NOT NULL, z INTEGER NOT NULL,
+    dx INTEGER NOT NULL, dy INTEGER NOT NULL, dz INTEGER NOT NULL, minutes REAL
+);
+CREATE TABLE merged (image TEXT PRIMARY KEY, answer INTEGER NOT NULL);
+CREATE TABLE rounds (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL, bundle TEXT NOT NULL, model TEXT NOT NULL UNIQUE,
+    request TEXT NOT NULL, stats TEXT NOT NULL, finished REAL NOT NULL
+);
+CREATE TABLE info (
+    image TEXT NOT NULL, tag TEXT NOT NULL DEFAULT '', content TEXT NOT NULL, PRIMARY KEY (image, tag)
+);
+INSERT INTO meta VALUES ('schema', '1');
+INSERT INTO queries VALUES (1,'a',0,0,0,2,2,2,'patch',0.5,'random',0,0,'b','{}','answered','ann',10,20,3620);
+INSERT INTO queries VALUES (2,'a',2,0,0,2,2,2,'patch',0.4,'random',0,1,'b','{}','open','ann',10,20,3620);
+INSERT INTO answers VALUES (1,'a','a/r.nii.gz','00','{}','ann',110,1);
+INSERT INTO answered VALUES (1,1,0,0,0,2,2,2,1.5);
+"""
+
+
+@pytest.fixture
+def version_1(tmp_path):
+    path = tmp_path / "old.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(VERSION_1)
+    return path
+
+
+def columns(path):
+    with sqlite3.connect(path) as connection:
+        tables = [t for (t,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {t: sorted(row[1] for row in connection.execute(f"PRAGMA table_info({t})")) for t in tables}
+
+
+def test_a_file_of_version_1_is_brought_up_to_date_once(version_1, ledger, clock):
+    clock.now = 100.0
+    for _ in range(2):
+        migrated = QueryLedger(version_1, clock)
+    assert columns(version_1) == columns(ledger.path)
+    done, running = migrated.query(1), migrated.query(2)
+    assert (done.status, done.worked, done.twin) == ("answered", 90, None)
+    assert (running.client, running.lease_until) == ("ann", 3620)
+    clock.now = 3000.0
+    assert migrated.renew(2, "ann").lease_until == 3000 + 3600
+    assert migrated.answers("a")[0].regions[0][0] == 1
+    with sqlite3.connect(version_1) as connection:
+        assert connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == (str(SCHEMA_VERSION),)
+
+
+def test_a_migration_that_fails_changes_nothing(version_1, monkeypatch):
+    before = columns(version_1)
+    monkeypatch.setattr("lib.ledger_schema.SCHEMA", "CREATE TABLE broken (")
+    with pytest.raises(sqlite3.OperationalError):
+        QueryLedger(version_1)
+    assert columns(version_1) == before
+
+
+def test_a_newer_file_is_refused_and_left_alone(version_1):
+    with sqlite3.connect(version_1) as connection:
+        connection.execute("UPDATE meta SET value = '99'")
+    before = columns(version_1)
+    with pytest.raises(LedgerError, match=r"newer version \(schema 99\)"):
+        QueryLedger(version_1)
+    assert columns(version_1) == before

@@ -130,7 +130,7 @@ def check(client: Client, studies: Path, count: int) -> None:
 
 
 def test_eight_annotators_answer_every_region_once(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
-    count = 200
+    count = 64
     fill(tmp_path / "studies", phantoms, count=8)
     server, client = start_server(tmp_path / "studies", size="4,4,4")
     people = work_through(server, client, tmp_path / "studies", count, kills=0, seconds=300)

@@ -18,10 +18,20 @@ from numpy.typing import NDArray
 
 from lib.agreement import class_agreement
 from lib.files import atomic_path, file_digest
+from lib.frames import check_frame_segment
 from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label, save_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import ANONYMOUS, Agreement, Answer
-from lib.partial_labels import ClasswiseLabels, LabelError, LabelMap, check_values, merge, remap_by_name, unlabelled
+from lib.partial_labels import (
+    ClasswiseLabels,
+    LabelError,
+    LabelMap,
+    check_values,
+    merge,
+    remap_by_name,
+    settle_values,
+    unlabelled,
+)
 from lib.regions import Region, Triple
 
 Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
@@ -60,12 +70,17 @@ class Annotations:
         shape, affine = image_geometry(image)
         label = load_label(submitted)
         check_same_grid(label, shape, affine, image_id)
+        if not (info.get("queries") or info.get("whole")):
+            # Who names neither is a client that knows nothing of regions, such as 3D Slicer.
+            info = {**info, "label_info": settle_values(label.array_xyz, info.get("label_info"))}
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
         drawn = self._drawn(info)
         if drawn is not None:
             ClasswiseLabels(shape, len(self.classes)).add(label_xyz, [], drawn)
         client = str(info.get("client_id") or ANONYMOUS)
         regions = self._regions(image_id, shape, info, client)
+        asked = self.ledger.asked(image_id)
+        check_frame_segment(label.array_xyz, info.get("label_info"), [region for _, region in regions], asked)
         self._adopt(image_id, shape, affine)
         agreements = self._agreements(label_xyz, drawn, client, [region for _, region in regions])
         answer = self._record(image_id, submitted, info, client, regions, agreements)

@@ -223,9 +223,11 @@ def test_the_stage_at_full_resolution_sees_single_voxels_that_folding_hides():
     assert torch.count_nonzero(change[1:6, 1:6, 1:6]) == torch.count_nonzero(change)
 
 
-def test_a_plan_without_folding_has_no_such_stage():
+def test_the_stage_at_full_resolution_is_as_wide_as_there_are_classes_and_absent_without_folding():
     bundle = Bundle(ROOT / "bundles" / "segmentation_dynunet_3d")
-    folded = bundle.network(2)
+    folded, organs = bundle.network(2), bundle.network(15)
     bundle._config = {**bundle._config, "factor": [1, 1, 1]}
     assert folded.refine == 8
+    # Fewer channels than classes cannot tell them apart: at 8, six of fifteen organs stayed at Dice 0.
+    assert organs.refine == 16
     assert bundle.network(2).refine == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -88,6 +89,14 @@ class SlicerModule:
         self.volume_name = sample.get("PatientID", sample.get("name", sample["id"]))
         shape = itk.array_view_from_image(self.volume).T.shape
         self.segments = {name: np.zeros(shape, bool) for name in self.info["labels"]}
+
+    def upload(self, path: Path) -> None:
+        """The button Upload Volume, for a volume that was opened from a file of this computer."""
+        name = path.name.removesuffix(".nii.gz")
+        sent = self.folder / "tmp3hx71.nii.gz"
+        shutil.copyfile(path, sent)
+        self._client().upload_image(str(sent), name)
+        self.load({"id": name}, path)
 
     def _auto_run(self) -> None:
         for label in self.info["labels"]:

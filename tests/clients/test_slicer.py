@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,10 @@ def sent(method: str, path: str, content_type: str, body: bytes) -> bytes:
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
-def multipart(method: str, path: str, params: str, label: Path | None = None) -> bytes:
+def multipart(method: str, path: str, params: str, label: Path | None = None, field: str = "label") -> bytes:
     body = f'--{LIMIT}\r\nContent-Disposition: form-data; name="params"\r\n\r\n{params}\r\n'.encode()
     if label is not None:
-        body += f'--{LIMIT}\r\nContent-Disposition: form-data; name="label"; filename="{label}"\r\n'.encode()
+        body += f'--{LIMIT}\r\nContent-Disposition: form-data; name="{field}"; filename="{label}"\r\n'.encode()
         body += b"Content-Type: application/octet-stream\r\n\r\n" + label.read_bytes() + b"\r\n"
     body += f"--{LIMIT}--\r\n\r\n".encode()
     return sent(method, path, f"multipart/form-data; boundary={LIMIT}", body)
@@ -209,6 +210,10 @@ def test_a_segment_that_slicer_leaves_out_shifts_no_class(slicer: SlicerModule, 
     slicer.segments = {"background": np.ones(SHAPE, bool), **slicer.segments}
     slicer.submit()
     assert np.array_equal(final(studies, "scan_04"), only(drawn(), INSIDE))
+    (answer,) = QueryLedger(studies / ".patchwise" / "ledger.sqlite").answers("scan_04")
+    assert answer.client == slicer.client_id
+    assert [entry["idx"] for entry in answer.info["label_info"]] == [1, 2, 3]
+    assert [entry["idx"] for entry in answer.info["label_info_sent"]] == [2, 3, 4]
 
 
 def test_a_shift_that_cannot_be_told_from_none_is_refused(slicer: SlicerModule, studies: Path) -> None:
@@ -283,6 +288,23 @@ def test_an_image_nobody_was_asked_about_is_annotated_whole(slicer: SlicerModule
     assert np.array_equal(final(studies, "scan_10"), drawn())
 
 
+def test_a_volume_of_the_annotators_own_is_uploaded_and_annotated_whole(
+    server: ServerProcess, slicer: SlicerModule, studies: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own_scan.nii.gz"
+    shutil.copy(studies / "scan_10.nii.gz", own)
+    with recorded(server.port) as requests:
+        slicer.upload(own)
+    params = json.dumps({"client_id": slicer.client_id})
+    file = slicer.folder / "tmp3hx71.nii.gz"
+    assert requests == [AUTH, multipart("PUT", "/datastore/?image=own_scan", params, file, "file")]
+    assert (studies / "own_scan.nii.gz").read_bytes() == own.read_bytes()
+    slicer.segments["anterior"][ANTERIOR] = True
+    slicer.segments["posterior"][POSTERIOR] = True
+    slicer.submit()
+    assert np.array_equal(final(studies, "own_scan"), drawn())
+
+
 def test_a_whole_volume_that_was_asked_for_has_a_frame_along_its_edges(slicer: SlicerModule, studies: Path) -> None:
     work_on(slicer, studies, "scan_11", ((0, 0, 0), SHAPE))
     assert slicer.segments["query_region"][0, 0].all()
@@ -312,6 +334,10 @@ def test_regions_as_markups_are_boxes_in_millimetres(
     assert first["orientation"] == pytest.approx([0.8, 0.6, 0, 0.6, -0.8, 0, 0, 0, -1], abs=1e-6)
     assert first["name"] == "scan_12: axial 4-6, region 1 of 2"
     assert second["name"] == "scan_12: axial 1-2, region 2 of 2"
+    slicer.load({"id": "scan_14"}, studies / "scan_14.nii.gz")
+    slicer.run()
+    assert slicer.rois == []
+    assert not slicer.segments["query_region"].any()
     refused = httpx.post(
         f"{slicer.url}/infer/query_region?image=scan_12", data={"params": json.dumps({"format": "stl"})}
     )
@@ -382,11 +408,3 @@ def test_next_sample_runs_the_first_model_by_itself(
     told = httpx.get(f"{slicer.url}/patchwise/queries/{region['query']}").json()
     assert told["opened"]
     assert told["client"] == slicer.client_id
-
-
-def test_every_submission_is_in_the_ledger_with_its_client(studies: Path, server: ServerProcess) -> None:
-    ledger = QueryLedger(studies / ".patchwise" / "ledger.sqlite")
-    (answer,) = ledger.answers("scan_04")
-    assert answer.client == "test_a_segment_that_slicer_leaves_out_shifts_no_class"
-    assert [entry["idx"] for entry in answer.info["label_info"]] == [1, 2, 3]
-    assert ledger.unmerged() == []

@@ -70,9 +70,7 @@ class Annotations:
         shape, affine = image_geometry(image)
         label = load_label(submitted)
         check_same_grid(label, shape, affine, image_id)
-        if not (info.get("queries") or info.get("whole")):
-            # Who names neither is a client that knows nothing of regions, such as 3D Slicer.
-            info = {**info, "label_info": settle_values(label.array_xyz, info.get("label_info"))}
+        info = _settled(label.array_xyz, info)
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
         drawn = self._drawn(info)
         if drawn is not None:
@@ -262,6 +260,18 @@ class Annotations:
         with atomic_path(target) as temporary:
             shutil.copyfile(submitted, temporary)
         return self.ledger.record_answer(image_id, raw, file_digest(target), info, client, regions, agreements)
+
+
+def _settled(label_xyz: LabelMap, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`info` with the values that its segments have in the file, and what was sent where that differs.
+
+    Only of clients that name no region: these know nothing of this project, as 3D Slicer does.
+    """
+    sent = info.get("label_info")
+    if info.get("queries") or info.get("whole"):
+        return info
+    settled = settle_values(label_xyz, sent)
+    return info if settled == sent else {**info, "label_info": settled, "label_info_sent": sent}
 
 
 def _numbers(queries: Any) -> list[int]:

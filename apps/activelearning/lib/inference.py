@@ -123,7 +123,8 @@ class QueryRegionTask(InferTask):
             queries = mine or self.ledger.open_queries(image_id)
             regions = [query.region for query in queries]
             facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
-            if wanted == MARKUPS:
+            # Slicer takes a file without any markup for a broken one; an empty label map shows that nothing is open.
+            if wanted == MARKUPS and queries:
                 cues = [cue_in_batch(query, self.ledger, shape, affine) for query in queries]
                 return _write_json(roi_document(regions, cues, affine)), facts
             return write_result(frames(regions, shape), affine, request), facts

@@ -106,7 +106,14 @@ class EnsembleTrainTask(TrainTask):
         return {"recipe": list(self.bundle.recipes), "members": self.options.members, "seed": 0}
 
     def stats(self) -> dict[str, Any]:
-        return read_json(self.store.folder / "train_stats.json") or {}
+        """Of the last training that ended; of one that runs also `epoch` of `total_epochs`, which are per cent."""
+        told = read_json(self.store.folder / "train_stats.json") or {}
+        done = self.progress().get("fraction", 1)
+        if done < 1:
+            # Slicer's bar shows them, and nothing as long as there is a total time.
+            told.pop("total_time", None)
+            told |= {"epoch": round(100 * done), "total_epochs": 100}
+        return told
 
     def parse(self, request: Mapping[str, Any]) -> tuple[TrainRequest, Recipe]:
         """Splits a request into the task's options and the recipe's.

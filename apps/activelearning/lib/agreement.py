@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lib.partial_labels import UNLABELLED, LabelMap
 
@@ -22,14 +23,20 @@ def class_agreement(
 
     None where neither drew the class: two people who both see nothing have not been compared on it.
     """
-    both = (mine_xyz != UNLABELLED) & (other_xyz != UNLABELLED)
     found: dict[str, tuple[float | None, int, int]] = {}
-    for name, value in classes.items():
-        mine, other = (mine_xyz == value) & both, (other_xyz == value) & both
-        a, b = int(np.count_nonzero(mine)), int(np.count_nonzero(other))
-        shared = int(np.count_nonzero(mine & other))
+    for name, (shared, a, b) in zip(classes, class_overlaps(mine_xyz, other_xyz, classes).tolist(), strict=True):
         found[name] = (2 * shared / (a + b) if a + b else None, a, b)
     return found
+
+
+def class_overlaps(mine_xyz: LabelMap, other_xyz: LabelMap, classes: Mapping[str, int]) -> NDArray[np.int64]:
+    """|A and B|, |A| and |B| in voxels of every class, where both are labelled, (C, 3)."""
+    both = (mine_xyz != UNLABELLED) & (other_xyz != UNLABELLED)
+    counts_cv = np.zeros((len(classes), 3), np.int64)
+    for row, value in zip(counts_cv, classes.values(), strict=True):
+        mine, other = (mine_xyz == value) & both, (other_xyz == value) & both
+        row[:] = np.count_nonzero(mine & other), np.count_nonzero(mine), np.count_nonzero(other)
+    return counts_cv
 
 
 def summarise(pairs: Iterable[Mapping[str, Any]], classes: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,8 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.agreement import summarise
+from lib.auto_rounds import AutoRounds
+from lib.background import Background
 from lib.classes import resolve_classes
 from lib.clients import Clients
 from lib.datastore import STATE_FOLDER, PartialLabelDatastore
@@ -28,12 +30,17 @@ from lib.errors import SPEAKING, refuse
 from lib.evidence import COMPOSE
 from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
+from lib.measures import Measures
 from lib.methods import listed, resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
 from lib.options import OptionError, describe_options, parse_options
+from lib.processes import Failures, Kind, one_at_a_time
+from lib.progress import Progress
+from lib.proposals import Proposals
 from lib.reasons import Reasons
 from lib.registry import REGISTRY
+from lib.rounds_work import ServerWork
 from lib.routes import install
 from lib.scoring import MomentsScoring
 from lib.strategies import QueryStrategy
@@ -74,6 +81,8 @@ class PatchwiseApp(MONAILabelApp):
         self.store = PartialLabelDatastore(root, self.classes, self.ledger)
         self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
         self.reasons = Reasons(root / STATE_FOLDER / "reasons")
+        self.proposals = Proposals(root / STATE_FOLDER / "proposals", self.cache)
+        self.failures = Failures(self.ledger)
         self.segmenters = {
             name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
             for name, bundle in self.bundles.items()
@@ -85,8 +94,10 @@ class PatchwiseApp(MONAILabelApp):
                 )
                 for name, bundle in self.bundles.items()
             }
+            self.rounds = self._auto_rounds()
         except SPEAKING as error:
             _end(str(error))
+        self._supervise()
         super().__init__(
             app_dir,
             studies,
@@ -121,6 +132,8 @@ class PatchwiseApp(MONAILabelApp):
             logger.warning("labels of %s were rebuilt from the raw answers after an interruption", ", ".join(repaired))
         super().on_init_complete()
         install(self)
+        if self.rounds is not None:
+            self.background.start()
 
     def info(self) -> dict[str, Any]:
         model = next(iter(self.segmenters.values())).store.current()
@@ -134,6 +147,8 @@ class PatchwiseApp(MONAILabelApp):
             "agreement": summarise(self.ledger.agreements(), self.classes),
             "plans": {name: plan.model_dump(mode="json") for name, plan in self._plans().items()},
             "training": {name: task.progress() for name, task in self.trainers.items()},
+            "failures": {"train": self.failures.get("train"), "scoring": self.failures.get("scoring")},
+            "rounds": self.rounds.told() if self.rounds else None,
         }
         return meta
 
@@ -150,6 +165,7 @@ class PatchwiseApp(MONAILabelApp):
                 resolve(name)
             except SPEAKING as error:
                 refuse(str(error), 404)
+            name = self._method_in_turn(name, request)
         answer = self._strategy(name)({**request, "client_id": self.clients.identify(request)}, self.store)
         return {**answer, "path": self.store.get_image_uri(answer["id"])} if answer else {}
 
@@ -168,7 +184,8 @@ class PatchwiseApp(MONAILabelApp):
                 return
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        return self._run("train", super().train, request)
+        with one_at_a_time(self.root / STATE_FOLDER / "train.lock", wait=not self._server_mode):
+            return self._run("train", super().train, request)
 
     def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         return self._run("scoring", super().scoring, request)
@@ -187,20 +204,81 @@ class PatchwiseApp(MONAILabelApp):
 
     def _strategy(self, name: str) -> QueryStrategy:
         description = "a combination without a name" if name == COMPOSE else resolve(name).summary
-        return QueryStrategy(name, description, self.classes, self.options, self.segmenters, self.cache, self.reasons)
+        return QueryStrategy(
+            name,
+            description,
+            self.classes,
+            self.options,
+            self.segmenters,
+            self.cache,
+            self.reasons,
+            self.proposals,
+        )
 
-    def _run(self, what: str, work: Any, request: dict[str, Any]) -> dict[str, Any]:
+    def _method_in_turn(self, name: str, request: dict[str, Any]) -> str:
+        """While rounds run themselves, who asks singly gets what the round has planned, whatever the client is set to.
+
+        Before the first training that is a random batch.
+        """
+        if self.rounds is None or request.get("batch"):
+            return name
+        model = next(iter(self.segmenters.values())).store.current()
+        planned = self.ledger.planned_method(model.round + 1 if model else 0)
+        return planned or ("random" if model is None and resolve(name).posterior else name)
+
+    def _auto_rounds(self) -> AutoRounds | None:
+        """Rounds that run themselves, where they are wanted; what they will ask for is checked here."""
+        if not self.options.auto_rounds:
+            return None
+        bundle, trainer = next(iter(self.trainers.items()))
+        method = resolve(self.options.auto_method or self.listed_methods[0])
+        trainer.parse(self.options.auto_train)
+        return AutoRounds(
+            ServerWork(
+                bundle,
+                method.name,
+                trainer.store,
+                self.store,
+                self.cache,
+                self._strategy,
+                self.options,
+                self.failures,
+            )
+        )
+
+    def _supervise(self) -> None:
+        """What the progress page shows, and the thread that works while nobody waits."""
+        self.measures = Measures(self.root / STATE_FOLDER / "measures.sqlite", self.store, self.proposals)
+        self.progress = Progress(
+            self.store,
+            self.measures,
+            self.trainers,
+            self.cache,
+            self.reasons,
+            self.options,
+            self.rounds,
+            self.failures,
+        )
+        ticks = [self.rounds.tick] if self.rounds else []
+        self.background = Background([*ticks, self.measures.catch_up])
+
+    def _run(self, what: Kind, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""
         from fastapi import HTTPException
 
         try:
             result: dict[str, Any] = work(request)
-            return result
         except HTTPException as refused:
+            self.failures.note(what, str(refused.detail))
             if self._server_mode:
                 raise
             logger.error("%s refused: %s", what, refused.detail)
             raise SystemExit(2) from refused
+        except Exception as error:
+            self.failures.note(what, f"{type(error).__name__}: {error}")
+            raise
+        self.failures.note(what, None)
+        return result
 
 
 def _end(sentence: str) -> NoReturn:

@@ -12,11 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lib.ledger_answers import Answers
+from lib.ledger_overview import Overview
 from lib.ledger_records import SECOND, TAKEN, Asked, Query, to_query, to_region
 from lib.regions import Region
 
 
-class QueryLedger(Answers):
+class QueryLedger(Answers, Overview):
     """The record of queries, leases, answers and rounds of one studies folder (see `LedgerStore` for its file)."""
 
     # --- asking ------------------------------------------------------------------------------------------------------

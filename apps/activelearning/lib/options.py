@@ -37,6 +37,11 @@ def _classes(value: Any) -> Any:
     return {name: i for i, name in enumerate(names, start=1)} if isinstance(names, list) else names
 
 
+def _object(value: Any) -> Any:
+    """Accepts a JSON object."""
+    return json.loads(value) if isinstance(value, str) and value.strip().startswith("{") else value
+
+
 class OptionError(ValueError):
     """An option of the app that cannot be used; one sentence an option."""
 
@@ -90,6 +95,24 @@ class AppOptions(BaseModel):
         default=0, ge=0, le=64, description="members trained side by side on a device; 0: one a CPU thread, 4 a GPU"
     )
     keep_moments: int = Field(default=1, ge=1, le=1000, description="rounds whose cached moments stay on disk")
+    auto_rounds: bool = Field(
+        default=False, description="whether an answered batch starts training, scoring and the choice of the next batch"
+    )
+    auto_method: str | None = Field(
+        default=None, description="query method of the batches that auto_rounds chooses; default: the first one listed"
+    )
+    auto_train: Annotated[dict[str, Any], BeforeValidator(_object)] = Field(
+        default={}, description="what auto_rounds asks trainings for, a JSON object as POST /train/{bundle} takes it"
+    )
+    budget_minutes: float | None = Field(
+        default=None, gt=0, description="minutes of annotation there are; the progress page shows how many are used"
+    )
+    stop_gain: float = Field(
+        default=0.005, gt=0, lt=1, description="gain in Dice that makes another batch worth its minutes"
+    )
+    stop_batches: int = Field(
+        default=3, ge=2, le=1000, description="batches that must be measured before the page advises to stop"
+    )
 
 
 # What MONAI Label itself puts into an app's configuration.

@@ -37,6 +37,10 @@ class Reasons:
         """File of a query's picture; it may not be there yet."""
         return self.folder / f"{query_id}.png"
 
+    def has_picture(self, query_id: int) -> bool:
+        """Whether a query has a picture."""
+        return self.picture(query_id).is_file()
+
     def get(self, query_id: int) -> dict[str, Any]:
         """The reason of a query; empty when none was kept."""
         return read_json(self.folder / f"{query_id}.json") or {}

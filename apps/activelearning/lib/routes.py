@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lib.clients import IdentifiedClients
 from lib.errors import SPEAKING, refuse, speaking_errors, status_of
 from lib.lease_routes import answer_routes, lease_routes, times
+from lib.page_routes import page_routes
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
@@ -55,7 +56,7 @@ def install(patchwise: PatchwiseApp) -> None:
     """Adds this project's routes in front of upstream's and guards them all. Called once, when the server starts."""
     from monailabel.app import app
 
-    routers = [routes(patchwise), lease_routes(patchwise), answer_routes(patchwise)]
+    routers = [routes(patchwise), lease_routes(patchwise), answer_routes(patchwise), page_routes(patchwise)]
     _install(app, routers, patchwise.options.forwarded_header)
 
 

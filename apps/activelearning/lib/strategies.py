@@ -28,6 +28,7 @@ from lib.methods import QueryMethod, compose, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
 from lib.options import AppOptions, problems
+from lib.proposals import Proposals
 from lib.randomness import child_rng
 from lib.reasons import Reasons, draw
 from lib.regions import Region, Triple, millimetres_to_voxels
@@ -71,6 +72,7 @@ class QueryStrategy(Strategy):
         segmenters: Mapping[str, SegmentationTask],
         cache: MomentsCache,
         reasons: Reasons,
+        proposals: Proposals,
     ) -> None:
         super().__init__(description)
         self.method = method
@@ -79,6 +81,7 @@ class QueryStrategy(Strategy):
         self.segmenters = segmenters
         self.cache = cache
         self.reasons = reasons
+        self.proposals = proposals
 
     def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any] | None:
         """Regions for the client, leased to it; None when nothing is left to ask.
@@ -97,8 +100,18 @@ class QueryStrategy(Strategy):
             note, queries = self._queries(method, wanted, datastore)
         return self._answer(queries, note, datastore) if queries else None
 
+    def plan(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> list[Query]:
+        """Chooses a batch and records it as proposed, for whoever asks next; the same `request_id` chooses it once.
+
+        Raises:
+            HTTPException: 4xx with a sentence.
+        """
+        with speaking_errors():
+            method = compose(request) if self.method == COMPOSE else resolve(self.method, request)
+            return self._queries(method, _parse(request), datastore, hand_out=False)[1]
+
     def _queries(
-        self, method: QueryMethod, wanted: QueryRequest, datastore: PartialLabelDatastore
+        self, method: QueryMethod, wanted: QueryRequest, datastore: PartialLabelDatastore, hand_out: bool = True
     ) -> tuple[str | None, list[Query]]:
         ledger = datastore.ledger
         model = self._model(wanted, method)
@@ -108,8 +121,8 @@ class QueryStrategy(Strategy):
         batch = wanted.request_id or uuid.uuid4().hex
         known = ledger.batch(batch)
         if known:
-            return None, ledger.lease([query.id for query in known], client, minutes)
-        second = [] if wanted.regions else ledger.second_readings(client, wanted.batch or 1)
+            return None, ledger.lease([query.id for query in known], client, minutes) if hand_out else known
+        second = [] if wanted.regions or not hand_out else ledger.second_readings(client, wanted.batch or 1)
         if wanted.batch is None:
             planned = second or ledger.proposed(method.name, round_, method.unit)
             planned = planned or ledger.freed(method.name, round_, method.unit, client)
@@ -124,9 +137,12 @@ class QueryStrategy(Strategy):
             pictures = draw(method, [a.region for a in asked], datastore, evidence)
             recorded = ledger.ask(batch, method.name, round_, asked, self._twice(wanted, round_, len(asked)))
             self.reasons.keep(recorded, pictures)
+            self.proposals.keep(recorded, model, spec_of(method))
         if second:
             ledger.join_batch([query.id for query in second], batch)
             recorded = ledger.batch(batch)
+        if not hand_out:
+            return note, recorded
         handed = recorded if wanted.batch else recorded[:1]
         return note, ledger.lease([query.id for query in handed], client, minutes) if handed else []
 

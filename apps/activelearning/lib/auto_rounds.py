@@ -1,0 +1,159 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Rounds that run themselves: when a batch is answered, train, score, and plan the next one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from fastapi import HTTPException
+
+logger = logging.getLogger(__name__)
+
+Step = Literal["wait", "train", "score", "plan"]
+
+# Seconds until a step that failed is tried again: twice as long after each failure, at most half an hour.
+FIRST_PAUSE = 10.0
+LONGEST_PAUSE = 1800.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the ledger, the model store and the cache say, from which the next step follows, also after a restart.
+
+    `model`: digest of the newest one; `pending` and `answered`: regions of rounds it has not been trained on, planned
+    or open, and answered; `labels`: changes with every answer; `trained_on`: `labels` when the last training that this
+    program started began; `scored`: whether the whole pool is; `planned`: whether its batch has been chosen.
+    """
+
+    model: str | None
+    pending: int
+    answered: int
+    labels: str
+    trained_on: str | None
+    scored: bool
+    planned: bool
+
+
+def next_step(now: Standing) -> Step:
+    """What is to be done; `wait` while annotators have regions left, or nothing has been answered yet."""
+    if now.pending:
+        return "wait"
+    if now.answered and now.labels != now.trained_on:
+        return "train"
+    if now.model is None or now.planned:
+        return "wait"
+    return "plan" if now.scored else "score"
+
+
+class Work(Protocol):
+    """What the rounds are made of."""
+
+    def standing(self, trained_on: str | None) -> Standing:
+        """How things stand."""
+        ...
+
+    def is_busy(self) -> bool:
+        """Whether a training or a scoring runs, whoever started it."""
+        ...
+
+    def start(self, step: Step) -> None:
+        """Starts a training or a scoring, or plans a batch."""
+        ...
+
+    def failure(self, step: Step, since: float) -> tuple[str, bool] | None:
+        """Why the run that was started failed and whether by hand; None where it did not."""
+        ...
+
+    def get(self) -> dict[str, Any]:
+        """What was kept."""
+        ...
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """Keeps the state over restarts."""
+        ...
+
+
+class AutoRounds:
+    """Carries the rounds on; `tick` is called every few seconds from one thread, and never waits for a run."""
+
+    def __init__(self, work: Work, clock: Callable[[], float] = time.time) -> None:
+        self.work = work
+        self.clock = clock
+        self.step: Step = "wait"
+        self._started: tuple[Step, float, str] | None = None
+
+    def told(self) -> dict[str, Any]:
+        """The step at work and the failure that stands in its way, for /info and the page."""
+        state = self.work.get()
+        return {"step": self.step, "failure": state.get("failure")}
+
+    def tick(self) -> None:
+        """Looks at how things stand and does what comes next."""
+        if self.work.is_busy():
+            return
+        if self._started is not None:
+            self._settle(*self._started)
+            self._started = None
+        state = self.work.get()
+        now = self.work.standing(state.get("trained_on"))
+        step = next_step(now)
+        failure = state.get("failure")
+        if failure and failure["step"] != step:
+            # Somebody did it by hand, or it is no longer needed.
+            self.work.keep({**state, "failure": None})
+        elif failure and not self._may_retry(failure, now.labels):
+            self.step = "wait"
+            return
+        self.step = step
+        if step == "wait":
+            return
+        logger.info("rounds: %s", step)
+        self._started = (step, self.clock(), now.labels)
+        try:
+            self.work.start(step)
+        except HTTPException as refused:
+            self._failed(step, str(refused.detail), now.labels)
+        except Exception as error:
+            logger.exception("rounds: %s failed", step)
+            self._failed(step, f"{type(error).__name__}: {error}", now.labels)
+
+    def _settle(self, step: Step, since: float, labels: str) -> None:
+        found = self.work.failure(step, since)
+        if found is not None:
+            self._failed(step, found[0], labels, by_hand=found[1])
+            return
+        state = self.work.get()
+        if step == "train":
+            state = {**state, "trained_on": labels}
+        self.work.keep({**state, "failure": None})
+
+    def _failed(self, step: Step, sentence: str, labels: str, by_hand: bool = False) -> None:
+        state, now = self.work.get(), self.clock()
+        last = state.get("failure") or {}
+        count = last.get("count", 0) + 1 if last.get("step") == step else 1
+        pause = None if by_hand else min(FIRST_PAUSE * 2 ** (count - 1), LONGEST_PAUSE)
+        failure = {
+            "step": step,
+            "sentence": sentence,
+            "at": now,
+            "count": count,
+            "retry_at": None if pause is None else now + pause,
+            "labels": labels,
+        }
+        logger.warning("rounds: %s failed: %s", step, sentence)
+        self.work.keep({**state, "failure": failure})
+        self._started = None
+
+    def _may_retry(self, failure: dict[str, Any], labels: str) -> bool:
+        """After its pause; a run that was stopped by hand only after the next answer."""
+        if failure["retry_at"] is None:
+            return bool(failure["labels"] != labels)
+        return bool(self.clock() >= failure["retry_at"])

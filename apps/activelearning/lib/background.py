@@ -1,0 +1,46 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The server's one thread for what no request waits for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 2.0
+
+
+class Background:
+    """Calls each of `work` every few seconds, one after the other, from when `start` is called first."""
+
+    def __init__(self, work: Sequence[Callable[[], None]], seconds: float = SECONDS) -> None:
+        self.work = work
+        self.seconds = seconds
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the thread; a second call only makes it look at once."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="background", daemon=True)
+                self._thread.start()
+        self._wake.set()
+
+    def _run(self) -> None:
+        while True:
+            for work in self.work:
+                try:
+                    work()
+                except Exception:
+                    # The next turn tries again; the thread must outlive a full disk or a locked file.
+                    logger.exception("background work failed")
+            self._wake.wait(self.seconds)
+            self._wake.clear()

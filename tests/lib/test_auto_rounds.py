@@ -13,24 +13,27 @@ from fastapi import HTTPException
 
 from lib.auto_rounds import AutoRounds, Standing, next_step
 
-ANSWERED = Standing(model="m0", pending=0, answered=4, labels="4", trained_on="2", scored=True, planned=True)
+ANSWERED = Standing(model="m0", pending=0, answered=4, labels="4", scored=True, planned=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "step"),
+    ("change", "begun", "trained_on", "step"),
     [
-        ({}, "train"),
-        ({"pending": 1}, "wait"),
-        ({"model": None, "trained_on": None}, "train"),
-        ({"trained_on": "4", "planned": False}, "plan"),
-        ({"answered": 0, "planned": False, "scored": False}, "score"),
-        ({"answered": 0, "planned": False}, "plan"),
-        ({"answered": 0}, "wait"),
-        ({"answered": 0, "model": None, "planned": False, "scored": False}, "wait"),
+        ({}, None, "2", "train"),
+        ({"pending": 1}, None, "2", "wait"),
+        ({"pending": 1}, "3", "2", "train"),
+        ({"model": None}, None, None, "train"),
+        ({"planned": False}, None, "4", "plan"),
+        ({"planned": False, "pending": 2, "answered": 1}, "3", "3", "plan"),
+        ({"planned": False, "pending": 2, "scored": False}, "3", "3", "score"),
+        ({"answered": 0, "planned": False, "scored": False}, None, "2", "score"),
+        ({"answered": 0, "planned": False}, None, "2", "plan"),
+        ({"answered": 0}, "3", "3", "wait"),
+        ({"answered": 0, "model": None, "planned": False, "scored": False}, None, None, "wait"),
     ],
 )
-def test_the_next_step_follows_from_how_things_stand(change, step):
-    assert next_step(replace(ANSWERED, **change)) == step
+def test_the_next_step_follows_from_how_things_stand(change, begun, trained_on, step):
+    assert next_step(replace(ANSWERED, **change), begun, trained_on) == step
 
 
 class FakeWork:
@@ -48,11 +51,9 @@ class FakeWork:
         self.pending, self.answered = self.pending - n, self.answered + n
         self.labels = f"answers {next(self.answers)}"
 
-    def standing(self, trained_on):
+    def standing(self, begun):
         model = self.model
-        return Standing(
-            model, self.pending, self.answered, self.labels, trained_on, model in self.scored, model in self.planned
-        )
+        return Standing(model, self.pending, self.answered, self.labels, model in self.scored, model in self.planned)
 
     def is_busy(self):
         if len(self.running) < 2:
@@ -158,6 +159,24 @@ def test_a_failure_is_told_and_retried_after_a_growing_pause():
     run(restarted)
     assert work.started == ["train"] * 3 + ["score", "plan"]
     assert restarted.told()["failure"] is None
+
+
+def test_who_asks_meanwhile_does_not_hold_a_round_up():
+    work, clock = FakeWork(), Clock()
+    rounds = AutoRounds(work, clock)
+    work.pending = 1
+    work.answer()
+    work.why = ("broken", False)
+    run(rounds, 5)
+    work.pending = 3
+    run(rounds, 5)
+    assert rounds.told()["failure"]["sentence"] == "broken"
+    work.why = None
+    clock.now += 11
+    run(rounds)
+    assert work.started == ["train", "train", "score", "plan"]
+    run(rounds)
+    assert len(work.started) == 4
 
 
 def test_a_training_stopped_by_hand_waits_for_the_next_answer():

@@ -29,24 +29,31 @@ class Standing:
     """What the ledger, the model store and the cache say, from which the next step follows, also after a restart.
 
     `model`: digest of the newest one; `pending` and `answered`: regions of rounds it has not been trained on, planned
-    or open, and answered; `labels`: changes with every answer; `trained_on`: `labels` when the last training that this
-    program started began; `scored`: whether the whole pool is; `planned`: whether its batch has been chosen.
+    or open, and answered; `labels`: changes with every answer; `scored`: whether the whole pool is; `planned`: whether
+    its batch has been chosen.
     """
 
     model: str | None
     pending: int
     answered: int
     labels: str
-    trained_on: str | None
     scored: bool
     planned: bool
 
 
-def next_step(now: Standing) -> Step:
-    """What is to be done; `wait` while annotators have regions left, or nothing has been answered yet."""
-    if now.pending:
+def next_step(now: Standing, begun: str | None, trained_on: str | None) -> Step:
+    """What is to be done; `wait` while annotators have regions left, or nothing has been answered yet.
+
+    Once begun, a round is carried to its end, although annotators who ask meanwhile are handed other regions.
+
+    Args:
+        now: how things stand.
+        begun: `labels` when the round at work began; None while none is.
+        trained_on: `labels` when the last training that succeeded was started.
+    """
+    if now.pending and begun is None:
         return "wait"
-    if now.answered and now.labels != now.trained_on:
+    if now.answered and trained_on != (begun or now.labels):
         return "train"
     if now.model is None or now.planned:
         return "wait"
@@ -56,8 +63,8 @@ def next_step(now: Standing) -> Step:
 class Work(Protocol):
     """What the rounds are made of."""
 
-    def standing(self, trained_on: str | None) -> Standing:
-        """How things stand."""
+    def standing(self, begun: bool) -> Standing:
+        """How things stand; whether everything is scored matters only in a round at work, or with nothing pending."""
         ...
 
     def is_busy(self) -> bool:
@@ -103,20 +110,23 @@ class AutoRounds:
             self._settle(*self._started)
             self._started = None
         state = self.work.get()
-        now = self.work.standing(state.get("trained_on"))
-        step = next_step(now)
-        failure = state.get("failure")
+        begun, failure = state.get("begun"), state.get("failure")
+        now = self.work.standing(begun is not None)
+        step = next_step(now, begun, state.get("trained_on"))
         if failure and failure["step"] != step:
             # Somebody did it by hand, or it is no longer needed.
-            self.work.keep({**state, "failure": None})
-        elif failure and not self._may_retry(failure, now.labels):
+            failure = None
+        if step == "wait":
+            begun = None
+        elif step == "train" and begun is None:
+            begun = now.labels
+        self.work.keep({**state, "begun": begun, "failure": failure})
+        self.step = step
+        if step == "wait" or (failure and not self._may_retry(failure, now.labels)):
             self.step = "wait"
             return
-        self.step = step
-        if step == "wait":
-            return
         logger.info("rounds: %s", step)
-        self._started = (step, self.clock(), now.labels)
+        self._started = (step, self.clock(), begun or now.labels)
         try:
             self.work.start(step)
         except HTTPException as refused:

@@ -163,7 +163,7 @@ class Progress:
     def _region(self, query: Query) -> dict[str, Any]:
         # A second reading looks like the first one.
         drawn = query.id if query.twin is None else query.twin
-        over = query.status == "open" and query.lease_until is not None and query.lease_until < time.time()
+        over = query.status == "open" and query.lease_until is not None and query.lease_until < self.ledger.clock()
         return {
             "query": query.id,
             "cue": self._cue(query),

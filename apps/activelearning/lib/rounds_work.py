@@ -56,7 +56,7 @@ class ServerWork:
         self.options = options
         self.failures = failures
 
-    def standing(self, trained_on: str | None) -> Standing:
+    def standing(self, begun: bool) -> Standing:
         ledger = self.store.ledger
         ledger.expire()
         model = self.models.current()
@@ -64,14 +64,14 @@ class ServerWork:
         planned = model is not None and (
             ledger.get_meta("rounds:exhausted") == model.digest or bool(ledger.batch(_batch(model)))
         )
-        # Looking for what is not scored takes a while in a large pool; it matters only before a batch is planned.
-        scored = model is None or planned or bool(pending) or self._is_scored(model)
+        # Looking for what is not scored takes a while in a large pool.
+        matters = model is not None and not planned and (begun or not pending)
+        scored = not matters or model is None or self._is_scored(model)
         return Standing(
             model=model.digest if model else None,
             pending=pending,
             answered=answered,
             labels=ledger.answers_key(),
-            trained_on=trained_on,
             scored=scored,
             planned=planned,
         )

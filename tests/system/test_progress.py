@@ -1,0 +1,136 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Rounds that run themselves and the progress page, on a real server and in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser import CHROMIUM, Browser
+from tests.system.conftest import Client, Start, fill
+
+HOSTILE = '<img src=x onerror="document.title=1"> & co'
+TINY = json.dumps({"members": 1, "steps": 3, "patch": [16, 16, 16], "batch": 2})
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    folder = tmp_path_factory.mktemp("progress") / "studies"
+    fill(folder, phantoms, 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(start_server: Start, studies: Path) -> Client:
+    conf = {"batch": 3, "size": "10,10,10", "auto_rounds": "true", "auto_method": "power_pe", "auto_train": TINY}
+    return start_server(studies, budget_minutes=30, **conf)[1]
+
+
+def progress(client: Client) -> dict[str, Any]:
+    reply = client.http.get("/patchwise/progress")
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def wait_for(client: Client, ready: Callable[[dict[str, Any]], Any], seconds: float = 240) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = progress(client)
+        if ready(found):
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"not reached: {json.dumps(found, indent=1)[:4000]}")
+
+
+def answer_batch(client: Client, method: str, who: str) -> list[dict[str, Any]]:
+    """Asks singly and answers, as Slicer does, until the batch is done."""
+    done = []
+    for _ in range(3):
+        region = client.ask(method, client_id=who).json()["regions"][0]
+        assert client.submit(region["image"], queries=[region["query"]], client_id=who).status_code == 200
+        done.append(region)
+    return done
+
+
+def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
+    # A client set to a method that needs a model is handed a random batch first.
+    first = answer_batch(client, "predictive_entropy", "ann")
+    assert {(r["method"], r["round"]) for r in first} == {("random", 0)}
+    found = wait_for(client, lambda p: p["regions"]["planned"] == 3)
+    assert found["work"]["model"]["round"] == 0
+    assert found["failures"] == []
+    # Whatever the client is set to, it is handed what was planned.
+    second = answer_batch(client, "random", HOSTILE)
+    assert {(r["method"], r["round"]) for r in second} == {("power_pe", 1)}
+    found = wait_for(
+        client, lambda p: p["quality"]["batches"] and p["regions"]["planned"] == 3 and p["work"]["model"]["round"] == 1
+    )
+    assert found["work"]["model"]["round"] == 1
+    (batch,) = found["quality"]["batches"]
+    assert (batch["round"], batch["regions"], batch["known"], batch["methods"]) == (1, 3, 3, ["power_pe"])
+    assert 0 <= batch["low"] <= batch["dice"] <= batch["high"] <= 1
+    assert found["quality"]["advice"]["verdict"] == "too early to say"
+    assert found["voxels"] == sum(c["voxels"] for c in found["classes"]) == 6000
+    assert {(p["client"], p["answered"], p["voxels"]) for p in found["annotators"]} == {
+        ("ann", 3, 3000),
+        (HOSTILE, 3, 3000),
+    }
+    assert client.http.get("/info/").json()["patchwise"]["rounds"] == {"step": "wait", "failure": None}
+
+
+def test_a_failed_training_is_told_and_annotation_goes_on(client: Client, studies: Path) -> None:
+    planned = [client.ask("random", client_id="ben").json()["regions"][0] for _ in range(3)]
+    for region in planned[:2]:
+        assert client.submit(region["image"], queries=[region["query"]], client_id="ben").status_code == 200
+    assert client.submit(planned[2]["image"], queries=[planned[2]["query"]], client_id="ben").status_code == 200
+    label = next((studies / "labels" / "final").glob("*.nii.gz"))
+    whole = label.read_bytes()
+    label.write_bytes(b"not a label any more")
+    found = wait_for(client, lambda p: p["failures"] and p["failures"][0]["retry_at"])
+    (failure,) = found["failures"]
+    assert failure["what"] == "training"
+    assert label.name in failure["sentence"]
+    assert failure["retry_at"] > failure["at"]
+    told = client.http.get("/info/").json()["patchwise"]
+    assert label.name in told["rounds"]["failure"]["sentence"]
+    assert told["model"]["round"] == 1
+    # The last good model stays in use: it chooses for who asks meanwhile.
+    assert client.ask("power_pe", client_id="ben").json()["regions"][0]["round"] == 2
+    label.write_bytes(whole)
+    found = wait_for(client, lambda p: p["work"]["model"]["round"] == 2 and not p["failures"])
+    assert client.http.get("/info/").json()["patchwise"]["rounds"]["failure"] is None
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_page_shows_it(client: Client, studies: Path, tmp_path: Path) -> None:
+    shutil.copy(next(studies.glob("*.nii.gz")), studies / f"{HOSTILE}.nii.gz")
+    chosen = client.ask("precomputed", client_id=HOSTILE, batch=1,
+                        regions=[{"image": HOSTILE, "start": [0, 0, 0], "size": [10, 10, 10]}])  # fmt: skip
+    assert chosen.status_code == 200, chosen.text
+    found = wait_for(client, lambda p: not p["measuring"] and any(HOSTILE in r["cue"] for r in p["latest"]))
+    url = str(client.http.base_url)
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(f"{url}/patchwise/")
+        browser.wait("document.querySelector('#verdict')")
+        text = browser.run("document.body.innerText")
+        assert "Too early to say" in text
+        assert f"{found['regions']['answered']}" in browser.run("document.querySelector('#tiles').innerText")
+        assert "anterior" in browser.run("document.querySelector('#classes').innerText")
+        assert HOSTILE in browser.run("document.querySelector('#people').innerText")
+        assert HOSTILE in browser.run("document.querySelector('#latest').innerText")
+        assert browser.run("document.querySelectorAll('#curve circle').length") == len(found["quality"]["batches"])
+        browser.wait("[...document.images].length && [...document.images].every(i => i.naturalWidth)")
+        browser.resize(400, 800)
+        assert browser.run("document.documentElement.scrollWidth") <= 400
+        assert all(r.startswith((url, f"blob:{url}", "data:", "about:")) for r in browser.requests), browser.requests
+        assert browser.errors == []

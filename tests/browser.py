@@ -68,13 +68,12 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 30) -> Any:
-        """The first value of an expression that is true."""
+    def wait(self, script: str, seconds: float = 30) -> None:
+        """Returns when an expression is true."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            value = self.run(script)
-            if value:
-                return value
+            if self.run(f"Boolean({script})"):
+                return
             time.sleep(0.1)
         raise AssertionError(f"{script} did not come true; the page says: {self.run('document.body.innerText')}")
 

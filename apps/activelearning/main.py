@@ -260,7 +260,7 @@ class PatchwiseApp(MONAILabelApp):
             self.failures,
         )
         ticks = [self.rounds.tick] if self.rounds else []
-        self.background = Background([*ticks, self.measures.catch_up])
+        self.background = Background([*ticks, self.measures.catch_up, self.progress.refresh])
 
     def _run(self, what: Kind, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""

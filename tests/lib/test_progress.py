@@ -86,6 +86,11 @@ def progress(store, measures, proposals, failures, tmp_path):
     )
 
 
+def told(progress):
+    progress.refresh()
+    return progress._make()
+
+
 def asked(*starts, image="a", size=(2, 2, 2)):
     return [Asked(Region(image, (s, 0, 0), size), "patch", 1.0, {}) for s in starts]
 
@@ -159,10 +164,10 @@ def test_a_withdrawn_answer_leaves_the_counts(store, proposals, measures, progre
     proposals.wait()
     answer = submit(store, tmp_path, np.ones(SHAPE, np.uint8), [query.id])
     measures.catch_up()
-    assert progress._make()["quality"]["batches"][0]["dice"] == 1
+    assert told(progress)["quality"]["batches"][0]["dice"] == 1
     store.withdraw_answer(answer, "ann")
     measures.catch_up()
-    found = progress._make()
+    found = told(progress)
     assert (found["quality"]["batches"], found["voxels"], found["regions"]["returned"]) == ([], 0, 1)
 
 
@@ -186,7 +191,7 @@ def test_the_report_adds_up(store, progress, measures, proposals, clock, tmp_pat
     clock.now += 30
     ledger.skip(two.id, "ann", "motion")
     measures.catch_up()
-    found = progress._make()
+    found = told(progress)
     assert found["images"] == {"total": 2, "annotated": 1}
     assert found["regions"] == {
         "answered": 1, "open": 1, "planned": 1, "returned": 0, "skipped": 1, "given up": 0,
@@ -202,7 +207,7 @@ def test_the_report_adds_up(store, progress, measures, proposals, clock, tmp_pat
     assert found["quality"]["advice"]["verdict"] == "too early to say"
     assert found["failures"] == []
     clock.now += 3601
-    assert progress._make()["regions"]["returned"] == 1
+    assert told(progress)["regions"]["returned"] == 1
 
 
 def test_quality_is_told_batch_by_batch(store, progress, measures, proposals, clock, tmp_path):
@@ -219,7 +224,7 @@ def test_quality_is_told_batch_by_batch(store, progress, measures, proposals, cl
         clock.now += 60
         submit(store, tmp_path, label, [query.id])
     measures.catch_up()
-    (batch,) = progress._make()["quality"]["batches"]
+    (batch,) = told(progress)["quality"]["batches"]
     assert (batch["round"], batch["known"], batch["regions"]) == (1, 1, 2)
     assert batch["minutes"] == pytest.approx(1)
     assert batch["dice"] == pytest.approx(2 * 12 / (16 + 12))
@@ -228,10 +233,10 @@ def test_quality_is_told_batch_by_batch(store, progress, measures, proposals, cl
 
 def test_failures_are_told_until_the_next_success(progress, failures):
     failures.note("train", "x.nii.gz: not readable")
-    (told,) = progress._make()["failures"]
-    assert (told["what"], told["sentence"], told["retry_at"]) == ("training", "x.nii.gz: not readable", None)
+    (failure,) = told(progress)["failures"]
+    assert (failure["what"], failure["sentence"], failure["retry_at"]) == ("training", "x.nii.gz: not readable", None)
     failures.note("train", None)
-    assert progress._make()["failures"] == []
+    assert told(progress)["failures"] == []
 
 
 def test_how_a_run_ended_is_one_sentence(failures):

@@ -83,7 +83,7 @@ def pooled_dice(overlaps_ncv: NDArray[np.integer]) -> _Floats:
 
 
 def estimate(batch: Batch, rules: Rules, rng: np.random.Generator) -> Estimate | None:
-    """Mean over classes of the pooled Dice of one batch, with a percentile interval from resampled regions.
+    """Mean over classes of the pooled Dice of one batch, with a percentile interval from reweighted regions.
 
     None where neither proposals nor answers show any class.
     """
@@ -113,8 +113,8 @@ def advise(
     or a logarithm, by least squares weighted by regions, for each exponent c of `EXPONENTS`. The gain is
     q(x + n) - q(x), where q never exceeds 1, averaged over c with weights exp(-RSS_c / 2 sigma^2): few batches do not
     tell the shapes apart. sigma^2 = max(mean s_b^2, RSS / (B - 2)), with s_b^2 the sampling variance of each of the B
-    batches. The interval is the percentile interval over replicates in which the regions of each batch are drawn anew,
-    each batch is moved by tau e, e ~ N(0, 1), tau^2 = sigma^2 - mean s_b^2, and the shape is drawn by its weight.
+    batches. The interval is the percentile interval over replicates in which the regions of each batch are weighted
+    anew, each batch is moved by tau e, e ~ N(0, 1), tau^2 = sigma^2 - mean s_b^2, and the shape is drawn by its weight.
     """
     counted = [b for b in batches if len(b.overlaps_ncv) >= FEWEST_REGIONS and _shows_classes(b)]
     sizes = len({b.known for b in counted})
@@ -171,17 +171,18 @@ def _dice(sums_cv: _Floats) -> _Floats:
 
 
 def _resampled(batch: Batch, dice: float, rng: np.random.Generator) -> _Floats:
-    """Dice of the batch with its regions drawn with replacement, (REPLICATES,); freed of the bootstrap's small bias."""
+    """Dice of the batch with its regions weighted anew, (REPLICATES,): the Bayesian bootstrap (Rubin 1981).
+
+    Its weights, uniform on the simplex, leave no region out, so every replicate shows the classes that the batch shows.
+    """
     n = len(batch.overlaps_ncv)
     if n < 2:
         return np.full(REPLICATES, dice)
-    draws = rng.multinomial(n, np.full(n, 1 / n), size=REPLICATES).astype(np.float64)
-    values = _dice(np.tensordot(draws, batch.overlaps_ncv.astype(np.float64), axes=1))
-    seen = ~np.isnan(values)
-    counts = seen.sum(axis=1)
-    means = np.where(seen, values, 0).sum(axis=1) / np.maximum(counts, 1)
-    # A draw without any class says nothing; the spread of n drawn of n is too small by (n - 1) / n.
-    return dice + np.where(counts > 0, means - dice, 0) * np.sqrt(n / (n - 1))
+    weights = rng.standard_exponential((REPLICATES, n))
+    values = _dice(np.tensordot(weights, batch.overlaps_ncv.astype(np.float64), axes=1))
+    shown = ~np.isnan(values[0])
+    # Such weights spread a mean by 1 / (n + 1) of the regions' own variance; unbiased is 1 / (n - 1).
+    return dice + (values[:, shown].mean(axis=1) - dice) * np.sqrt((n + 1) / (n - 1))
 
 
 def _fit(known: _Floats, dice_rb: _Floats, weights: _Floats, span: tuple[float, float]) -> tuple[_Floats, _Floats]:

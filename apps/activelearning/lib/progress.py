@@ -72,7 +72,7 @@ class Progress:
         self.rules = Rules(options.stop_gain, options.stop_batches)
         self._lock = threading.Lock()
         self._report: tuple[float, dict[str, Any]] = (-np.inf, {})
-        self._quality: tuple[Any, dict[str, Any]] = (None, {})
+        self._quality: tuple[Any, dict[str, Any]] = (None, self._advised([], {}, 0, options.batch))
         self._cues: dict[int, str] = {}
 
     def report(self) -> dict[str, Any]:
@@ -83,6 +83,17 @@ class Progress:
                 report = self._make()
                 self._report = (time.monotonic(), report)
             return report
+
+    def refresh(self) -> None:
+        """Makes estimates and advice anew where answers, measures or minutes have changed; not while somebody waits."""
+        minutes: dict[int, float] = defaultdict(float)
+        for round_, _, worked in self.ledger.minutes():
+            minutes[round_] += worked
+        sizes = self.ledger.sizes()
+        newest = sizes[max(sizes)] if sizes else self.options.batch
+        key = (self.ledger.answers_key(), self.measures.revision, newest, [round(m, 1) for m in minutes.values()])
+        if key != self._quality[0]:
+            self._quality = (key, self._estimates(minutes, newest))
 
     def _make(self) -> dict[str, Any]:
         standing, minutes = self.ledger.standing(), self.ledger.minutes()
@@ -95,7 +106,7 @@ class Progress:
             "minutes": {"used": sum(m for _, _, m in minutes), "budget": self.options.budget_minutes},
             "voxels": sum(sum(kept.values()) for kept in self.measures.voxels().values()),
             "classes": self._classes(),
-            "quality": self._measured(minutes),
+            "quality": self._quality[1],
             "latest": [self._region(query) for query in self.ledger.latest(PICTURES)],
             "work": self._work(),
             "failures": self._failures(),
@@ -103,18 +114,6 @@ class Progress:
         }
 
     # --- quality -----------------------------------------------------------------------------------------------------
-
-    def _measured(self, minutes: Sequence[tuple[int, str | None, float]]) -> dict[str, Any]:
-        """Estimates and advice, made anew only when answers, measures or minutes have changed."""
-        by_round: dict[int, float] = defaultdict(float)
-        for round_, _, worked in minutes:
-            by_round[round_] += worked
-        sizes = self.ledger.sizes()
-        newest = sizes[max(sizes)] if sizes else self.options.batch
-        key = (self.ledger.answers_key(), self.measures.revision, newest, [round(m, 1) for m in by_round.values()])
-        if key != self._quality[0]:
-            self._quality = (key, self._estimates(by_round, newest))
-        return self._quality[1]
 
     def _estimates(self, minutes: Mapping[int, float], next_regions: int) -> dict[str, Any]:
         overlaps = self.measures.overlaps()
@@ -135,9 +134,14 @@ class Progress:
             )
             for round_ in sorted(counts)
         ]
+        return self._advised(batches, methods, answered.total(), next_regions)
+
+    def _advised(
+        self, batches: Sequence[Batch], methods: Mapping[int, set[str]], annotated: int, next_regions: int
+    ) -> dict[str, Any]:
         rng = child_rng(0, "advisor")
         estimates = [e for e in (estimate(batch, self.rules, rng) for batch in batches) if e is not None]
-        advice = advise(batches, answered.total(), next_regions, self.rules, rng)
+        advice = advise(batches, annotated, next_regions, self.rules, rng)
         return {
             "batches": [{**asdict(e), "methods": sorted(methods[e.round])} for e in estimates],
             "class_names": list(self.store.annotations.classes),

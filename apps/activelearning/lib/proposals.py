@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +44,7 @@ class Proposals:
     def __init__(self, folder: Path, cache: MomentsCache) -> None:
         self.folder = folder
         self.cache = cache
+        self._listed: tuple[int, set[int]] = (-1, set())
         self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="proposals")
 
     def keep(self, queries: Sequence[Query], model: Model | None, spec: PosteriorSpec = DEEP_ENSEMBLE) -> None:
@@ -70,10 +73,17 @@ class Proposals:
             return None
 
     def listed(self) -> set[int]:
-        """Queries with a proposal."""
-        if not self.folder.is_dir():
+        """Queries with a proposal; the folder is read again only when it has changed."""
+        try:
+            changed = self.folder.stat().st_mtime_ns
+        except FileNotFoundError:
             return set()
-        return {int(path.stem) for path in self.folder.glob("*.npz") if path.stem.isdigit()}
+        if changed != self._listed[0]:
+            names = (name.removesuffix(".npz") for name in os.listdir(self.folder))
+            found = {int(name) for name in names if name.isdigit()}
+            # A folder changed within the clock's grain could change again unseen, so it is not remembered yet.
+            self._listed = (changed if time.time_ns() - changed > 20_000_000 else -1, found)
+        return self._listed[1]
 
     def _store(self, queries: Sequence[Query], model: Model, spec: PosteriorSpec) -> None:
         try:

@@ -24,6 +24,7 @@ from lib.clients import IdentifiedClients
 from lib.errors import SPEAKING, refuse, speaking_errors, status_of
 from lib.lease_routes import answer_routes, lease_routes, times
 from lib.page_routes import page_routes
+from lib.tokens import accept_signed_tokens
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
@@ -56,6 +57,7 @@ def install(patchwise: PatchwiseApp) -> None:
     """Adds this project's routes in front of upstream's and guards them all. Called once, when the server starts."""
     from monailabel.app import app
 
+    accept_signed_tokens()
     routers = [routes(patchwise), lease_routes(patchwise), answer_routes(patchwise), page_routes(patchwise)]
     _install(app, routers, patchwise.options.forwarded_header)
 

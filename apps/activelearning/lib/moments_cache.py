@@ -79,9 +79,10 @@ class MomentsCache:
     ) -> int:
         """Computes what is missing and removes the moments of older models; how many images were computed.
 
-        Each image is read once. Files appear whole, so a scorer that was killed goes on with the next image.
+        Each image is read once, and files of one content count as one. Files appear whole, so a scorer that was killed
+        goes on with the next image.
         """
-        missing = self.missing(model, digests, spec)
+        missing = list({digests[image]: image for image in self.missing(model, digests, spec)}.values())
         loaded = ensemble() if missing else None
         for done, image in enumerate(tqdm(missing, desc="scoring", unit="image", mininterval=5, disable=None), start=1):
             assert loaded is not None, "an ensemble is loaded whenever an image is missing"

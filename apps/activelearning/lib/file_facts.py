@@ -22,9 +22,12 @@ _CHUNK = 200
 
 
 class Stamped(NamedTuple):
-    """A file, and the size in bytes and modification time in ns that tell whether it is still the same."""
+    """A file, and the size in bytes and modification time in ns that tell whether it is still the same.
 
-    path: Path
+    Its name is text: making thousands of paths takes longer than asking for the times.
+    """
+
+    path: str
     size: int
     changed: int
 
@@ -36,7 +39,7 @@ class Stamped(NamedTuple):
             FileNotFoundError: it is not there.
         """
         status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns)
+        return cls(str(path), status.st_size, status.st_mtime_ns)
 
 
 class FileFacts(Generic[T]):
@@ -83,7 +86,7 @@ class FileFacts(Generic[T]):
             found: dict[str, dict[str, Any]] = {}
             for image in images[first : first + _CHUNK]:
                 file = files[image]
-                fact = self.read(file.path)
+                fact = self.read(Path(file.path))
                 found[image] = {"stamp": [file.size, file.changed], "fact": fact}
                 self._known[image] = file, self.parse(fact)
             self.ledger.update_infos(found, self.tag)

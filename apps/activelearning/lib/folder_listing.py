@@ -53,7 +53,7 @@ class FolderListing:
                         status = entry.stat()
                     except FileNotFoundError:  # it was just deleted
                         continue
-                    found[wanted[entry.name]] = Stamped(Path(entry.path), status.st_size, status.st_mtime_ns)
+                    found[wanted[entry.name]] = Stamped(entry.path, status.st_size, status.st_mtime_ns)
         return {file_id: found[file_id] for file_id in files if file_id in found}
 
     def path(self, file_id: str) -> Path | None:

@@ -26,6 +26,9 @@ from lib.regions import Triple
 
 # A label map is long runs of few values: harder compression costs twice the time and saves little of a small file.
 _GZIP_LEVEL = 1
+_GZIP_WINDOW = 31  # zlib's name for its largest window inside of a gzip file
+# Bytes of a NIfTI-1 header, and where voxels start behind it and four bytes that say that there are no extensions.
+_HEADER_BYTES, _DATA_OFFSET = 348, 352
 _POLL_SECONDS = 0.005
 _LOCKS = 64
 
@@ -63,15 +66,22 @@ class MergedLabels:
             return None
         if hashlib.sha256(content).hexdigest() != sha256:
             return None
-        label_xyz = np.asanyarray(nib.Nifti1Image.from_bytes(gzip.decompress(content)).dataobj)
-        return label_xyz if label_xyz.shape == shape else None
+        raw = gzip.decompress(content)
+        header = nib.Nifti1Header(raw[:_HEADER_BYTES])
+        if header.get_data_shape() != shape:
+            return None
+        return np.frombuffer(raw, np.uint8, offset=_DATA_OFFSET).reshape(shape, order="F")
 
     def write(self, image: str, label_xyz: LabelMap, affine: NDArray[np.float64]) -> str:
         """Replaces the label, whole or not at all; the digest of its file."""
         nifti = nib.Nifti1Image(label_xyz, affine)
         nifti.header.set_data_dtype(np.uint8)
-        # Without a time in its header, the same label is the same file.
-        content = gzip.compress(nifti.to_bytes(), _GZIP_LEVEL, mtime=0)
+        nifti.header["vox_offset"] = _DATA_OFFSET
+        # In pieces, so that the voxels are not copied; without a time in its header, the same label is the same file.
+        packer = zlib.compressobj(_GZIP_LEVEL, wbits=_GZIP_WINDOW)
+        head = nifti.header.binaryblock.ljust(_DATA_OFFSET, b"\0")
+        voxels = memoryview(label_xyz.ravel(order="F"))
+        content = packer.compress(head) + packer.compress(voxels) + packer.flush()
         write_atomic(self.path(image), lambda stream: stream.write(content))
         return hashlib.sha256(content).hexdigest()
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gzip
 import multiprocessing
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from lib.annotations import Annotations
 from lib.ledger import QueryLedger
 from lib.ledger_records import Asked
+from lib.merged_labels import MergedLabels
 from lib.partial_labels import UNLABELLED
 from lib.regions import Region
 
@@ -182,6 +184,18 @@ def test_two_processes_that_save_one_image_lose_nothing(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     assert world.on_disk()[:, 0, 0].tolist() == [1, 2] * 12
     assert np.array_equal(world.on_disk(), world.annotations.rebuilt("a", world.shape))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_file_is_the_one_that_nibabel_writes(tmp_path, order):
+    labels = MergedLabels(tmp_path, tmp_path / "locks")
+    label_xyz = np.array(np.random.default_rng(0).integers(0, 3, SHAPE), np.uint8, order=order)
+    affine = np.array([[0, -1.5, 0, 3], [1, 0, 0, 4], [0, 0, 2, 5], [0, 0, 0, 1.0]])
+    sha256 = labels.write("a", label_xyz, affine)
+    nifti = nib.Nifti1Image(label_xyz, affine)
+    assert gzip.decompress(labels.path("a").read_bytes()) == nifti.to_bytes()
+    assert np.array_equal(labels.read("a", SHAPE, sha256), label_xyz)
+    assert labels.write("a", label_xyz, affine) == sha256
 
 
 @pytest.mark.parametrize("kind", ["missing", "changed", "other shape"])

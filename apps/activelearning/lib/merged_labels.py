@@ -77,10 +77,11 @@ class MergedLabels:
         nifti = nib.Nifti1Image(label_xyz, affine)
         nifti.header.set_data_dtype(np.uint8)
         nifti.header["vox_offset"] = _DATA_OFFSET
+        nifti.header.set_slope_inter(1, 0)
         # In pieces, so that the voxels are not copied; without a time in its header, the same label is the same file.
         packer = zlib.compressobj(_GZIP_LEVEL, wbits=_GZIP_WINDOW)
         head = nifti.header.binaryblock.ljust(_DATA_OFFSET, b"\0")
-        voxels = memoryview(label_xyz.ravel(order="F"))
+        voxels = label_xyz.ravel(order="F").data
         content = packer.compress(head) + packer.compress(voxels) + packer.flush()
         write_atomic(self.path(image), lambda stream: stream.write(content))
         return hashlib.sha256(content).hexdigest()

@@ -8,7 +8,7 @@
 The pool is hard links to generated scans of 36 x 50 x 35 voxels or so, scored by the server itself with a network that
 was trained for a moment. Each annotator asks for a region as viewers do (without a batch), downloads the image, thinks
 for about a second and submits a label of the whole grid; /info is polled meanwhile. Then labels of 512 x 512 x 200 are
-saved one at a time, while the others go on with regions that need no scores. A training runs all the time.
+saved one at a time, while the others go on with regions that were chosen before. A training runs all the time.
 
 `IMAGES`, `ASKS` (an annotator), `LARGE` (saves) and `THINK` (seconds) in the environment make it smaller.
 """
@@ -55,10 +55,12 @@ def run() -> Iterator[Row]:
             times = Times()
             with Annotators(server.url, labels, times, "power_pe") as people:
                 people.work(asks)
+            # The large image has no scores, so no batch can be chosen beside it: the others work on one chosen before.
+            plan(server.url, 50 * ANNOTATORS)
             large_label = make_large(folder)
             large_times = Times()
-            with Annotators(server.url, labels, Times(), "random") as people:
-                people.start(10 * asks)
+            with Annotators(server.url, labels, Times(), "power_pe") as people:
+                people.start(50)
                 save_large(server.url, large_label, large, large_times)
         finally:
             server.stop()
@@ -193,6 +195,12 @@ def submit(http: httpx.Client, image: str, label: bytes, params: dict[str, Any])
         data={"params": json.dumps({"label_info": CLASSES, **params})},
         files={"label": (f"{image}.nii.gz", label, "application/gzip")},
     ).raise_for_status()
+
+
+def plan(url: str, count: int) -> None:
+    """Regions that are handed out one by one later: asked for by somebody whose lease runs out at once."""
+    asked = {"batch": count, "client_id": "planner", "lease_minutes": 1e-4, "n_per_image": 20}
+    httpx.post(f"{url}/activelearning/power_pe", json=asked, timeout=300).raise_for_status()
 
 
 def make_large(folder: Path) -> bytes:

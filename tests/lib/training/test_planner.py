@@ -92,6 +92,11 @@ def test_small_scans_get_the_measured_recipe_on_a_cpu():
     assert plan.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 
 
+def test_many_classes_get_more_of_the_crops():
+    assert make_plan(AMOS, CPU, classes=16).foreground == pytest.approx(2 / 3)
+    assert make_plan(AMOS, CPU, classes=8).foreground == pytest.approx(1 / 3)
+
+
 @given(
     st.tuples(*[st.integers(1, 700)] * 3),
     st.tuples(*[st.floats(0.2, 12)] * 3),

@@ -13,22 +13,19 @@ from eval.app_path import add_app
 from eval.errors import RefereeError
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
-OUTPUTS = 3
 
 
 def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out: Path | None) -> str:
     """Fingerprint and plan as a table; with `out` the plan is written there as YAML.
 
     `folder` is decathlon-style (dataset.json, imagesTr, labelsTr) or a studies folder of the server; of label maps only
-    foreground is looked at, and 255 is not annotated. Classes are those of dataset.json, two without one.
+    foreground is looked at, and 255 is not annotated.
 
     Raises:
         RefereeError: no such folder or bundle, no GPU to measure, no image that can be read.
     """
     add_app()
-    from lib.classes import resolve_classes
     from lib.images import EXTENSIONS
-    from lib.options import OptionError
     from lib.training.plan import PlanError, write_plan
     from lib.training.planner import make_plan, measure_budget
     from lib.training.planner_fingerprint import declared_modality, take_fingerprint
@@ -54,12 +51,10 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     try:
         recipe = Bundle(BUNDLES / bundle)
         pool = take_fingerprint(images, labels, declared_modality(folder))
-        named = (folder / "dataset.json").is_file()
-        outputs = len(resolve_classes(None, folder, recipe.metadata)) + 1 if named else OUTPUTS
-        plan = make_plan(pool, measure_budget(device, memory), recipe.configuration, outputs)
+        plan = make_plan(pool, measure_budget(device, memory), recipe.configuration)
         if out:
             write_plan(plan, out)
-    except (OptionError, PlanError, RecipeError) as error:
+    except (PlanError, RecipeError) as error:
         raise RefereeError(str(error)) from error
     except OSError as error:
         raise RefereeError(f"{out}: the plan cannot be written there ({error.strerror})") from error

@@ -5,8 +5,6 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 from __future__ import annotations
 
-import json
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -32,17 +30,6 @@ def test_a_plan_is_printed_and_written(folder, tmp_path, capsys):
     assert "36 (36-36) x 50 (50-50) x 35 (35-35) voxels" in text
     assert "40 x 48 x 40" in text
     assert yaml.safe_load(out.read_text())["features"] == [24, 48, 96]
-
-
-def test_the_plan_is_for_the_classes_of_the_dataset(folder, tmp_path, capsys):
-    names = {"0": "background", **{str(i): f"organ {i}" for i in range(1, 16)}}
-    (folder / "dataset.json").write_text(json.dumps({"labels": names}))
-    out = tmp_path / "plan.yaml"
-    assert main(["plan", str(folder), "--out", str(out)]) == 0
-    assert yaml.safe_load(out.read_text())["foreground"] == pytest.approx(2 / 3)
-    (folder / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "7": "seven"}}))
-    assert main(["plan", str(folder)]) == 2
-    assert "class ids must be 1, 2" in capsys.readouterr().err
 
 
 def test_a_gpu_of_another_machine_can_be_planned_for(folder, capsys):

@@ -292,7 +292,7 @@ class Cell:
 
         client.train(self.study.bundle, {**self.study.train, "seed": self.seed, "round": round_}, watch)
         said = client.info().get("patchwise") or {}
-        return {"model": said.get("model"), "options": said.get("options")}
+        return {"model": said.get("model"), "options": said.get("options"), "agreement": said.get("agreement")}
 
     def _test(self, client: LabelClient, round_: int) -> dict[str, Any]:
         sessions: dict[str, str] = self.state.content["sessions"]

@@ -48,6 +48,7 @@ HEADINGS = {
     "tails": "Worst cases of the last round",
     "effects": "What makes the worst cases better",
     "pseudo": "Quality of interpolated slices",
+    "readers": "Agreement between annotators",
     "published": "Beside the published numbers",
     "agreement": "Rank correlation with the published numbers",
     "settings": "Rank correlation with other settings",
@@ -66,6 +67,7 @@ NOTES = {
     "effects": "Quantile regression of the last round's cases on what methods have in common: the quantile without "
     "any of it, and the change with each.",
     "pseudo": "Dice of the slices between annotated ones, interpolated by signed distance, against ground truth.",
+    "readers": "Dice between two people's answers to the same regions, mean over the regions that show the class.",
     "published": "Networks, hardware and test cases differ from the paper's: compare orders, not values.",
 }
 COLUMNS = {
@@ -100,8 +102,12 @@ def find(
     study: Described,
     others: Mapping[str, pd.DataFrame] | None = None,
     pseudo: pd.DataFrame | None = None,
+    readers: pd.DataFrame | None = None,
 ) -> Findings:
-    """Every table that the finished rounds allow; `others` holds rounds of other runs, `pseudo` a finished table."""
+    """Every table that the finished rounds allow; `others` holds rounds of other runs.
+
+    `pseudo` and `readers` are finished tables.
+    """
     rng = np.random.default_rng(0)
     summary = summarise(rounds)
     fits = compare.efficiency(rounds, rng)
@@ -116,6 +122,7 @@ def find(
         "tails": compare.tails(cases),
         "effects": compare.effects(cases, study.factors),
         "pseudo": pd.DataFrame() if pseudo is None else pseudo,
+        "readers": pd.DataFrame() if readers is None else readers,
         "published": theirs,
         "agreement": agreement,
         "settings": compare.between_settings({name: summarise(table) for name, table in (others or {}).items()}),

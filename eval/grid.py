@@ -17,7 +17,7 @@ import numpy as np
 from eval.dataset import Case, read_dataset
 from eval.errors import RefereeError
 from eval.parts import read_only
-from eval.study import FULL_DATA, Expected, Study, read_study, read_yaml, split_cases
+from eval.study import FULL_DATA, Expected, Method, Study, read_study, read_yaml, split_cases
 from eval.tables import read_table
 
 AXES = ("datasets", "regimes", "options")
@@ -152,16 +152,22 @@ def _sizes_of_training(study: Study) -> tuple[int, int]:
 
 def plan(study: Study, only: Collection[str] | None = None) -> list[str]:
     """One line a cell, for `--dry-run`; `only` some, by name."""
-    start = study.starting_budget.batch if study.starting_budget else 0
-    per_round = [start] + [study.batch] * (study.rounds - 1)
-    total = f"{study.rounds} rounds, {sum(per_round)} regions ({' + '.join(map(str, per_round))})"
-    what = {FULL_DATA: "1 round, every label of the pool"}
     return [
-        f"{m.label} seed {seed}: {what.get(m.label, total)}"
+        f"{m.label} seed {seed}: {_asked(study, m)}"
         for seed in study.seeds
         for m, _ in study.lines
         if only is None or f"{m.label}_s{seed}" in only
     ]
+
+
+def _asked(study: Study, method: Method) -> str:
+    """How often and for how much a method's cell asks."""
+    if method.label == FULL_DATA:
+        return "1 round, every label of the pool"
+    start = study.starting_budget.batch if study.starting_budget else 0
+    batch = int({**study.query, **method.options}.get("batch", study.batch))
+    per_round = [start] + [batch] * (study.rounds - 1)
+    return f"{study.rounds} rounds, {sum(per_round)} regions ({' + '.join(map(str, per_round))})"
 
 
 def plan_grid(studies: list[Study], only: str | None = None, calibration: Path | None = None) -> list[str]:

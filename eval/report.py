@@ -51,7 +51,8 @@ def write_report(folder: Path, *, pictures: bool = True, others: Mapping[str, pd
     per_class = {f"dice_{name}": f"Dice of {name}" for name in classes}
     shown = _pictures(folder, queries) if pictures else {}
     study = _study_of(folder)
-    findings = find(rounds, read_table(folder, "cases"), _described(study), others, _pseudo(study, queries))
+    cases, pseudo, readers = read_table(folder, "cases"), _pseudo(study, queries), _readers(study, folder)
+    findings = find(rounds, cases, _described(study), others, pseudo, readers)
     write_findings(folder / "tables", findings, summarise(rounds))
     known = [c for c in COSTS if c in rounds and rounds[c].notna().all() and c not in ("regions", "foreground_voxels")]
     drawn = {
@@ -130,6 +131,17 @@ def _pseudo(study: Study | None, queries: pd.DataFrame) -> pd.DataFrame:
     """Quality of pseudo labels, where the study makes some and its scans are at hand."""
     dataset = _dataset_of(study)
     return pd.DataFrame() if study is None or dataset is None else pseudo_quality(queries, dataset, study.train)
+
+
+def _readers(study: Study | None, folder: Path) -> pd.DataFrame:
+    """What the servers said last about regions that two people answered; empty where none were."""
+    rows: list[dict[str, Any]] = []
+    for method, seed, steps in steps_of(study, folder) if study else ():
+        trained = [found.get("agreement") for name, found in steps.items() if name.endswith(".train")]
+        said: dict[str, Any] = next((found for found in reversed(trained) if found), {})
+        rows += [{"method": method, "seed": seed, "class": name, **found} for name, found in said.items()]
+    table = pd.DataFrame(rows)
+    return table[table["regions"] > 0] if rows else table
 
 
 def _dataset_of(study: Study | None) -> Dataset | None:

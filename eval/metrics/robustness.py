@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -61,14 +62,14 @@ def efficiency_interval(
     x0 = min(float(curve.min()) for curve in x) if start_fraction is None else start_fraction
     start = float(np.mean([curve[0] for curve in y])) if start_dice is None else start_dice
 
-    def fit(chosen: ArrayLike) -> float:
-        drawn = [int(i) for i in np.asarray(chosen)]
+    @cache  # a few seeds can be drawn in few ways, and a fit is what costs
+    def fit(drawn: tuple[int, ...]) -> float:
         reached, found = (np.concatenate([curves[i] for i in drawn]) for curves in (x, y))
         return foreground_efficiency(reached, found, full_dice, start_fraction=x0, start_dice=start, bounded=True)
 
-    found = [fit(rng.integers(len(x), size=len(x))) for _ in range(samples)]
+    found = [fit(tuple(sorted(rng.integers(len(x), size=len(x)).tolist()))) for _ in range(samples)]
     low, high = np.percentile(found, [50 * (1 - level), 50 * (1 + level)])
-    return Interval(fit(range(len(x))), float(low), float(high))
+    return Interval(fit(tuple(range(len(x)))), float(low), float(high))
 
 
 def rank_intervals(

@@ -16,6 +16,7 @@ from scipy.stats import ttest_rel, wilcoxon
 Test = Literal["t", "wilcoxon", "permutation"]
 # Sign flips that are all tried; beyond, they are drawn.
 _EXACT = 14
+_BLOCK = 1000
 
 
 def paired_p(
@@ -60,7 +61,10 @@ def _permutation_p(z: NDArray[np.float64], rng: np.random.Generator | None, perm
         return float(np.mean(np.abs(signs @ z) >= bar))
     if rng is None:
         raise ValueError(f"{z.size} pairs have too many sign flips to try all; pass a Generator to draw them")
-    hits = sum(int(abs((rng.integers(0, 2, z.size) * 2 - 1) @ z) >= bar) for _ in range(permutations))
+    hits, left = 0, permutations
+    while left:  # in blocks, which bounds the memory
+        signs = 1 - 2 * rng.integers(0, 2, (min(left, _BLOCK), z.size), dtype=np.int8)
+        hits, left = hits + int(np.count_nonzero(np.abs(signs @ z) >= bar)), left - len(signs)
     return (hits + 1) / (permutations + 1)
 
 

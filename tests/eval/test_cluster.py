@@ -72,6 +72,27 @@ def test_a_lost_workers_cell_goes_on_elsewhere(write_study, stand_in, scheduler,
     assert json.loads((out / "manifest.json").read_text())["finished"] is not None
 
 
+def test_an_interrupted_run_goes_on(write_study, stand_in, scheduler, tmp_path, capsys):
+    path, out = write_study(), tmp_path / "out"
+    start_run(load_study(path), tmp_path / "whole", Options(quiet=True))
+    command = [sys.executable, "-m", "eval", "run", str(path), "--out", str(out), "--scheduler", scheduler, "--quiet"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    states = [out / "cells" / f"{method}_s1" / "state.json" for method in ("random", "power_pe")]
+    while not any(s.exists() and "0.test" in json.loads(s.read_text())["steps"] for s in states):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)  # as Ctrl-C, which a shell may have switched off
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert f"`python -m eval resume {out} --scheduler {scheduler}` goes on" in said
+    assert "Traceback" not in said
+    assert not all("2.test" in json.loads(s.read_text())["steps"] for s in states if s.exists())
+    assert main(["resume", str(out), "--scheduler", scheduler, "--quiet"]) == 0
+    assert f"report: {out / 'report.html'}" in capsys.readouterr().out
+    for name, table in numbers(tmp_path / "whole").items():
+        pd.testing.assert_frame_equal(table, numbers(out)[name])
+
+
 def test_unusable_schedulers_are_refused(write_study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("eval.cluster.Client", refuse)
     arguments = ["run", str(write_study()), "--out", str(tmp_path / "out"), "--scheduler", "tcp://127.0.0.1:1"]

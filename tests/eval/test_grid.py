@@ -82,8 +82,10 @@ def test_a_grid_runs_in_folders_and_resumes(write_study, stand_in, tmp_path, mon
 
 
 def test_dry_run_prints_cells_and_sizes(write_study, capsys):
-    assert main(["run", str(write_study()), "--dry-run"]) == 0
+    slices = {"name": "strided", "options": {"unit": "slice", "batch": 5}}
+    assert main(["run", str(write_study(methods=["power_pe", slices])), "--dry-run"]) == 0
     shown = capsys.readouterr().out
+    assert "strided seed 1: 3 rounds, 13 regions (3 + 5 + 5)" in shown
     assert "power_pe seed 1: 3 rounds, 7 regions (3 + 2 + 2)" in shown
     assert "GB of disk" in shown
 

@@ -6,6 +6,7 @@
 """Summary and report: hand-computed numbers, a self-contained file with its figures and tables."""
 
 import base64
+import json
 import re
 
 import numpy as np
@@ -152,6 +153,21 @@ def test_report_is_one_self_contained_file(finished, capsys):
     final = pd.read_csv(finished / "rounds.csv").query("method == 'random'")["mean_dice"].iloc[-1]
     assert f"{final:.4f}" in html
     assert (finished / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_agreement_between_annotators_is_that_of_the_last_training(finished):
+    path = next(finished.glob("cells/random_s*/state.json"))
+    state = json.loads(path.read_text())
+    for round_, dice in ((0, 0.5), (1, 0.75)):
+        one = {"mean_dice": dice, "regions": 1 + round_}
+        state["steps"][f"{round_}.train"]["agreement"] = {"one": one, "two": {"mean_dice": None, "regions": 0}}
+    path.write_text(json.dumps(state))
+    assert main(["report", "--no-pictures", str(finished)]) == 0
+    table = pd.read_csv(finished / "tables" / "readers.csv")
+    assert table.drop(columns="seed").to_dict("records") == [
+        {"method": "random", "class": "one", "mean_dice": 0.75, "regions": 2}
+    ]
+    assert "Agreement between annotators" in (finished / "report.html").read_text()
 
 
 def test_report_without_pictures(finished):

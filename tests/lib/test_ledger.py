@@ -95,6 +95,15 @@ def test_last_worked_is_the_expired_region_unless_somebody_else_answered_it(ledg
     assert [q.id for q in ledger.last_worked("a", "ben")] == [other.id]
 
 
+def test_a_second_thought_is_about_every_region_of_the_first(ledger):
+    queries = ledger.ask("b1", "random", 0, [*asked(0), *asked(1)])
+    regions = [(query.id, query.region) for query in ledger.lease([q.id for q in queries], "ann", 60)]
+    ledger.record_answer("a", "a/one.nii.gz", "0", {}, "ann", regions)
+    assert [q.id for q in ledger.last_worked("a", "ann")] == [q.id for q in queries]
+    ledger.record_answer("a", "a/two.nii.gz", "0", {}, "ann", regions[1:])
+    assert [q.id for q in ledger.last_worked("a", "ann")] == [queries[1].id]
+
+
 def test_an_answer_closes_its_query_and_records_minutes(ledger, clock):
     (query,) = ledger.ask("b1", "random", 0, asked(0))
     ledger.lease([query.id], "ann", 60)

@@ -21,6 +21,7 @@ from lib.partial_labels import (
     merge,
     possible_classes,
     remap_by_name,
+    settle_values,
     unlabelled,
     values_in,
 )
@@ -118,6 +119,36 @@ def test_without_names_values_are_class_ids():
     assert np.array_equal(remap_by_name(submitted, None, CLASSES), submitted)
     with pytest.raises(LabelError, match=r"\[7\].*1 for anterior, 2 for posterior"):
         remap_by_name(np.full((1, 1, 1), 7, np.uint8), None, CLASSES)
+
+
+LEFT_OUT = [{"name": "anterior", "idx": 2}, {"name": "posterior", "idx": 3}]
+
+
+@pytest.mark.parametrize(
+    ("info", "values", "expected"),
+    [
+        # Slicer left the first segment out: its numbers count it, the file does not.
+        (LEFT_OUT, [0, 1], [0, 1]),
+        (LEFT_OUT, [1, 2], [1, 2]),
+        ([{"name": "posterior", "idx": 1}, {"name": "anterior", "idx": 3}], [1, 2], [2, 1]),
+        # Only the numbers fit.
+        (LEFT_OUT, [2, 3], [1, 2]),
+        ([{"name": "posterior", "idx": 2}], [0, 2], [0, 2]),
+        ([{"name": "background", "idx": 0}, *LEFT_OUT], [2, 0], [1, 0]),
+        # Both fit and mean the same.
+        ([{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 3}], [1, 0], [1, 0]),
+    ],
+)
+def test_segments_left_out_of_an_export_shift_no_class(info, values, expected):
+    submitted = np.array(values, np.uint8).reshape(-1, 1, 1)
+    assert remap_by_name(submitted, settle_values(submitted, info), CLASSES).ravel().tolist() == expected
+
+
+def test_a_value_that_may_mean_two_classes_is_refused():
+    submitted = np.array([0, 2], np.uint8).reshape(-1, 1, 1)
+    with pytest.raises(LabelError, match=r"2 may mean anterior \(its idx\) or posterior"):
+        settle_values(submitted, LEFT_OUT)
+    assert settle_values(submitted, None) is None
 
 
 def test_values_and_counts():

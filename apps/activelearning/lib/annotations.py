@@ -18,11 +18,21 @@ from numpy.typing import NDArray
 
 from lib.agreement import class_agreement
 from lib.files import atomic_path, file_digest
+from lib.frames import check_frame_segment
 from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import ANONYMOUS, Agreement, Answer
 from lib.merged_labels import MergedLabels
-from lib.partial_labels import ClasswiseLabels, LabelError, LabelMap, check_values, merge, remap_by_name, unlabelled
+from lib.partial_labels import (
+    ClasswiseLabels,
+    LabelError,
+    LabelMap,
+    check_values,
+    merge,
+    remap_by_name,
+    settle_values,
+    unlabelled,
+)
 from lib.regions import Region, Triple
 
 Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
@@ -66,12 +76,15 @@ class Annotations:
         shape, affine = image_geometry(image)
         label = load_label(submitted)
         check_same_grid(label, shape, affine, image_id)
+        info = _settled(label.array_xyz, info)
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
         drawn = self._drawn(info)
         if drawn is not None:
             ClasswiseLabels(shape, len(self.classes)).add(label_xyz, [], drawn)
         client = str(info.get("client_id") or ANONYMOUS)
         regions = self._regions(image_id, shape, info, client)
+        asked = self.ledger.asked(image_id)
+        check_frame_segment(label.array_xyz, info.get("label_info"), [region for _, region in regions], asked)
         with self.labels.locked(image_id):
             self._adopt(image_id, shape, affine)
             current_xyz = None if drawn is not None else self._current(image_id, shape)
@@ -280,6 +293,18 @@ class Annotations:
         with atomic_path(target) as temporary:
             shutil.copyfile(submitted, temporary)
         return self.ledger.record_answer(image_id, raw, file_digest(target), info, client, regions, agreements)
+
+
+def _settled(label_xyz: LabelMap, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`info` with the values that its segments have in the file, and what was sent where that differs.
+
+    Only of clients that name no region: these know nothing of this project, as 3D Slicer does.
+    """
+    sent = info.get("label_info")
+    if info.get("queries") or info.get("whole"):
+        return info
+    settled = settle_values(label_xyz, sent)
+    return info if settled == sent else {**info, "label_info": settled, "label_info_sent": sent}
 
 
 def _numbers(queries: Any) -> list[int]:

@@ -14,7 +14,8 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from lib.ledger_records import Query
+from lib.ledger import QueryLedger
+from lib.ledger_records import SECOND, Query
 from lib.methods import DISAGREEMENT
 from lib.regions import Region, Triple
 
@@ -40,6 +41,16 @@ def cue(
     """
     parts = [position(query.region, shape, affine), f"region {place} of {total}", why(query, best_score)]
     return f"{query.region.image}: " + ", ".join(part for part in parts if part)
+
+
+def cue_in_batch(query: Query, ledger: QueryLedger, shape: Triple, affine: NDArray[np.float64]) -> str:
+    """The cue of a recorded region: its place and the best score are those of its batch."""
+    # A second reading that is handed out alone keeps the place of the first one.
+    batch = ledger.batch(query.batch.removesuffix(SECOND))
+    ids = [other.id for other in batch]
+    place = ids.index(query.id if query.id in ids or query.twin is None else query.twin) + 1
+    scores = [other.score for other in batch if other.score is not None]
+    return cue(query, place, len(batch), shape, affine, max(scores, default=None))
 
 
 def position(region: Region, shape: Sequence[int], affine: NDArray[np.float64]) -> str:

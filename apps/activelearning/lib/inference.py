@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 import threading
 import time
 from typing import Any
@@ -17,18 +19,22 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.transform.writer import Writer
 from numpy.typing import NDArray
 
+from lib.cues import cue_in_batch
 from lib.errors import refuse, speaking_errors
+from lib.frames import FRAME_SEGMENT, frames
 from lib.images import image_geometry, load_image
 from lib.ledger import QueryLedger
+from lib.markups import roi_document
 from lib.models import ModelStore, choose_device, trained_bundle
 from lib.options import AppOptions
 from lib.posterior import Ensemble
-from lib.regions import Region
 from lib.training.recipe import Bundle
 
 logger = logging.getLogger(__name__)
 
-FRAME_LABEL = {"query_region": 1}
+FRAME_LABEL = {FRAME_SEGMENT: 1}
+MARKUPS = "markups"
+FORMATS = ("segment", MARKUPS)
 
 
 class SegmentationTask(InferTask):
@@ -87,7 +93,10 @@ class SegmentationTask(InferTask):
 
 
 class QueryRegionTask(InferTask):
-    """The open regions of an image as one-voxel frames: unmodified clients show them as a label map.
+    """The open regions of an image, so that unmodified clients show them.
+
+    As a label map with one-voxel frames (`"format": "segment"`, the default), or as boxes in the file format of
+    Slicer's markups (`"format": "markups"`), each labelled with the cue of its region.
 
     The request carries `image_id` and `client_id`, which the app puts there: MONAI Label itself replaces the image's
     id by its path. A client sees its own open regions; one that holds none there sees those of everybody.
@@ -100,8 +109,9 @@ class QueryRegionTask(InferTask):
             # the classes are named too; only the frame is ever drawn.
             labels={**FRAME_LABEL, **{name: value + 1 for name, value in classes.items()}},
             dimension=3,
-            description="Frame around the region to annotate next",
-            config={},
+            description="Frame around the region to annotate next; format: segment (label map) or markups (Slicer ROI)",
+            # A list is a choice whose first entry is the default: Slicer and OHIF show it in their table of options.
+            config={"format": list(FORMATS)},
         )
         self.ledger = ledger
 
@@ -111,25 +121,34 @@ class QueryRegionTask(InferTask):
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         with speaking_errors():
             shape, affine = image_geometry(request["image"])
-        image_id = str(request.get("image_id", ""))
-        client = request.get("client_id")
-        queries = (self.ledger.open_queries(image_id, str(client)) if client else []) or self.ledger.open_queries(
-            image_id
-        )
-        label_xyz = frames([query.region for query in queries], shape)
-        facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
-        return write_result(label_xyz, affine, request), facts
+            wanted = _format(request)
+            image_id = str(request.get("image_id", ""))
+            client = request.get("client_id")
+            mine = self.ledger.open_queries(image_id, str(client)) if client else []
+            queries = mine or self.ledger.open_queries(image_id)
+            regions = [query.region for query in queries]
+            facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
+            # Slicer takes a file without any markup for a broken one; an empty label map shows that nothing is open.
+            if wanted == MARKUPS and queries:
+                cues = [cue_in_batch(query, self.ledger, shape, affine) for query in queries]
+                return _write_json(roi_document(regions, cues, affine)), facts
+            return write_result(frames(regions, shape), affine, request), facts
 
 
-def frames(regions: list[Region], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Label map with the frames of `regions` as 1; voxels inside of any region stay 0, so nothing hides a region."""
-    mask = np.zeros(shape, dtype=bool)
-    for region in regions:
-        mask |= region.frame(shape)
-    for region in regions:
-        if not region.frame(shape)[region.slices].any():
-            mask[region.slices] = False
-    return mask.astype(np.uint8)
+def _format(request: dict[str, Any]) -> str:
+    given = request.get("format", FORMATS[0])
+    # Clients may send the list of choices as they found it; its first entry is the one that is chosen.
+    wanted = given[0] if isinstance(given, list) and given else given
+    if wanted not in FORMATS:
+        refuse(f"format must be {' or '.join(FORMATS)}, found {given!r}")
+    return str(wanted)
+
+
+def _write_json(document: dict[str, Any]) -> str:
+    # By the end of its name Slicer knows a file of markups from a label map.
+    with tempfile.NamedTemporaryFile("w", suffix=".mrk.json", delete=False) as stream:
+        json.dump(document, stream, indent=1)
+    return stream.name
 
 
 def write_result(label_xyz: NDArray[np.uint8], affine: NDArray[np.float64], request: dict[str, Any]) -> str:

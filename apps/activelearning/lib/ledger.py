@@ -111,6 +111,10 @@ class QueryLedger(Answers):
             row = connection.execute("SELECT 1 FROM queries WHERE image = ? LIMIT 1", (image,)).fetchone()
         return row is not None
 
+    def asked(self, image: str) -> list[Region]:
+        """Every region of an image that anybody was ever asked about."""
+        return list(dict.fromkeys(query.region for query in self._queries("image = ?", (image,))))
+
     def counts(self) -> dict[str, int]:
         """Number of queries in each status."""
         with self._connect() as connection:

@@ -169,14 +169,20 @@ class Leases(LedgerStore):
         return self._queries(condition, (client, client, limit))
 
     def last_worked(self, image: str, client: str) -> list[Query]:
-        """The region this client worked on last on the image, though it is no longer open for them.
+        """What this client worked on last on the image, though it is no longer open for them.
 
-        Either its lease ran out and nobody else has answered it, or they answered it and submit a second time.
+        Either a region whose lease ran out and that nobody else has answered, or all regions of their last submission,
+        which they submit a second time.
         """
         mine = self._queries("image = ? AND client = ? ORDER BY leased DESC, id DESC LIMIT 1", (image, client))
         if not mine or mine[0].status not in (*FREED, "answered"):
             return []
-        if mine[0].status != "answered":
+        if mine[0].status == "answered":
+            last = (
+                "id IN (SELECT query FROM answered WHERE answer = (SELECT MAX(answer) FROM answered WHERE query = ?))"
+            )
+            mine = self._queries(f"{last} AND client = ? AND status = 'answered' ORDER BY id", (mine[0].id, client))
+        else:
             others = self._queries("image = ? AND status = 'answered' AND client IS NOT ?", (image, client))
             if any(other.region.overlaps(mine[0].region) for other in others):
                 return []

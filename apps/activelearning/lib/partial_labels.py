@@ -101,6 +101,38 @@ def remap_by_name(
     return table[label_xyz]
 
 
+def settle_values(label_xyz: LabelMap, label_info: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """`label_info` with the values that the segments have in the file.
+
+    3D Slicer leaves some segments out of an export (`background`, scribbles); its `idx` counts them, the values in the
+    file do not. Such a list rises and has gaps. Where the values in the file fit its `idx` it is taken as it is, where
+    they only fit the places in the list it is numbered by these.
+
+    Raises:
+        LabelError: both fit and give a voxel different names.
+    """
+    if label_info is None:
+        return None
+    listed = [dict(entry) for entry in label_info]
+    names = {value: name for value, name in _names_by_value(listed).items() if value != BACKGROUND}
+    places = dict(enumerate(names.values(), start=1))
+    if list(names) != sorted(names) or list(names) == list(places) or len(names) < len(listed):
+        return listed
+    present = set(values_in(label_xyz)) - {BACKGROUND, UNLABELLED}
+    if not present <= places.keys():
+        return listed
+    if not present <= names.keys():
+        return [{**entry, "idx": place} for place, entry in enumerate(listed, start=1)]
+    doubtful = [value for value in sorted(present) if names[value] != places[value]]
+    if doubtful:
+        value = doubtful[0]
+        raise LabelError(
+            f"the value {value} may mean {names[value]} (its idx) or {places[value]} (its place among the exported "
+            "segments): delete the segment that was left out (background or scribbles) and submit again"
+        )
+    return listed
+
+
 def _names_by_value(label_info: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     names: dict[int, str] = {}
     for entry in label_info:

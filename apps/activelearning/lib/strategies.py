@@ -17,14 +17,14 @@ from typing import Any
 from monailabel.interfaces.tasks.strategy import Strategy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lib.cues import cue
+from lib.cues import cue_in_batch
 from lib.datastore import PartialLabelDatastore
 from lib.engine import PoolExhausted, PoolImage, select
 from lib.errors import refuse, speaking_errors
 from lib.evidence import COMPOSE, DescriptorEvidence, ModelEvidence, spec_of
 from lib.inference import SegmentationTask
 from lib.ledger import QueryLedger
-from lib.ledger_records import ANONYMOUS, SECOND, Asked, Query
+from lib.ledger_records import ANONYMOUS, Asked, Query
 from lib.methods import QueryMethod, compose, resolve
 from lib.models import Model
 from lib.moments_cache import MomentsCache
@@ -287,7 +287,7 @@ class QueryStrategy(Strategy):
         answer = {
             "id": first.region.image,
             # Slicer shows this as the name of the volume: the one place where an unmodified client shows text.
-            "PatientID": _cue(first, datastore),
+            "PatientID": cue_in_batch(first, datastore.ledger, *datastore.geometry(first.region.image)),
             "regions": [query.to_json() for query in queries],
         }
         return answer | ({"note": note} if note else {})
@@ -298,13 +298,3 @@ def _parse(request: Mapping[str, Any]) -> QueryRequest:
         return QueryRequest.model_validate(request)
     except ValidationError as error:
         refuse(f"request {problems(error)}")
-
-
-def _cue(query: Query, datastore: PartialLabelDatastore) -> str:
-    # A second reading that is handed out alone keeps the place of the first one.
-    batch = datastore.ledger.batch(query.batch.removesuffix(SECOND))
-    ids = [other.id for other in batch]
-    place = ids.index(query.id if query.id in ids or query.twin is None else query.twin) + 1
-    scores = [other.score for other in batch if other.score is not None]
-    shape, affine = datastore.geometry(query.region.image)
-    return cue(query, place, len(batch), shape, affine, max(scores, default=None))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fastapi import HTTPException
 
+from lib.files import write_json
 from lib.training import task as task_module
 from tests.lib.training.studies import World
 
@@ -115,3 +116,22 @@ def test_unknown_recipes_and_options_are_refused_in_a_sentence(world):
         with pytest.raises(HTTPException, match=sentence) as refused:
             world.train(**request)
         assert refused.value.status_code == 400
+
+
+def test_the_form_that_clients_show_can_be_sent_back_and_changes_nothing(world):
+    form = world.trainer.config()
+    assert form == {"recipe": ["default", "quick"], "members": 1, "seed": 0}
+    sent = {key: value[0] if isinstance(value, list) else value for key, value in form.items()}
+    assert world.trainer.parse({**sent, "client_id": "user-xyz"}) == world.trainer.parse({})
+    assert world.trainer.info()["recipe"]["steps"] == world.trainer.parse({})[1].steps
+
+
+def test_the_bar_of_a_running_training_shows_per_cent(world):
+    trainer = world.trainer
+    trainer.store.folder.mkdir(parents=True, exist_ok=True)
+    write_json(trainer.store.folder / "train_stats.json", {"members": 1, "total_time": 7.5})
+    assert trainer.stats() == {"members": 1, "total_time": 7.5}
+    write_json(trainer.progress_file, {"fraction": 0.254})
+    assert trainer.stats() == {"members": 1, "epoch": 25, "total_epochs": 100}
+    write_json(trainer.progress_file, {"fraction": 1.0})
+    assert trainer.stats() == {"members": 1, "total_time": 7.5}

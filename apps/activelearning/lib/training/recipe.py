@@ -116,8 +116,16 @@ class Bundle:
         made._config = {**self._config, **{k: decided[k] for k in _PLANNED if k in self._config}}
         made.plan = plan
         patch = [math.ceil(p / d) * d for p, d in zip(plan.patch, made.divisor, strict=True)]
-        made._config["recipe"] = {**self._config["recipe"], "patch": patch, "batch": plan.batch, "flat": plan.flat}
+        made._config["recipe"] = {
+            **self._config["recipe"],
+            **{"patch": patch, "batch": plan.batch, "foreground": plan.foreground, "flat": plan.flat},
+        }
         return made
+
+    @property
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """Names of the recipes and what each changes in the bundle's own, which is called `default` and comes first."""
+        return {"default": {}, **self._config.get("recipes", {})}
 
     def recipe(self, overrides: dict[str, Any]) -> Recipe:
         """The bundle's recipe with `overrides`, of which `recipe` may name one of network.json's `recipes`.
@@ -127,11 +135,10 @@ class Bundle:
         """
         given = dict(overrides)
         name = str(given.pop("recipe", "default"))
-        presets = {"default": {}, **self._config.get("recipes", {})}
-        if name not in presets:
-            raise RecipeError(f"training option recipe: {self.name} has {', '.join(presets)}, found {name!r}")
+        if name not in self.recipes:
+            raise RecipeError(f"training option recipe: {self.name} has {', '.join(self.recipes)}, found {name!r}")
         try:
-            recipe = Recipe.model_validate({**self._config["recipe"], **presets[name], **given})
+            recipe = Recipe.model_validate({**self._config["recipe"], **self.recipes[name], **given})
         except ValidationError as error:
             raise RecipeError(f"training option {problems(error)}") from error
         heads = len(self._config["strides"]) - 2 if "heads" in self._config else 0

@@ -95,14 +95,25 @@ class EnsembleTrainTask(TrainTask):
         return self.options.spacing or (self.bundle.plan.spacing if self.bundle.plan else None)
 
     def info(self) -> dict[str, Any]:
-        return {**super().info(), "labels": self.classes}
+        return {**super().info(), "labels": self.classes, "recipe": self.bundle.recipe({}).model_dump(mode="json")}
 
     def config(self) -> dict[str, Any]:
-        """What clients show as a form: only what changes a training of this task."""
-        return {"members": self.options.members, "seed": 0, **self.bundle.recipe({}).model_dump(mode="json")}
+        """What clients show as a form, and send back as it stands: a list is a choice whose first entry is sent.
+
+        So no single option of the recipe is here: sent back, the crop would become one number, and all of them would
+        override the plan and the recipe chosen.
+        """
+        return {"recipe": list(self.bundle.recipes), "members": self.options.members, "seed": 0}
 
     def stats(self) -> dict[str, Any]:
-        return read_json(self.store.folder / "train_stats.json") or {}
+        """Of the last training that ended; of one that runs also `epoch` of `total_epochs`, which are per cent."""
+        told = read_json(self.store.folder / "train_stats.json") or {}
+        done = self.progress().get("fraction", 1)
+        if done < 1:
+            # Slicer's bar shows them, and nothing as long as there is a total time.
+            told.pop("total_time", None)
+            told |= {"epoch": round(100 * done), "total_epochs": 100}
+        return told
 
     def parse(self, request: Mapping[str, Any]) -> tuple[TrainRequest, Recipe]:
         """Splits a request into the task's options and the recipe's.

@@ -28,6 +28,7 @@ bench: $(STAMP)
 	$(BIN)/python -m eval bench surfaces
 	$(BIN)/python -m eval bench training
 	$(BIN)/python -m eval bench rounds
+	$(BIN)/python -m eval bench latency
 
 # What the recipes reach: hippocampi (quick, 100 patches, default) and phantoms; hours on a small machine.
 quality: $(STAMP) phantoms

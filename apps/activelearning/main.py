@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ from lib.auto_rounds import AutoRounds
 from lib.background import Background
 from lib.classes import resolve_classes
 from lib.clients import Clients
-from lib.datastore import STATE_FOLDER, PartialLabelDatastore
+from lib.datastore import STATE_FOLDER, PartialLabelDatastore, saved_answer
 from lib.errors import SPEAKING, refuse
 from lib.evidence import COMPOSE
 from lib.inference import QueryRegionTask, SegmentationTask
@@ -124,14 +125,20 @@ class PatchwiseApp(MONAILabelApp):
         return {name: self._strategy(name) for name in self.listed_methods}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        return {name: MomentsScoring(name, self.segmenters, self.cache) for name in SCORE_MAPS}
+        return {
+            name: MomentsScoring(name, self.segmenters, self.cache, self._strategy, self.listed_methods)
+            for name in SCORE_MAPS
+        }
 
     def on_init_complete(self) -> None:
         repaired = self.store.annotations.repair({i: self.store.image_path(i) for i in self.store.list_images()})
         if repaired:
             logger.warning("labels of %s were rebuilt from the raw answers after an interruption", ", ".join(repaired))
         super().on_init_complete()
+        self.ledger.stay_open()
         install(self)
+        # The first query needs the grid of every image, and reading them takes a while.
+        threading.Thread(target=self._look_at_pool, name="pool", daemon=True).start()
         if self.rounds is not None:
             self.background.start()
 
@@ -192,15 +199,21 @@ class PatchwiseApp(MONAILabelApp):
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """What the client is told about its submission."""
-        answers = self.ledger.answers(image_id)
-        if not answers:
+        number = saved_answer()
+        answer = None if number is None else self.ledger.answer(number)
+        if answer is None:
             return {}
-        regions = answers[-1].regions
         return {
-            "answer": answers[-1].id,
-            "queries": [query for query, _ in regions if query is not None],
-            "labelled_voxels": sum(region.voxels for _, region in regions),
+            "answer": answer.id,
+            "queries": [query for query, _ in answer.regions if query is not None],
+            "labelled_voxels": sum(region.voxels for _, region in answer.regions),
         }
+
+    def _look_at_pool(self) -> None:
+        try:
+            self.store.geometries(self.store.image_files())
+        except SPEAKING as error:
+            logger.warning("%s", error)
 
     def _strategy(self, name: str) -> QueryStrategy:
         description = "a combination without a name" if name == COMPOSE else resolve(name).summary

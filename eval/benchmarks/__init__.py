@@ -31,4 +31,5 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "equal": _lazily("eval.benchmarks.equal"),
     "nnunet": _lazily("eval.benchmarks.nnunet"),
     "rounds": _lazily("eval.benchmarks.rounds"),
+    "latency": _lazily("eval.benchmarks.latency"),
 }

@@ -133,7 +133,7 @@ def test_what_every_image_offers_is_remembered_until_its_boxes_change(
     pool, evidence = world(9)
     kept, resolved = Summarised(evidence.members), resolve(method)
     if on_disk:
-        kept.summaries = SummaryFile(tmp_path / "summaries.sqlite", lambda image: "digest")
+        kept.summaries = SummaryFile(tmp_path / "summaries.sqlite", {image.id: "digest" for image in pool})
     keys = {"size": (4, 4, 4), "seed": 3, "round_": 1, "labels": LABELS}
     changed = {image.id for image in pool}
     for _ in range(4):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from lib.partial_labels import (
     UNLABELLED,
@@ -23,6 +23,7 @@ from lib.partial_labels import (
     remap_by_name,
     settle_values,
     unlabelled,
+    values_in,
 )
 from lib.regions import Region
 
@@ -74,6 +75,16 @@ def test_merge_refuses_other_shapes_and_regions_outside():
         merge(unlabelled(SHAPE), np.zeros((6, 5, 5), np.uint8), [])
     with pytest.raises(LabelError, match="leaves the image"):
         merge(unlabelled(SHAPE), np.zeros(SHAPE, np.uint8), [Region("case", (5, 0, 0), (2, 1, 1))])
+
+
+@given(
+    arrays(
+        np.uint8, array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=9), elements=st.sampled_from([0, 3, 255])
+    )
+)
+def test_values_are_found_without_sorting(label):
+    for ordered in (label, np.asfortranarray(label), label[::2, :, ::-1]):
+        assert values_in(ordered) == np.unique(ordered).tolist()
 
 
 def test_segments_are_matched_by_name_not_by_value():

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from lib.agreement import class_agreement
 from lib.files import atomic_path, file_digest
 from lib.frames import check_frame_segment
-from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label, save_label
+from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import ANONYMOUS, Agreement, Answer
+from lib.merged_labels import MergedLabels
 from lib.partial_labels import (
     ClasswiseLabels,
     LabelError,
@@ -42,7 +43,11 @@ class Annotations:
 
     The order of a save is what makes it safe: the raw file is on disk before the ledger knows of it, the ledger has
     committed before the merged label changes, and a label that a kill left behind is rebuilt from the raw files
-    (`repair`). Nothing is written before the submission has been checked.
+    (`repair`). Nothing is written before the submission has been checked. A save merges only its own regions into the
+    label on disk, as long as that is the file the ledger knows to hold every earlier answer; else it is made anew.
+
+    Everything that reads a label in order to change it does so under the image's lock (`MergedLabels.locked`), so that
+    requests and a training that repairs labels may run side by side.
 
     Args:
         state: folder for the raw files (`raw/`).
@@ -54,6 +59,7 @@ class Annotations:
     def __init__(self, state: Path, merged: Path, classes: Mapping[str, int], ledger: QueryLedger) -> None:
         self.state = state
         self.merged = merged
+        self.labels = MergedLabels(merged, state / "locks")
         self.classes = classes
         self.ledger = ledger
 
@@ -79,26 +85,50 @@ class Annotations:
         regions = self._regions(image_id, shape, info, client)
         asked = self.ledger.asked(image_id)
         check_frame_segment(label.array_xyz, info.get("label_info"), [region for _, region in regions], asked)
-        self._adopt(image_id, shape, affine)
-        agreements = self._agreements(label_xyz, drawn, client, [region for _, region in regions])
-        answer = self._record(image_id, submitted, info, client, regions, agreements)
-        self.rebuild(image_id, shape, affine)
+        with self.labels.locked(image_id):
+            self._adopt(image_id, shape, affine)
+            current_xyz = None if drawn is not None else self._current(image_id, shape)
+            boxes = [region for _, region in regions]
+            merged_xyz = None if current_xyz is None else merge(current_xyz, label_xyz, boxes)
+            agreements = self._agreements(label_xyz, drawn, client, boxes)
+            answer = self._record(image_id, submitted, info, client, regions, agreements)
+            if merged_xyz is None:
+                self._rebuild(image_id, shape, affine)
+            else:
+                self.ledger.mark_merged(image_id, answer, self.labels.write(image_id, merged_xyz, affine))
         return answer
+
+    def _current(self, image_id: str, shape: Triple) -> LabelMap | None:
+        """The label of all active answers so far if it can be had without them, else None."""
+        last = self.ledger.last_answer(image_id)
+        if not last:
+            return unlabelled(shape)
+        held, sha256 = self.ledger.merged(image_id)
+        if held != last or sha256 is None or self.ledger.is_classwise(image_id):
+            return None
+        return self.labels.read(image_id, shape, sha256)
 
     def rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
         """Writes the merged label anew from the raw files of every active answer, oldest first.
 
         Where all answers have been withdrawn the file is removed: nothing of the image is annotated.
+
+        Raises:
+            ImageError: a raw file is missing or not what was submitted.
         """
+        with self.labels.locked(image_id):
+            return self._rebuild(image_id, shape, affine)
+
+    def _rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
         last = self.ledger.last_answer(image_id)
-        label_xyz = self.rebuilt(image_id, shape)
-        if self.ledger.answers(image_id):
-            save_label(self.merged / f"{image_id}.nii.gz", label_xyz, affine)
+        answers, sha256 = self.ledger.answers(image_id), None
+        label_xyz = self._merged(shape, answers)
+        if answers:
+            sha256 = self.labels.write(image_id, label_xyz, affine)
         elif last:
-            for extension in EXTENSIONS:
-                (self.merged / f"{image_id}{extension}").unlink(missing_ok=True)
+            self.labels.remove(image_id)
         if last:
-            self.ledger.mark_merged(image_id, last)
+            self.ledger.mark_merged(image_id, last, sha256)
         return label_xyz
 
     def rebuilt(self, image_id: str, shape: Triple) -> LabelMap:
@@ -130,13 +160,16 @@ class Annotations:
     def _switch(
         self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None, active: bool
     ) -> Answer:
+        switch = self.ledger.restore if active else self.ledger.withdraw
         found = self.ledger.answer(answer_id)
-        if found is not None:
-            shape, affine = geometry(found.image)
+        if found is None:
+            return switch(answer_id, client, reason)
+        shape, affine = geometry(found.image)
+        with self.labels.locked(found.image):
             kept = self.ledger.answers(found.image, withdrawn=True)
             self._merged(shape, [a for a in kept if (active if a.id == answer_id else a.active)])
-        found = (self.ledger.restore if active else self.ledger.withdraw)(answer_id, client, reason)
-        self.rebuild(found.image, shape, affine)
+            found = switch(answer_id, client, reason)
+            self._rebuild(found.image, shape, affine)
         return found
 
     def classwise(self, image_id: str, shape: Triple) -> ClasswiseLabels | None:

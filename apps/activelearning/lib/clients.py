@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -33,6 +34,7 @@ class Clients:
 
     def __init__(self) -> None:
         self._aliases: dict[str, dict[str, None]] = {}
+        self._lock = threading.Lock()
 
     def identify(self, request: Mapping[str, Any]) -> str:
         """The `client_id` of a request, or else who the connection says it is."""
@@ -40,17 +42,19 @@ class Clients:
         if not given:
             return here or ANONYMOUS
         if here:
-            known = self._aliases.setdefault(here, {})
-            known.pop(str(given), None)
-            known[str(given)] = None
-            if len(known) > MOST_ALIASES:
-                del known[next(iter(known))]
+            with self._lock:
+                known = self._aliases.setdefault(here, {})
+                known.pop(str(given), None)
+                known[str(given)] = None
+                if len(known) > MOST_ALIASES:
+                    del known[next(iter(known))]
         return str(given)
 
     def here(self) -> list[str]:
         """Every id that the current connection's user and address have used, newest first."""
         here = current_client()
-        return [] if here is None else [*reversed(self._aliases.get(here, {})), here]
+        with self._lock:
+            return [] if here is None else [*reversed(self._aliases.get(here, {})), here]
 
 
 class IdentifiedClients:

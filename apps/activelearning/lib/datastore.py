@@ -13,11 +13,11 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
@@ -26,57 +26,17 @@ from numpy.typing import NDArray
 from lib.annotations import Annotations
 from lib.clients import current_client
 from lib.errors import refuse, speaking_errors
+from lib.file_facts import FileFacts, Stamped
 from lib.files import atomic_path, file_digest
+from lib.folder_listing import FolderListing, split_name
 from lib.images import EXTENSIONS, image_geometry, load_image
 from lib.ledger import QueryLedger
 from lib.ledger_records import Answer
-from lib.regions import Triple
+from lib.regions import Triple, triple
 
 FINAL = DefaultLabelTag.FINAL.value
 STATE_FOLDER = ".patchwise"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
-
-
-class FolderListing:
-    """Files of one folder by id; read again only when the folder changed.
-
-    Reading a folder costs in proportion to its files, asking for its modification time does not: what the server asks
-    thousands of times costs the same at 20 and at 10,000 images.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._changed = -1
-        self._files: dict[str, str] = {}
-
-    def files(self) -> dict[str, str]:
-        """id -> extension; hidden files (temporary ones, and macOS's `._` twins) are no data."""
-        try:
-            changed = self.folder.stat().st_mtime_ns
-        except FileNotFoundError:
-            return {}
-        # A folder changed within the clock's grain could change again unseen, so it is not remembered yet.
-        if changed != self._changed:
-            found = sorted(filter(None, map(_split, self.folder.iterdir())), key=_rank, reverse=True)
-            self._files = dict(sorted(dict(found).items()))
-            self._changed = changed if time.time_ns() - changed > 20_000_000 else -1
-        return self._files
-
-    def path(self, file_id: str) -> Path | None:
-        """File of an id, or None."""
-        extension = self.files().get(file_id)
-        return None if extension is None else self.folder / f"{file_id}{extension}"
-
-
-def _split(path: Path) -> tuple[str, str] | None:
-    name = path.name
-    extension = next((e for e in EXTENSIONS if name.endswith(e)), None)
-    return (name[: -len(extension)], extension) if extension and not name.startswith(".") else None
-
-
-def _rank(file: tuple[str, str]) -> int:
-    """Place of a file's extension: sorted by it backwards, the one that counts is the last and stays in a dict."""
-    return EXTENSIONS.index(file[1])
 
 
 class PartialLabelDatastore(Datastore):
@@ -97,8 +57,12 @@ class PartialLabelDatastore(Datastore):
         self._images = FolderListing(studies)
         self._labels: dict[str, FolderListing] = {}
         self._lock = threading.Lock()
-        self._digests: dict[str, dict[str, Any]] = {}
-        self._geometries: dict[str, tuple[list[int], tuple[Triple, NDArray[np.float64]]]] = {}
+        # Held while regions are chosen (long), and while they are handed out (short, also inside of the other one):
+        # what is chosen depends on what is taken, and one region goes to one client.
+        self.choosing, self.handing_out = threading.Lock(), threading.Lock()
+        self._digests = FileFacts[str](ledger, ":sha256", file_digest, str)
+        self._geometries = FileFacts[Geometry](ledger, ":geometry", _read_geometry, _parse_geometry)
+        self._readable: dict[str, Stamped] = {}
         for tag in (FINAL, DefaultLabelTag.ORIGINAL.value):
             (studies / "labels" / tag).mkdir(parents=True, exist_ok=True)
         self.annotations = Annotations(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger)
@@ -143,7 +107,9 @@ class PartialLabelDatastore(Datastore):
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         source = Path(image_filename)
-        stem, extension = _split(source) or refuse(f"{source.name}: images must end in {', '.join(EXTENSIONS)}")
+        stem, extension = split_name(source.name) or refuse(
+            f"{source.name}: images must end in {', '.join(EXTENSIONS)}"
+        )
         image_id = _checked_name(image_id or stem, "image")
         with speaking_errors():
             load_image(source)
@@ -209,12 +175,13 @@ class PartialLabelDatastore(Datastore):
         here = current_client()
         if here and not info.get("client_id"):
             info["client_id"] = here
-        if _split(source) is None:
+        if split_name(source.name) is None:
             refuse(f"label for {image_id}: files must end in {', '.join(EXTENSIONS)}, found {source.suffix or 'none'}")
         if tag == FINAL:
             with speaking_errors():
-                self.annotations.save(image_id, image, source, info)
+                _saved.set(self.annotations.save(image_id, image, source, info))
         else:
+            _saved.set(None)
             extension = next(e for e in EXTENSIONS if source.name.endswith(e))
             with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
                 shutil.copyfile(source, temporary)
@@ -288,43 +255,84 @@ class PartialLabelDatastore(Datastore):
 
     def json(self) -> dict[str, Any]:
         tags = self.tags()
+        infos, labels = (
+            {tag: self.ledger.infos(tag) for tag in ("", *tags)},
+            {t: self._listing(t).files() for t in tags},
+        )
         objects = {
             image: {
-                "image": {"ext": extension, "info": self.ledger.get_info(image)},
+                "image": {"ext": extension, "info": infos[""].get(image, {})},
                 "labels": {
-                    tag: {"ext": ext, "info": self.ledger.get_info(image, tag)}
+                    tag: {"ext": ext, "info": infos[tag].get(image, {})}
                     for tag in tags
-                    if (ext := self._listing(tag).files().get(image))
+                    if (ext := labels[tag].get(image))
                 },
             }
             for image, extension in self._images.files().items()
         }
         return {"name": self.name(), "description": self.description(), "objects": objects}
 
+    # --- facts about image files -------------------------------------------------------------------------------------
+
+    def image_files(self) -> dict[str, Stamped]:
+        """Every image's file as it is now."""
+        return self._images.stamped()
+
+    def digests(self, files: Mapping[str, Stamped]) -> dict[str, str]:
+        """SHA-256 of image files; each is read once until its size or time changes."""
+        return self._digests.of(files)
+
+    def geometries(self, files: Mapping[str, Stamped]) -> dict[str, Geometry]:
+        """Shape, affine and spacing of image files; each header is read once until the file changes."""
+        return self._geometries.of(files)
+
     def image_digest(self, image_id: str) -> str:
-        """SHA-256 of an image file, remembered in the ledger until the file's size or time changes."""
-        path, stamp = self._stamp(image_id)
-        known = self._digests.get(image_id)
-        if known is None or known["stamp"] != stamp:
-            known = self.ledger.get_info(image_id, ":digest")
-        if known.get("stamp") != stamp:
-            known = {"stamp": stamp, "sha256": file_digest(path)}
-            self.ledger.update_info(image_id, known, ":digest")
-        self._digests[image_id] = known
-        return str(known["sha256"])
+        """SHA-256 of an image file."""
+        return self.digests({image_id: Stamped.of(self.image_path(image_id))})[image_id]
 
     def geometry(self, image_id: str) -> tuple[Triple, NDArray[np.float64]]:
-        """Shape and affine of an image; its header is read once until the file changes."""
-        path, stamp = self._stamp(image_id)
-        known = self._geometries.get(image_id)
-        if known is None or known[0] != stamp:
-            known = self._geometries[image_id] = (stamp, image_geometry(path))
-        return known[1]
+        """Shape and affine of an image."""
+        found = self.geometries({image_id: Stamped.of(self.image_path(image_id))})[image_id]
+        return found.shape, found.affine
 
-    def _stamp(self, image_id: str) -> tuple[Path, list[int]]:
-        path = self.image_path(image_id)
-        stat = path.stat()
-        return path, [stat.st_size, stat.st_mtime_ns]
+    def check_readable(self, images: Iterable[str]) -> None:
+        """Reads images that have not been read yet, so that nobody is asked to annotate one that cannot be.
+
+        Raises:
+            ImageError: unreadable, named.
+        """
+        for image in images:
+            file = Stamped.of(self.image_path(image))
+            if self._readable.get(image) != file:
+                load_image(file.path)
+                self._readable[image] = file
+
+
+class Geometry(NamedTuple):
+    """Grid of an image: shape in voxels, 4 x 4 affine, spacing in mm along each axis."""
+
+    shape: Triple
+    affine: NDArray[np.float64]
+    spacing: tuple[float, float, float]
+
+
+def _read_geometry(path: Path) -> dict[str, Any]:
+    shape, affine = image_geometry(path)
+    return {"shape": shape, "affine": affine.tolist()}
+
+
+def _parse_geometry(fact: dict[str, Any]) -> Geometry:
+    affine = np.array(fact["affine"], dtype=np.float64)
+    x, y, z = (float((affine[:3, axis] ** 2).sum() ** 0.5) for axis in range(3))
+    return Geometry(triple(fact["shape"]), affine, (x, y, z))
+
+
+_saved: ContextVar[int | None] = ContextVar("saved_answer", default=None)
+
+
+def saved_answer() -> int | None:
+    """Number of the answer that the current request has saved; None where it saved none."""
+    return _saved.get()
 
 
 def _checked_name(name: str, what: str) -> str:

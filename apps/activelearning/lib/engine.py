@@ -25,7 +25,7 @@ from lib.pool_units import (
 from lib.regions import triple
 from lib.registry_schema import MethodError, QueryMethod
 
-__all__ = ["Ask", "Candidate", "Evidence", "Pick", "PoolExhausted", "PoolImage", "select"]
+__all__ = ["SUMMARISED", "Ask", "Candidate", "Evidence", "Pick", "PoolExhausted", "PoolImage", "select"]
 
 _Stage = Callable[[Ask, Sequence[PoolImage], Any], list[Pick]]
 
@@ -53,6 +53,9 @@ _STAGES: dict[str, _Stage] = {
     "starting_budget": select_random,
     "precomputed": lambda ask, pool, evidence: select_precomputed(ask, pool),
 }
+
+# Selectors that keep what each image offers (`lib.summaries`), so that a second query need not look at every image.
+SUMMARISED = frozenset({"greedy", "power", "softrank", "class_stratified"})
 
 
 def select(

@@ -41,6 +41,7 @@ class ModelEvidence:
 
     Args:
         cache, model, spec: which moments are read.
+        digests: of the files of the pool.
         segmenter: the ensemble and its bundle.
         datastore: images, labels and the ledger.
         classes: class name -> id.
@@ -51,13 +52,14 @@ class ModelEvidence:
         cache: MomentsCache,
         model: Model,
         spec: PosteriorSpec,
+        digests: Mapping[str, str],
         segmenter: SegmentationTask,
         datastore: PartialLabelDatastore,
         classes: Mapping[str, int],
     ) -> None:
         self.cache = cache
         self.model = model
-        self.summaries = cache.summaries(model)
+        self.summaries = cache.summaries(model, digests)
         self.spec = spec
         self.segmenter = segmenter
         self.datastore = datastore
@@ -68,16 +70,18 @@ class ModelEvidence:
 
     def features(self, image: str, boxes: Sequence[Box]) -> NDArray[np.float32]:
         (layer,) = self.segmenter.trained_bundle().layers("bottleneck")
-        volume = load_image(self.datastore.image_path(image))
-        return bottleneck_features(self.segmenter.ensemble(), layer, volume, boxes)
+        volume, ensemble = load_image(self.datastore.image_path(image)), self.segmenter.ensemble()
+        with ensemble.lock:
+            return bottleneck_features(ensemble, layer, volume, boxes)
 
     def labelled_features(self) -> NDArray[np.float32]:
         return _labelled(self.datastore, self.features)
 
     def gradients(self, image: str, boxes: Sequence[Box], layer: str) -> NDArray[np.float32]:
         layers = self.segmenter.trained_bundle().layers(_LAYERS[layer])
-        volume = load_image(self.datastore.image_path(image))
-        return gradient_embeddings(self.segmenter.ensemble(), layers, volume, boxes)
+        volume, ensemble = load_image(self.datastore.image_path(image)), self.segmenter.ensemble()
+        with ensemble.lock:
+            return gradient_embeddings(ensemble, layers, volume, boxes)
 
     def class_frequencies(self) -> NDArray[np.float64]:
         total = np.zeros(len(self.classes) + 1)

@@ -47,6 +47,8 @@ def check_frame_segment(
         LabelError: saying how many voxels these are.
     """
     values = [int(entry["idx"]) for entry in label_info or () if str(entry["name"]).lower() == FRAME_SEGMENT]
+    if not any(values):
+        return
     painted = np.zeros(label_xyz.shape, dtype=bool)
     for region in answered:
         painted[region.slices] = np.isin(label_xyz[region.slices], [value for value in values if value])

@@ -70,6 +70,8 @@ def load_label(path: str | Path) -> Volume:
         ImageError: unreadable, not three-dimensional, or holding values that are not whole numbers from 0 to 255.
     """
     volume = _load(path)
+    if volume.array_xyz.dtype == np.uint8:
+        return volume
     values = np.unique(volume.array_xyz)
     if not np.all(np.isfinite(values)) or values.min() < 0 or values.max() > 255 or np.any(values != np.round(values)):
         shown = ", ".join(f"{v:g}" for v in values[:8])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -54,6 +55,7 @@ class SegmentationTask(InferTask):
         self.store = store
         self.options = options
         self._loaded: tuple[str, Ensemble] | None = None
+        self._loading = threading.Lock()
 
     def is_valid(self) -> bool:
         """Listed also before the first training: clients read the labels of a project from its models."""
@@ -68,10 +70,11 @@ class SegmentationTask(InferTask):
         model = self.store.current()
         if model is None:
             refuse(f"{self.bundle.name} has not been trained yet; POST /train/{self.bundle.name} first", 409)
-        if self._loaded is None or self._loaded[0] != model.digest:
-            ensemble = self.store.load(model, self.bundle, choose_device(self.options.device))
-            self._loaded = (model.digest, ensemble)
-        return self._loaded[1]
+        with self._loading:
+            if self._loaded is None or self._loaded[0] != model.digest:
+                ensemble = self.store.load(model, self.bundle, choose_device(self.options.device))
+                self._loaded = (model.digest, ensemble)
+            return self._loaded[1]
 
     def trained_bundle(self) -> Bundle:
         """The bundle as the current model was trained with it."""
@@ -81,7 +84,9 @@ class SegmentationTask(InferTask):
         started = time.time()
         with speaking_errors():
             volume = load_image(request["image"])
-            label_xyz = self.ensemble().mean(volume).argmax(axis=0).astype(np.uint8)
+            ensemble = self.ensemble()
+            with ensemble.lock:
+                label_xyz = ensemble.mean(volume).argmax(axis=0).astype(np.uint8)
         names = dict(self.labels)
         facts = {"label_names": names, "latencies": {"total": round(time.time() - started, 3)}}
         return write_result(label_xyz, volume.affine, request), facts

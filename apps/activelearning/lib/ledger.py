@@ -65,12 +65,12 @@ class QueryLedger(Answers, Overview):
         with self._transaction() as connection:
             connection.executemany("UPDATE queries SET batch = ? WHERE id = ?", [(batch, query) for query in ids])
 
-    def proposed(self, method: str, round_: int, unit: str) -> list[Query]:
+    def proposed(self, method: str, round_: int, unit: str, limit: int | None = None) -> list[Query]:
         """Regions that were chosen but not yet handed out, best first; second readings are not among them."""
         condition = (
             "status = 'proposed' AND twin IS NULL AND method = ? AND round = ? AND unit = ? ORDER BY asked, rank"
         )
-        return self._queries(condition, (method, round_, unit))
+        return self._queries(f"{condition} LIMIT ?", (method, round_, unit, -1 if limit is None else limit))
 
     def withdraw_planned(self, before_round: int) -> int:
         """Gives up regions planned in earlier rounds that nobody was handed; how many.
@@ -91,7 +91,9 @@ class QueryLedger(Answers, Overview):
         boxes: dict[str, list[Region]] = {}
         marks = ",".join("?" * len(TAKEN))
         with self._connect() as connection:
-            asked = connection.execute(f"SELECT * FROM queries WHERE status IN ({marks})", TAKEN).fetchall()
+            asked = connection.execute(
+                f"SELECT image, x, y, z, dx, dy, dz FROM queries WHERE status IN ({marks})", TAKEN
+            ).fetchall()
             free = connection.execute(
                 "SELECT answers.image, answered.* FROM answered JOIN answers ON answers.id = answered.answer"
                 " WHERE answers.active = 1 AND answered.query IS NULL"
@@ -144,6 +146,20 @@ class QueryLedger(Answers, Overview):
             content = {**(json.loads(row[0]) if row else {}), **info}
             connection.execute(
                 "INSERT OR REPLACE INTO info VALUES (?, ?, ?)", (image, tag, json.dumps(content, default=str))
+            )
+
+    def infos(self, tag: str = "") -> dict[str, dict[str, Any]]:
+        """Every info under a tag, by image."""
+        with self._connect() as connection:
+            rows = connection.execute("SELECT image, content FROM info WHERE tag = ?", (tag,)).fetchall()
+        return {image: json.loads(content) for image, content in rows}
+
+    def update_infos(self, infos: Mapping[str, Mapping[str, Any]], tag: str = "") -> None:
+        """Replaces the infos of many images at once."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO info VALUES (?, ?, ?)",
+                [(image, tag, json.dumps(content, default=str)) for image, content in infos.items()],
             )
 
     def get_meta(self, key: str) -> Any:

@@ -202,10 +202,28 @@ class Answers(Leases):
             ).fetchall()
         return [row[0] for row in rows]
 
-    def mark_merged(self, image: str, answer: int) -> None:
-        """The label on disk holds every submission up to `answer`."""
+    def mark_merged(self, image: str, answer: int, sha256: str | None = None) -> None:
+        """The label on disk, of this digest, holds every submission up to `answer`."""
         with self._transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO merged VALUES (?, ?)", (image, answer))
+            connection.execute(
+                "INSERT OR REPLACE INTO merged (image, answer, sha256) VALUES (?, ?, ?)", (image, answer, sha256)
+            )
+
+    def merged(self, image: str) -> tuple[int, str | None]:
+        """Newest submission that the label on disk holds, and the digest of its file; (0, None) where unknown."""
+        with self._connect() as connection:
+            row = connection.execute("SELECT answer, sha256 FROM merged WHERE image = ?", (image,)).fetchone()
+        return (row["answer"], row["sha256"]) if row else (0, None)
+
+    def is_classwise(self, image: str) -> bool:
+        """Whether an active submission of the image names the classes that were drawn."""
+        with self._connect() as connection:
+            row = connection.execute(
+                "SELECT 1 FROM answers WHERE image = ? AND active = 1"
+                " AND json_extract(info, '$.annotated_classes') IS NOT NULL LIMIT 1",
+                (image,),
+            ).fetchone()
+        return row is not None
 
     def last_answer(self, image: str) -> int:
         """Number of the newest submission of an image, withdrawn or not; 0 when there is none."""

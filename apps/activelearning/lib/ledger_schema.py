@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -83,7 +83,7 @@ CREATE TABLE IF NOT EXISTS agreement (
     other_voxels INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS agreement_by_answer ON agreement (answer);
-CREATE TABLE IF NOT EXISTS merged (image TEXT PRIMARY KEY, answer INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS merged (image TEXT PRIMARY KEY, answer INTEGER NOT NULL, sha256 TEXT);
 CREATE TABLE IF NOT EXISTS rounds (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     round INTEGER NOT NULL,
@@ -113,6 +113,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "UPDATE queries SET lease_minutes = (lease_until - leased) / 60",
         "UPDATE queries SET worked = 60 * COALESCE((SELECT SUM(minutes) FROM answered WHERE query = queries.id), 0)",
     ),
+    2: ("ALTER TABLE merged ADD COLUMN sha256 TEXT",),
 }
 
 

@@ -54,11 +54,20 @@ class LedgerStore:
         self.path = path
         self.clock = clock
         self.idle_minutes = idle_minutes
+        self._kept: sqlite3.Connection | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._transaction() as connection:
             found = prepare(connection)
         if found > SCHEMA_VERSION:
             raise LedgerError(f"{path} was written by a newer version (schema {found}); update this program")
+
+    def stay_open(self) -> None:
+        """Keeps the file open until the process ends: for a server, which does not fork.
+
+        The last connection that is closed moves the log into the file; while this idle one is there, no call has to.
+        """
+        self._kept = self._kept or sqlite3.connect(self.path, timeout=BUSY_SECONDS, check_same_thread=False)
+        self._kept.execute("SELECT 1 FROM meta").fetchone()
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,18 +48,17 @@ class MomentsCache:
 
     def path(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> Path:
         """File of one image's moments."""
-        key = text_digest(self.datastore.image_digest(image), asdict(spec), QUERY_OVERLAP)
-        return self.root / model.digest[:16] / f"{key[:32]}.npz"
+        return self.root / model.digest[:16] / _name(self.datastore.image_digest(image), spec)
 
-    def missing(self, model: Model, images: Sequence[str], spec: PosteriorSpec = DEEP_ENSEMBLE) -> list[str]:
-        """Images whose moments for this model and posterior are not cached."""
+    def missing(self, model: Model, digests: Mapping[str, str], spec: PosteriorSpec = DEEP_ENSEMBLE) -> list[str]:
+        """Images whose moments for this model and posterior are not cached, given the digests of their files."""
         folder = self.root / model.digest[:16]
-        cached = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        return [image for image in images if self.path(model, image, spec).name not in cached]
+        cached = set(os.listdir(folder)) if folder.is_dir() else set()
+        return [image for image, digest in digests.items() if _name(digest, spec) not in cached]
 
-    def summaries(self, model: Model) -> SummaryFile:
+    def summaries(self, model: Model, digests: Mapping[str, str]) -> SummaryFile:
         """Where candidates made of this model's moments are kept."""
-        return SummaryFile(self.root / model.digest[:16] / "summaries.sqlite", self.datastore.image_digest)
+        return SummaryFile(self.root / model.digest[:16] / "summaries.sqlite", digests)
 
     def load(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> Moments:
         """Moments of one image.
@@ -73,23 +73,25 @@ class MomentsCache:
         self,
         model: Model,
         ensemble: Callable[[], Ensemble],
-        images: Sequence[str],
+        digests: Mapping[str, str],
         report: Callable[[int, int], None],
         spec: PosteriorSpec = DEEP_ENSEMBLE,
     ) -> int:
         """Computes what is missing and removes the moments of older models; how many images were computed.
 
-        Each image is read once. Files appear whole, so a scorer that was killed goes on with the next image.
+        Each image is read once, and files of one content count as one. Files appear whole, so a scorer that was killed
+        goes on with the next image.
         """
-        missing = self.missing(model, images, spec)
+        missing = list({digests[image]: image for image in self.missing(model, digests, spec)}.values())
         loaded = ensemble() if missing else None
         for done, image in enumerate(tqdm(missing, desc="scoring", unit="image", mininterval=5, disable=None), start=1):
             assert loaded is not None, "an ensemble is loaded whenever an image is missing"
             volume = load_image(self.datastore.image_path(image))
             # Dropout and views follow from the image alone, whatever the order in which the pool is scored.
-            seed = int(self.datastore.image_digest(image)[:8], 16)
-            moments = Moments.from_members(loaded.members(volume, QUERY_OVERLAP, spec, seed))
-            moments.loss = loaded.learning_loss(volume)
+            seed = int(digests[image][:8], 16)
+            with loaded.lock:
+                moments = Moments.from_members(loaded.members(volume, QUERY_OVERLAP, spec, seed))
+                moments.loss = loaded.learning_loss(volume)
             arrays = moments.to_arrays()
             write_atomic(self.path(model, image, spec), partial(_save, arrays))
             report(done, len(missing))
@@ -102,6 +104,11 @@ class MomentsCache:
         others = [p for p in self.root.iterdir() if p.is_dir() and p.name != model.digest[:16]]
         for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[self.keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+@lru_cache(maxsize=1 << 16)
+def _name(digest: str, spec: PosteriorSpec) -> str:
+    return f"{text_digest(digest, asdict(spec), QUERY_OVERLAP)[:32]}.npz"
 
 
 def _save(arrays: Mapping[str, Any], stream: BinaryIO) -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Ensemble:
         heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
         normalisation: of grey values; None is the z-score of each image.
         mirrored: axes whose mirror images `mean` takes in as well.
+
+    Whoever runs the networks holds `lock`: hooks, dropout and modes of a network are one for all threads.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Ensemble:
         normalisation: Normalisation | None = None,
         mirrored: Sequence[int] = (),
     ) -> None:
+        self.lock = threading.Lock()
         self.heads = [head.to(device).eval() for head in heads]
         self.taps = list(taps)
         self.networks = [network.to(device).eval() for network in networks]

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,30 +28,52 @@ from lib.regions import Region
 from lib.thumbnails import RGB, thumbnail
 from lib.uncertainty import SCORE_MAPS
 
+logger = logging.getLogger(__name__)
+
 
 class Reasons:
-    """Writes and finds the reasons of queries."""
+    """Writes and finds the reasons of queries; pictures are drawn after the request that chose their regions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+        self._pending: dict[int, Future[None]] = {}
 
-    def picture(self, query_id: int) -> Path:
-        """File of a query's picture; it may not be there yet."""
-        return self.folder / f"{query_id}.png"
+    def picture(self, query_id: int) -> Path | None:
+        """File of a query's picture, waited for while it is drawn; None where there is none."""
+        pending = self._pending.get(query_id)
+        if pending is not None:
+            wait([pending])
+        path = self._file(query_id)
+        return path if path.is_file() else None
 
     def has_picture(self, query_id: int) -> bool:
-        """Whether a query has a picture."""
-        return self.picture(query_id).is_file()
+        """Whether a query has a picture or gets one."""
+        return query_id in self._pending or self._file(query_id).is_file()
 
     def get(self, query_id: int) -> dict[str, Any]:
         """The reason of a query; empty when none was kept."""
         return read_json(self.folder / f"{query_id}.json") or {}
 
-    def keep(self, queries: Sequence[Query], pictures: Sequence[RGB]) -> None:
-        """Stores each query's reason and picture."""
-        for query, rgb in zip(queries, pictures, strict=True):
-            write_json(self.folder / f"{query.id}.json", query.to_json())
-            write_atomic(self.picture(query.id), partial(_save, rgb))
+    def keep(self, queries: Sequence[Query], pictures: Callable[[], Sequence[RGB]]) -> None:
+        """Has each query's reason and picture stored, soon.
+
+        The ledger holds the reasons too: if the server is killed before, only pictures are missing.
+        """
+        pending = self._drawing.submit(self._store, list(queries), pictures)
+        self._pending.update(dict.fromkeys((query.id for query in queries), pending))
+        pending.add_done_callback(lambda _: [self._pending.pop(query.id, None) for query in queries])
+
+    def _store(self, queries: Sequence[Query], pictures: Callable[[], Sequence[RGB]]) -> None:
+        try:
+            for query, rgb in zip(queries, pictures(), strict=True):
+                write_json(self.folder / f"{query.id}.json", query.to_json())
+                write_atomic(self._file(query.id), partial(_save, rgb))
+        except Exception:
+            logger.exception("pictures of queries %s were not drawn", ", ".join(str(query.id) for query in queries))
+
+    def _file(self, query_id: int) -> Path:
+        return self.folder / f"{query_id}.png"
 
 
 def draw(
@@ -58,7 +82,7 @@ def draw(
     """A picture of each region, in their order; every image and score map is read once.
 
     Raises:
-        ImageError: an image that cannot be read, so that nobody is asked to annotate it.
+        ImageError: an image that cannot be read.
     """
     pictures: dict[Region, RGB] = {}
     for image in sorted({region.image for region in regions}):

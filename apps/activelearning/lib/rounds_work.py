@@ -112,7 +112,8 @@ class ServerWork:
             self.store.ledger.set_meta("rounds:exhausted", model.digest)
 
     def _is_scored(self, model: Model) -> bool:
-        return not self.cache.missing(model, self.store.list_images(), spec_of(resolve(self.method)))
+        digests = self.store.digests(self.store.image_files())
+        return not self.cache.missing(model, digests, spec_of(resolve(self.method)))
 
 
 def _batch(model: Model) -> str:

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lib.clients import IdentifiedClients
 from lib.errors import SPEAKING, refuse, speaking_errors, status_of
 from lib.lease_routes import answer_routes, lease_routes, times
+from lib.off_loop import Threads, prefer_answers
 from lib.page_routes import page_routes
 from lib.tokens import accept_signed_tokens
 
@@ -69,7 +70,10 @@ def _install(app: FastAPI, routers: Sequence[APIRouter], forwarded_header: str |
     added = app.router.routes[count:]
     app.router.routes[:] = [*added, *app.router.routes[:count]]
     # The application's own middleware is built before this app is loaded; the router's can still be wrapped.
-    app.router.middleware_stack = IdentifiedClients(SpeakingErrors(app.router.middleware_stack), forwarded_header)
+    app.router.middleware_stack = Threads(
+        IdentifiedClients(SpeakingErrors(app.router.middleware_stack), forwarded_header)
+    )
+    prefer_answers()
 
 
 def routes(patchwise: PatchwiseApp) -> APIRouter:
@@ -101,7 +105,7 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
             refuse(f"there is no query {query_id}", 404)
         # A second reading looks like the first one.
         drawn = query_id if found.twin is None else found.twin
-        picture = f"/patchwise/queries/{drawn}/picture.png" if patchwise.reasons.picture(drawn).is_file() else None
+        picture = f"/patchwise/queries/{drawn}/picture.png" if patchwise.reasons.has_picture(drawn) else None
         return {**found.to_json(), **times(patchwise, found), "picture": picture}
 
     @router.get("/patchwise/queries/{query_id}/picture.png", tags=["Patchwise"], summary="Image and score map")
@@ -110,7 +114,7 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),  # noqa: B008
     ) -> FileResponse:
         path = patchwise.reasons.picture(query_id)
-        if not path.is_file():
+        if path is None:
             refuse(f"there is no picture of query {query_id}", 404)
         return FileResponse(path, media_type="image/png")
 

@@ -23,6 +23,7 @@ from lib.engine import PoolExhausted, PoolImage, select
 from lib.errors import refuse, speaking_errors
 from lib.evidence import COMPOSE, DescriptorEvidence, ModelEvidence, spec_of
 from lib.inference import SegmentationTask
+from lib.ledger import QueryLedger
 from lib.ledger_records import ANONYMOUS, Asked, Query
 from lib.methods import QueryMethod, compose, resolve
 from lib.models import Model
@@ -94,8 +95,7 @@ class QueryStrategy(Strategy):
             HTTPException: 4xx with a sentence.
         """
         with speaking_errors():
-            method = compose(request) if self.method == COMPOSE else resolve(self.method, request)
-            wanted = _parse(request)
+            method, wanted = self._method(request), _parse(request)
             datastore.ledger.expire()
             note, queries = self._queries(method, wanted, datastore)
         return self._answer(queries, note, datastore) if queries else None
@@ -107,44 +107,91 @@ class QueryStrategy(Strategy):
             HTTPException: 4xx with a sentence.
         """
         with speaking_errors():
-            method = compose(request) if self.method == COMPOSE else resolve(self.method, request)
-            return self._queries(method, _parse(request), datastore, hand_out=False)[1]
+            return self._queries(self._method(request), _parse(request), datastore, lease=False)[1]
 
     def _queries(
-        self, method: QueryMethod, wanted: QueryRequest, datastore: PartialLabelDatastore, hand_out: bool = True
+        self, method: QueryMethod, wanted: QueryRequest, datastore: PartialLabelDatastore, lease: bool = True
     ) -> tuple[str | None, list[Query]]:
         ledger = datastore.ledger
         model = self._model(wanted, method)
-        round_ = wanted.round if wanted.round is not None else (model.round + 1 if model else 0)
+        round_ = self._round(wanted, model)
         client = wanted.client_id or ANONYMOUS
         minutes = wanted.lease_minutes or self.options.lease_minutes
         batch = wanted.request_id or uuid.uuid4().hex
+
+        def hand_out(queries: Sequence[Query]) -> list[Query]:
+            if not lease:
+                return list(queries)
+            return ledger.lease([query.id for query in queries], client, minutes) if queries else []
+
+        with datastore.handing_out:
+            handed = hand_out(self._planned(method, wanted, round_, client, batch, ledger))
+        if handed:
+            return None, handed
+        with datastore.choosing:
+            # Whoever chose while this request waited may have planned a region for it too.
+            with datastore.handing_out:
+                handed = hand_out(self._planned(method, wanted, round_, client, batch, ledger))
+            if handed:
+                return None, handed
+            second = list[Query]()
+            if wanted.batch and not wanted.regions and lease:
+                second = ledger.second_readings(client, wanted.batch)
+            ledger.withdraw_planned(round_)
+            note, asked, evidence = None, list[Asked](), None
+            left = (wanted.batch or self.options.batch) - len(second)
+            if left:
+                pool, evidence = self._look(method, wanted, model, datastore)
+                note, asked = self._choose(method, wanted, pool, evidence, round_, left)
+                if not method.posterior:
+                    datastore.check_readable(sorted({a.region.image for a in asked}))
+            with datastore.handing_out:
+                recorded = ledger.ask(batch, method.name, round_, asked, self._twice(wanted, round_, len(asked)))
+                self._draw(method, recorded, datastore, evidence)
+                self.proposals.keep(recorded, model, spec_of(method))
+                if second:
+                    free = {query.id for query in ledger.second_readings(client, len(second))}
+                    ledger.join_batch([query.id for query in second if query.id in free], batch)
+                    recorded = ledger.batch(batch)
+                return note, hand_out(recorded if wanted.batch else recorded[:1])
+
+    def _planned(
+        self, method: QueryMethod, wanted: QueryRequest, round_: int, client: str, batch: str, ledger: QueryLedger
+    ) -> list[Query]:
+        """What is handed out without choosing: the batch of a repeated request, or the next region for who asks singly.
+
+        Regions that wait for a second reading come first, then planned ones, then those that were given back.
+        """
         known = ledger.batch(batch)
-        if known:
-            return None, ledger.lease([query.id for query in known], client, minutes) if hand_out else known
-        second = [] if wanted.regions or not hand_out else ledger.second_readings(client, wanted.batch or 1)
-        if wanted.batch is None:
-            planned = second or ledger.proposed(method.name, round_, method.unit)
-            planned = planned or ledger.freed(method.name, round_, method.unit, client)
-            if planned:
-                return None, ledger.lease([planned[0].id], client, minutes)
-        ledger.withdraw_planned(round_)
-        note, recorded = None, list[Query]()
-        left = (wanted.batch or self.options.batch) - len(second)
-        if left:
-            evidence = self._evidence(method, wanted, model, datastore)
-            note, asked = self._choose(method, wanted, datastore, evidence, round_, left)
-            pictures = draw(method, [a.region for a in asked], datastore, evidence)
-            recorded = ledger.ask(batch, method.name, round_, asked, self._twice(wanted, round_, len(asked)))
-            self.reasons.keep(recorded, pictures)
-            self.proposals.keep(recorded, model, spec_of(method))
-        if second:
-            ledger.join_batch([query.id for query in second], batch)
-            recorded = ledger.batch(batch)
-        if not hand_out:
-            return note, recorded
-        handed = recorded if wanted.batch else recorded[:1]
-        return note, ledger.lease([query.id for query in handed], client, minutes) if handed else []
+        if known or wanted.batch is not None:
+            return known
+        found = [] if wanted.regions else ledger.second_readings(client, 1)
+        found = found or ledger.proposed(method.name, round_, method.unit, 1)
+        return found or ledger.freed(method.name, round_, method.unit, client)
+
+    def prepare(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> None:
+        """Does what the first query after a scoring would do and keeps what images offer, so that none waits for it.
+
+        Raises:
+            HTTPException: 4xx with a sentence.
+        """
+        with speaking_errors():
+            method, wanted = self._method(request), _parse(request)
+            model = self._model(wanted, method)
+            pool, evidence = self._look(method, wanted, model, datastore)
+            self._choose(method, wanted, pool, evidence, self._round(wanted, model), wanted.batch or self.options.batch)
+
+    def _method(self, request: dict[str, Any]) -> QueryMethod:
+        return compose(request) if self.method == COMPOSE else resolve(self.method, request)
+
+    def _round(self, wanted: QueryRequest, model: Model | None) -> int:
+        return wanted.round if wanted.round is not None else (model.round + 1 if model else 0)
+
+    def _draw(
+        self, method: QueryMethod, queries: list[Query], datastore: PartialLabelDatastore, evidence: object
+    ) -> None:
+        regions = [query.region for query in queries]
+        self.reasons.keep(queries, lambda: draw(method, regions, datastore, evidence))
 
     def _twice(self, wanted: QueryRequest, round_: int, count: int) -> list[int]:
         """Places in the batch of the regions that are read twice; a fraction of a region is drawn by chance."""
@@ -157,14 +204,11 @@ class QueryStrategy(Strategy):
         self,
         method: QueryMethod,
         wanted: QueryRequest,
-        datastore: PartialLabelDatastore,
+        pool: Sequence[PoolImage],
         evidence: ModelEvidence | DescriptorEvidence,
         round_: int,
         count: int,
     ) -> tuple[str | None, list[Asked]]:
-        pool = self._pool(datastore)
-        if not pool:
-            refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
         started = time.time()
         note = None
         size = None if wanted.regions else self._size(wanted, pool)
@@ -215,38 +259,37 @@ class QueryStrategy(Strategy):
             )
         return model
 
-    def _evidence(
+    def _look(
         self,
         method: QueryMethod,
         wanted: QueryRequest,
         model: Model | None,
         datastore: PartialLabelDatastore,
-    ) -> ModelEvidence | DescriptorEvidence:
+    ) -> tuple[list[PoolImage], ModelEvidence | DescriptorEvidence]:
+        """The pool as it is now, and what is known about it."""
+        files = datastore.image_files()
+        if not files:
+            refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
+        taken = {image: tuple(region.box for region in regions) for image, regions in datastore.ledger.taken().items()}
+        pool = [
+            PoolImage(id=image, shape=grid.shape, spacing=grid.spacing, taken=taken.get(image, ()))
+            for image, grid in datastore.geometries(files).items()
+        ]
         segmenter = self.segmenters[wanted.model or next(iter(self.segmenters))]
         if model is None:
-            return DescriptorEvidence(datastore)
+            return pool, DescriptorEvidence(datastore)
         if method.uncertainty == "learning_loss" and not model.facts["recipe"].get("learning_loss"):
             refuse('the current model predicts no loss; POST /train with {"learning_loss": 1} and score again', 409)
         spec = spec_of(method)
-        pool = datastore.list_images()
-        missing = self.cache.missing(model, pool, spec) if method.posterior else []
+        digests = datastore.digests(files) if method.posterior else {}
+        missing = self.cache.missing(model, digests, spec)
         if missing:
             refuse(
                 f"{len(missing)} of {len(pool)} images (first: {missing[0]}) have not been scored with the current "
                 f'model and posterior; POST /scoring/predictive_entropy {{"query_method": "{method.name}"}} first',
                 409,
             )
-        return ModelEvidence(self.cache, model, spec, segmenter, datastore, self.classes)
-
-    def _pool(self, datastore: PartialLabelDatastore) -> list[PoolImage]:
-        taken = datastore.ledger.taken()
-        pool = []
-        for image in datastore.list_images():
-            shape, affine = datastore.geometry(image)
-            x, y, z = (float((affine[:3, axis] ** 2).sum() ** 0.5) for axis in range(3))
-            boxes = tuple(region.box for region in taken.get(image, []))
-            pool.append(PoolImage(id=image, shape=shape, spacing=(x, y, z), taken=boxes))
-        return pool
+        return pool, ModelEvidence(self.cache, model, spec, digests, segmenter, datastore, self.classes)
 
     def _size(self, wanted: QueryRequest, pool: Sequence[PoolImage]) -> Triple:
         if wanted.size_mm is not None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from fastapi import HTTPException
 
 from lib.pool import Candidate
 from lib.regions import triple
@@ -34,18 +32,19 @@ class SummaryFile:
 
     Args:
         path: the SQLite file, in the folder of the model's moments, so that both are removed together.
-        digest: digest of an image's file; a summary of other content is not found.
+        digests: digests of the pool's files; a summary of other content, or of an image that left, is not found.
     """
 
-    def __init__(self, path: Path, digest: Callable[[str], str]) -> None:
+    def __init__(self, path: Path, digests: Mapping[str, str]) -> None:
         self.path = path
-        self.digest = digest
+        self.digests = digests
 
     @cached_property
     def _connection(self) -> sqlite3.Connection:
         """One connection for the life of this object, which is that of a request."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        # Closed by whichever thread lets go of this object last.
+        connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode=WAL")
         # A cache: after a power failure it is made again.
         connection.execute("PRAGMA synchronous=OFF")
@@ -57,13 +56,7 @@ class SummaryFile:
         rows = self._connection.execute(
             "SELECT image, digest, taken, best, ceiling FROM summaries WHERE key = ?", (key,)
         ).fetchall()
-        return {image: Head(*head) for image, digest, *head in rows if digest == self._digest(image)}
-
-    def _digest(self, image: str) -> str | None:
-        try:
-            return self.digest(image)
-        except HTTPException:  # the image has left the pool
-            return None
+        return {image: Head(*head) for image, digest, *head in rows if digest == self.digests.get(image)}
 
     def load(self, key: str, image: str) -> Summary:
         """One summary.
@@ -89,7 +82,7 @@ class SummaryFile:
         text = json.dumps({"taken": summary.taken, "candidates": candidates, "complete": summary.complete})
         self._connection.execute(
             "INSERT OR REPLACE INTO summaries VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (key, image, self.digest(image), head.taken, head.best, head.ceiling, text),
+            (key, image, self.digests[image], head.taken, head.best, head.ceiling, text),
         )
 
 

@@ -158,7 +158,7 @@ def test_fields_of_a_plan_file_come_first(folders, tmp_path):
     plan = world.trainer.plans.current()
     assert (plan.patch, plan.batch, plan.features) == ((32, 32, 32), 4, (24, 48, 96))
     assert plan.why["patch"] == "as own.yaml says"
-    assert world.trainer.config()["batch"] == 4
+    assert world.trainer.info()["recipe"]["batch"] == 4
     own.write_text("patch: [33, 32, 32]\n")
     with pytest.raises(HTTPException, match="multiple of"):
         World(tmp_path / "again", folders["hippocampus"], "segmentation_dynunet_3d", plan=str(own)).train()

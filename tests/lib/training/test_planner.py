@@ -92,6 +92,11 @@ def test_small_scans_get_the_measured_recipe_on_a_cpu():
     assert plan.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 
 
+def test_crops_that_show_little_of_an_image_are_centred_on_classes_more_often():
+    assert make_plan(AMOS, CPU).foreground == pytest.approx(2 / 3)
+    assert make_plan(HIPPOCAMPUS, CPU).foreground == pytest.approx(1 / 3)
+
+
 @given(
     st.tuples(*[st.integers(1, 700)] * 3),
     st.tuples(*[st.floats(0.2, 12)] * 3),
@@ -181,6 +186,21 @@ def test_ct_is_normalised_by_annotated_foreground_only(scans, monkeypatch):
     assert plan.normalisation.std == pytest.approx(values.std(), rel=1e-4)
     assert plan.normalisation.low == pytest.approx(np.percentile(values, 0.5), rel=1e-3)
     assert make_plan(take_fingerprint(images, labels, "other"), CPU).normalisation.scheme == "zscore"
+
+
+def test_a_rare_class_is_not_clipped_away(scans, monkeypatch):
+    images, labels = scans
+    monkeypatch.setattr("lib.training.planner_fingerprint.ENOUGH_FOREGROUND", 500)
+    image, label = nib.load(images["c0"]), nib.load(labels["c0"])
+    grey, classes = image.get_fdata(), np.asarray(label.dataobj).copy()
+    classes[8, 6, 2], grey[8, 6, 2] = 2, 900.0  # one voxel of 720, far outside of the others
+    nib.save(nib.Nifti1Image(grey.astype(np.float32), image.affine), images["c0"])
+    nib.save(nib.Nifti1Image(classes, label.affine), labels["c0"])
+    found = take_fingerprint(images, labels).foreground
+    assert found.high == 900
+    assert found.voxels == 720
+    common = grey[8:14, 6:18, 2:12].ravel()[1:]
+    assert found.mean == pytest.approx((common.mean() + 900) / 2, rel=1e-3)
 
 
 def test_unreadable_images_are_left_out_and_named(scans, tmp_path):

@@ -94,6 +94,18 @@ def test_every_crop_holds_an_annotated_voxel_and_a_third_is_centred_on_foregroun
     assert abs(centred_on.count(1) - centred_on.count(2)) < 80
 
 
+def test_a_class_of_few_cases_gets_as_many_crops_as_any_other():
+    rng = np.random.default_rng(3)
+    rare, common = np.zeros((12, 10, 8), np.uint8), np.zeros((12, 10, 8), np.uint8)
+    rare[4, 4, 4], rare[8, 8, 6], common[8, 8, 6] = 2, 1, 1
+    masks = [rare] + [common] * 9
+    sampler = RegionSampler([AnnotatedCase.from_label(mask, rng) for mask in masks], (3, 3, 3), foreground=1.0)
+    drawn = [pair for _ in range(300) for pair in sampler.draw(2, rng)]
+    centred = [int(masks[index][tuple(s + 1 for s in start)]) for index, start in drawn]
+    assert abs(centred.count(2) - 300) < 50
+    assert centred.count(1) + centred.count(2) == 600
+
+
 def test_without_annotation_there_is_nothing_to_draw():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="annotate a region"):

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,8 @@ class Fingerprint:
     """What a plan is made of; the same for any order of the images.
 
     shapes and spacings (mm) of all readable images, sorted; modality "CT" or "other"; the range of grey values each
-    sampled image has; `grey` over voxels of all sampled images, `foreground` over annotated foreground voxels.
+    sampled image has; `grey` over voxels of all sampled images, `foreground` over annotated foreground voxels, where
+    every class counts the same.
     """
 
     shapes: tuple[Triple, ...]
@@ -119,7 +120,8 @@ def take_fingerprint(
             unreadable.append(name)
             continue
         geometry[name] = shape, Volume(np.empty(shape, np.uint8), affine, name).spacing
-    each, voxels, marked = [], [], []
+    each, voxels = [], []
+    marked: dict[int, list[NDArray[np.float32]]] = {}
     for name in _sample(sorted(geometry), sorted(set(labels) & set(geometry))):
         try:
             array_xyz = load_image(images[name]).array_xyz
@@ -131,10 +133,10 @@ def take_fingerprint(
         each.append(Grey.of(array_xyz))
         voxels.append(_some(array_xyz.ravel(), name))
         if name in labels:
-            marked.append(_some(_foreground(array_xyz, labels[name]), name))
+            for value, found in _foreground(array_xyz, labels[name]).items():
+                marked.setdefault(value, []).append(_some(found, name))
     if not geometry or not each:
         raise PlanError(f"no image of the pool can be read, out of {len(images)}; put readable images there first")
-    found = np.concatenate(marked) if marked else np.zeros(0, np.float32)
     guess = sum(g.minimum <= AIR and g.high <= METAL for g in each) > len(each) / 2
     return Fingerprint(
         shapes=tuple(sorted(shape for shape, _ in geometry.values())),
@@ -143,7 +145,7 @@ def take_fingerprint(
         modality_source="dataset.json" if modality else "guessed from the grey values",
         images_grey=tuple(sorted(each, key=lambda grey: (grey.high, grey.mean))),
         grey=Grey.of(np.concatenate(voxels)),
-        foreground=Grey.of(found) if len(found) >= ENOUGH_FOREGROUND else None,
+        foreground=_balanced([np.concatenate(parts) for _, parts in sorted(marked.items())]),
         unreadable=tuple(sorted(unreadable)),
     )
 
@@ -174,12 +176,27 @@ def _spread_over(names: list[str], count: int) -> list[str]:
     return [names[i] for i in np.linspace(0, len(names) - 1, count).round().astype(int)]
 
 
-def _foreground(array_xyz: NDArray[np.float32], label: Path) -> NDArray[np.float32]:
-    """Grey values of annotated foreground; none where the label map is not on the grid of its image."""
+def _foreground(array_xyz: NDArray[np.float32], label: Path) -> dict[int, NDArray[np.float32]]:
+    """Grey values of every annotated class; none where the label map is not on the grid of its image."""
     mask = load_label(label).array_xyz
     if mask.shape != array_xyz.shape:
-        return np.zeros(0, np.float32)
-    return np.asarray(array_xyz[(mask > 0) & (mask != UNLABELLED)])
+        return {}
+    inside = (mask > 0) & (mask != UNLABELLED)
+    values, classes = array_xyz[inside], mask[inside]
+    return {int(c): values[classes == c] for c in np.unique(classes)}
+
+
+def _balanced(classes: Sequence[NDArray[np.float32]]) -> Grey | None:
+    """Grey values in which every class counts the same; None where little is annotated.
+
+    In a plain sample a rare class is below the percentile, so clipping would make it look like its surroundings.
+    """
+    total = sum(len(values) for values in classes)
+    if total < ENOUGH_FOREGROUND:
+        return None
+    largest = max(map(len, classes))
+    even = [np.tile(values, round(largest / len(values))) for values in classes]
+    return replace(Grey.of(np.concatenate(even)), voxels=total)
 
 
 def _some(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:

@@ -116,7 +116,10 @@ class Bundle:
         made._config = {**self._config, **{k: decided[k] for k in _PLANNED if k in self._config}}
         made.plan = plan
         patch = [math.ceil(p / d) * d for p, d in zip(plan.patch, made.divisor, strict=True)]
-        made._config["recipe"] = {**self._config["recipe"], "patch": patch, "batch": plan.batch, "flat": plan.flat}
+        made._config["recipe"] = {
+            **self._config["recipe"],
+            **{"patch": patch, "batch": plan.batch, "foreground": plan.foreground, "flat": plan.flat},
+        }
         return made
 
     @property

@@ -90,8 +90,9 @@ def _thin(indices: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.in
 class RegionSampler:
     """Draws crops: the case uniform among annotated ones, then a voxel of it, then the place of the voxel.
 
-    A share `foreground` of each batch is centred on a voxel of a class drawn uniformly among those present (nnU-Net
-    rounds the same way: the last items of the batch); the others hold a uniformly drawn annotated voxel.
+    A share `foreground` of each batch (nnU-Net rounds the same way: the last items of the batch) is centred on a voxel
+    of a class drawn uniformly among all classes, in a case drawn uniformly among those that hold it; nnU-Net draws the
+    case first, which starves a class that few cases have. The others hold a uniformly drawn annotated voxel.
 
     Raises:
         ValueError: no case has an annotated voxel.
@@ -104,7 +105,8 @@ class RegionSampler:
         self.usable = [i for i, case in enumerate(cases) if len(case.annotated)]
         if not self.usable:
             raise ValueError("no annotated voxel in any training case; annotate a region before training")
-        self.with_foreground = [i for i in self.usable if cases[i].by_class]
+        present = sorted({c for case in cases for c in case.by_class})
+        self.holders = [(c, [i for i, case in enumerate(cases) if c in case.by_class]) for c in present]
 
     def draw(self, batch: int, rng: np.random.Generator) -> list[tuple[int, Triple]]:
         """`batch` pairs of (case index, start of the crop)."""
@@ -117,10 +119,10 @@ class RegionSampler:
         return position < int(wanted) or (position == int(wanted) and rng.random() < wanted % 1)
 
     def _one(self, rng: np.random.Generator, foreground: bool) -> tuple[int, Triple]:
-        if foreground and self.with_foreground:
-            index = self.with_foreground[int(rng.integers(len(self.with_foreground)))]
-            case = self.cases[index]
-            voxels = case.by_class[sorted(case.by_class)[int(rng.integers(len(case.by_class)))]]
+        if foreground and self.holders:
+            class_, holders = self.holders[int(rng.integers(len(self.holders)))]
+            index = holders[int(rng.integers(len(holders)))]
+            case, voxels = self.cases[index], self.cases[index].by_class[class_]
             return index, place_centred(self._voxel(voxels, case.shape, rng), self.patch, case.shape)
         index = self.usable[int(rng.integers(len(self.usable)))]
         case = self.cases[index]

@@ -1,0 +1,120 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Requests are answered in threads: MONAI Label's routes block, so on its event loop each would hold up all others."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from monailabel.config import settings
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# How many requests of a kind are answered at once; waiting ones of one kind never hold up another. Trainings, scorings
+# and batch inference inside of the server keep the networks busy, so they run one after the other.
+_KINDS = {"activelearning": 64, "infer": 32, "heavy": 1, "other": 64}
+_HEAVY = re.compile(r"/(train|scoring|batch)(/|$)")
+_OWN = re.compile(r"/(activelearning|infer)(/|$)")
+
+# Seconds a thread that computes may keep the interpreter from one that answers; Python's own 5 ms add up over the few
+# turns that a request takes.
+_SWITCH_SECONDS = 0.001
+
+
+class Threads:
+    """Serves each HTTP request on an event loop of its own, in a worker thread.
+
+    Whatever a route does (block, compute, await, stream, read uploads, encode JSON) it does there; only bytes cross
+    over to the server's loop. Context variables go along. What routes share is therefore used by several threads at
+    once: the ledger opens a connection a call and the summaries one a request, labels change under their image's lock
+    (`MergedLabels`), regions are chosen and handed out under the datastore's locks, networks run under their ensemble's
+    lock, the datastore's and the clients' tables have locks of their own or replace entries whole. MONAI Label's table
+    of tasks changes in requests of the kind "heavy" only.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._limiters: dict[str, CapacityLimiter] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        server = asyncio.get_running_loop()
+        # Small requests come in one piece: read here, they cross over without waiting for the loop again.
+        receive = _after(await receive(), _across(server, receive))
+        serve = partial(_serve, self.app, scope, receive, _in_fewer_pieces(server, send))
+        kind = kind_of(scope)
+        limiter = self._limiters.setdefault(kind, CapacityLimiter(_KINDS[kind]))
+        await anyio.to_thread.run_sync(serve, limiter=limiter)
+
+
+def kind_of(scope: Scope) -> str:
+    """The kind of a request, of `_KINDS`."""
+    path = scope["path"].removeprefix(settings.MONAI_LABEL_API_STR)
+    if scope["method"] == "POST" and _HEAVY.match(path):
+        return "heavy"
+    own = _OWN.match(path)
+    return own[1] if own else "other"
+
+
+def prefer_answers() -> None:
+    """Makes threads that compute give way sooner; for the process of the server."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
+
+
+def _serve(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer() -> None:
+        await app(scope, receive, send)
+
+    asyncio.run(answer())
+
+
+def _across(server: asyncio.AbstractEventLoop, work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`work`, which belongs to the loop of the server, for a caller on another loop."""
+
+    async def on_server(*values: Any) -> Any:
+        return await work(*values)
+
+    async def call(*values: Any) -> Any:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(on_server(*values), server))
+
+    return call
+
+
+def _after(first: Message, receive: Receive) -> Receive:
+    """Gives out `first`, then what is received."""
+    waiting = [first]
+
+    async def call() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return call
+
+
+def _in_fewer_pieces(server: asyncio.AbstractEventLoop, send: Send) -> Send:
+    """`send` for a caller on another loop; the head of an answer crosses over with its first piece of content."""
+    held: list[Message] = []
+
+    async def send_all(messages: list[Message]) -> None:
+        for message in messages:
+            await send(message)
+
+    deliver = _across(server, send_all)
+
+    async def call(message: Message) -> None:
+        held.append(message)
+        if message["type"] != "http.response.start":
+            await deliver(held[:])
+            held.clear()
+
+    return call

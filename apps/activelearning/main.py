@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -71,7 +72,18 @@ class PatchwiseApp(MONAILabelApp):
             first = next(iter(self.bundles.values()))
             self.classes = resolve_classes(self.options.labels, root, first.metadata)
             self.listed_methods = listed(self.options.methods)
-            self.ledger = QueryLedger(root / STATE_FOLDER / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
+            state = root / STATE_FOLDER
+            self.segmenters = {
+                name: SegmentationTask(bundle, ModelStore(state / "models", name), self.classes, self.options)
+                for name, bundle in self.bundles.items()
+            }
+            self.trainers = {
+                name: EnsembleTrainTask(bundle, self.segmenters[name].store, self.classes, self.options, state)
+                for name, bundle in self.bundles.items()
+            }
+            resolve(self.options.auto_method or self.listed_methods[0])
+            next(iter(self.trainers.values())).parse(self.options.auto_train)
+            self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
         except SPEAKING as error:
             _end(str(error))
         # Whoever checks the labels later has to know what their values meant.
@@ -84,20 +96,7 @@ class PatchwiseApp(MONAILabelApp):
         self.reasons = Reasons(root / STATE_FOLDER / "reasons")
         self.proposals = Proposals(root / STATE_FOLDER / "proposals", self.cache)
         self.failures = Failures(self.ledger)
-        self.segmenters = {
-            name: SegmentationTask(bundle, ModelStore(root / STATE_FOLDER / "models", name), self.classes, self.options)
-            for name, bundle in self.bundles.items()
-        }
-        try:
-            self.trainers = {
-                name: EnsembleTrainTask(
-                    bundle, self.segmenters[name].store, self.classes, self.options, root / STATE_FOLDER
-                )
-                for name, bundle in self.bundles.items()
-            }
-            self.rounds = self._auto_rounds()
-        except SPEAKING as error:
-            _end(str(error))
+        self.rounds = self._auto_rounds()
         self._supervise()
         super().__init__(
             app_dir,
@@ -173,7 +172,12 @@ class PatchwiseApp(MONAILabelApp):
             except SPEAKING as error:
                 refuse(str(error), 404)
             name = self._method_in_turn(name, request)
-        answer = self._strategy(name)({**request, "client_id": self.clients.identify(request)}, self.store)
+        try:
+            answer = self._strategy(name)({**request, "client_id": self.clients.identify(request)}, self.store)
+        except HTTPException as refused:
+            if refused.status_code == 409 and self.rounds and self.rounds.step in ("score", "plan"):
+                refuse("every region is taken and the next batch is being prepared; ask again in a minute", 409)
+            raise
         return {**answer, "path": self.store.get_image_uri(answer["id"])} if answer else {}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
@@ -240,12 +244,11 @@ class PatchwiseApp(MONAILabelApp):
         return planned or ("random" if model is None and resolve(name).posterior else name)
 
     def _auto_rounds(self) -> AutoRounds | None:
-        """Rounds that run themselves, where they are wanted; what they will ask for is checked here."""
+        """Rounds that run themselves, where they are wanted."""
         if not self.options.auto_rounds:
             return None
         bundle, trainer = next(iter(self.trainers.items()))
         method = resolve(self.options.auto_method or self.listed_methods[0])
-        trainer.parse(self.options.auto_train)
         return AutoRounds(
             ServerWork(
                 bundle,
@@ -277,8 +280,6 @@ class PatchwiseApp(MONAILabelApp):
 
     def _run(self, what: Kind, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""
-        from fastapi import HTTPException
-
         try:
             result: dict[str, Any] = work(request)
         except HTTPException as refused:

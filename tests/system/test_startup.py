@@ -57,6 +57,8 @@ def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_pat
         (("members", "0"), "--conf members: .*found '0'"),
         (("labels", '{"a": 2, "b": 5}'), "--conf labels: class ids must be 1, 2, "),
         (("methods", "power_pi"), "unknown method 'power_pi'"),
+        (("auto_method", "power_pi"), "unknown method 'power_pi'"),
+        (("auto_train", '{"stepz": 5}'), "unknown training option stepz"),
     ],
 )
 def test_unusable_options_end_with_one_sentence_and_code_2(

@@ -38,7 +38,8 @@ class Threads:
     once: the ledger opens a connection a call and the summaries one a request, labels change under their image's lock
     (`MergedLabels`), regions are chosen and handed out under the datastore's locks, networks run under their ensemble's
     lock, the datastore's and the clients' tables have locks of their own or replace entries whole. MONAI Label's table
-    of tasks changes in requests of the kind "heavy" only.
+    of tasks changes in requests of the kind "heavy" and in the background thread only, and a lock of its own keeps
+    trainings apart.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -61,6 +61,7 @@ class Browser:
 
     def open(self, url: str) -> None:
         self._call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
         """Value of an expression; promises are waited for."""

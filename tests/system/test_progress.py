@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +111,21 @@ def test_a_failed_training_is_told_and_annotation_goes_on(client: Client, studie
     label.write_bytes(whole)
     found = wait_for(client, lambda p: p["work"]["model"]["round"] == 2 and not p["failures"])
     assert client.http.get("/info/").json()["patchwise"]["rounds"]["failure"] is None
+
+
+def test_a_server_killed_while_it_trains_carries_on(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
+    fill(tmp_path / "studies", phantoms, 2)
+    conf = {"batch": 3, "size": "10,10,10", "auto_rounds": "true", "auto_method": "bald", "auto_train": TINY}
+    server, client = start_server(tmp_path / "studies", **conf)
+    answer_batch(client, "random", "ann")
+    wait_for(client, lambda p: p["work"]["training"]["running"])
+    # The server alone, as a crash would: the training that it has started goes on.
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    server.start()
+    found = wait_for(client, lambda p: p["regions"]["planned"] == 3)
+    assert (found["work"]["model"]["round"], found["failures"]) == (0, [])
+    assert client.ask("random").json()["regions"][0]["method"] == "bald"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -119,7 +119,7 @@ def test_a_server_killed_while_it_trains_carries_on(start_server: Start, tmp_pat
     server, client = start_server(tmp_path / "studies", **conf)
     answer_batch(client, "random", "ann")
     wait_for(client, lambda p: p["work"]["training"]["running"])
-    # The server alone, as a crash would: the training that it has started goes on.
+    # As a crash would; starting anew also ends the training that was left behind.
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
     server.start()

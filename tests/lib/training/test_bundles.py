@@ -231,3 +231,11 @@ def test_the_stage_at_full_resolution_is_as_wide_as_there_are_classes_and_absent
     # Fewer channels than classes cannot tell them apart: at 8, six of fifteen organs stayed at Dice 0.
     assert organs.refine == 16
     assert bundle.network(2).refine == 0
+
+
+def test_a_plan_lengthens_every_recipe_but_not_what_a_request_asks_for():
+    small = planned("segmentation_dynunet_3d", (40, 48, 40), (1.0,) * 3)
+    large = planned("segmentation_dynunet_3d", (160, 150, 130), (1.0,) * 3)
+    assert large.recipe({}).steps == 2 * small.recipe({}).steps
+    assert large.recipe({"recipe": "quick"}).steps == 2 * small.recipe({"recipe": "quick"}).steps
+    assert large.recipe({"recipe": "quick", "steps": 7}).steps == 7

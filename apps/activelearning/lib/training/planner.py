@@ -31,9 +31,9 @@ START_3D, START_2D = 256.0**3, 2048.0**2
 # A batch covers at most this share of the voxels of the pool.
 COVERED = 0.05
 SMALLEST_BATCH = 2
-# Share of crops centred on a class: nnU-Net's third where a crop shows most of the image anyway, twice that where it
-# shows less than half, because the short trainings here do not find small classes otherwise.
-FOREGROUND, FOREGROUND_OF_LARGE, MOST = 1 / 3, 2 / 3, 0.5
+# Where a crop shows most of the image: nnU-Net's third of the crops centred on a class, and the steps of the recipe. Where
+# it shows less than half, twice of both, because trainings as short as these do not find small classes otherwise.
+FOREGROUND, MOST, LARGE = 1 / 3, 0.5, 2
 # The anisotropic u-net has five levels, of which the upper two look along the slices only.
 AUNET_LEVELS, AUNET_FLAT = 5, 2
 
@@ -300,13 +300,15 @@ class _Search:
         image = " x ".join(f"{m:g}" for m in median)
         gib = round(share * REFERENCE_GIB, 3)
         shown = math.prod(min(1.0, p / m) for p, m in zip(patch, median, strict=True))
+        more = LARGE if shown < MOST else 1
         return Plan(
             configuration=self.configuration,
             axis=self.axis,
             spacing=self.spacing,
             patch=patch,
             batch=batch,
-            foreground=FOREGROUND_OF_LARGE if shown < MOST else FOREGROUND,
+            foreground=FOREGROUND * more,
+            effort=more,
             factor=factor,
             kernels=cast("tuple[Triple, ...]", found.kernels),
             strides=cast("tuple[Triple, ...]", found.strides),
@@ -318,7 +320,8 @@ class _Search:
                 "configuration": self._why_configuration(),
                 "patch": f"median image is {image} at this spacing; the largest crop within the budget",
                 "batch": why_batch,
-                "foreground": f"a crop shows {shown:.0%} of the median image; two thirds below {MOST:.0%}",
+                "foreground": f"a crop shows {shown:.0%} of the median image; doubled below {MOST:.0%}",
+                "effort": "doubled with it",
                 "factor": "folding keeps every voxel and makes a step cheaper on a CPU" if max(factor) > 1 else "none",
                 "kernels": "an axis is looked along once it is less than twice as coarse as the finest",
                 "strides": "an axis is halved while it has 8 voxels and is among the finest",

@@ -138,7 +138,9 @@ class Bundle:
         if name not in self.recipes:
             raise RecipeError(f"training option recipe: {self.name} has {', '.join(self.recipes)}, found {name!r}")
         try:
-            recipe = Recipe.model_validate({**self._config["recipe"], **self.recipes[name], **given})
+            fixed = {**self._config["recipe"], **self.recipes[name]}
+            fixed["steps"] = max(1, round(fixed["steps"] * (self.plan.effort if self.plan else 1)))
+            recipe = Recipe.model_validate({**fixed, **given})
         except ValidationError as error:
             raise RecipeError(f"training option {problems(error)}") from error
         heads = len(self._config["strides"]) - 2 if "heads" in self._config else 0

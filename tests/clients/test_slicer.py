@@ -25,6 +25,7 @@ from eval.server import ServerProcess
 from lib.ledger import QueryLedger
 from tests.clients.conftest import SHAPE
 from tests.clients.slicer import SlicerModule, recorded
+from tests.clients.wire import AUTH, get, multipart, sent
 from tests.system.conftest import BUNDLE
 
 UNLABELLED = 255
@@ -33,27 +34,6 @@ INSIDE = (slice(6, 11), slice(5, 9), slice(4, 7))
 AROUND = (slice(5, 12), slice(4, 10), slice(3, 8))
 ANTERIOR = (slice(0, 8), slice(0, 16), slice(0, 12))  # reaches out of the region
 POSTERIOR = (slice(8, 10), slice(6, 20), slice(5, 6))
-
-AUTH = b"GET /auth/ HTTP/1.1\r\nHost: SERVER\r\nAccept-Encoding: identity\r\n\r\n"
-LIMIT = "----------lImIt_of_THE_fIle_eW_$"
-
-
-def get(path: str) -> bytes:
-    return f"GET {path} HTTP/1.1\r\nHost: SERVER\r\nAccept-Encoding: identity\r\n\r\n".encode()
-
-
-def sent(method: str, path: str, content_type: str, body: bytes) -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nHost: SERVER\r\nAccept-Encoding: identity\r\ncontent-type: {content_type}\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-
-
-def multipart(method: str, path: str, params: str, label: Path | None = None, field: str = "label") -> bytes:
-    body = f'--{LIMIT}\r\nContent-Disposition: form-data; name="params"\r\n\r\n{params}\r\n'.encode()
-    if label is not None:
-        body += f'--{LIMIT}\r\nContent-Disposition: form-data; name="{field}"; filename="{label}"\r\n'.encode()
-        body += b"Content-Type: application/octet-stream\r\n\r\n" + label.read_bytes() + b"\r\n"
-    body += f"--{LIMIT}--\r\n\r\n".encode()
-    return sent(method, path, f"multipart/form-data; boundary={LIMIT}", body)
 
 
 @pytest.fixture

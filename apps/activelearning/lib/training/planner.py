@@ -31,8 +31,8 @@ START_3D, START_2D = 256.0**3, 2048.0**2
 # A batch covers at most this share of the voxels of the pool.
 COVERED = 0.05
 SMALLEST_BATCH = 2
-# Where a crop shows most of the image: nnU-Net's third of the crops centred on a class, and the steps of the recipe. Where
-# it shows less than half, twice of both, because trainings as short as these do not find small classes otherwise.
+# Where a crop shows most of the image: nnU-Net's third of the crops centred on a class, and the steps of the recipe.
+# Where it shows less than half: twice of both, because trainings as short as these do not find small classes otherwise.
 FOREGROUND, MOST, LARGE = 1 / 3, 0.5, 2
 # The anisotropic u-net has five levels, of which the upper two look along the slices only.
 AUNET_LEVELS, AUNET_FLAT = 5, 2

@@ -28,6 +28,8 @@ from lib.background import Background
 from lib.classes import resolve_classes
 from lib.clients import Clients
 from lib.datastore import STATE_FOLDER, PartialLabelDatastore, saved_answer
+from lib.dicom_datastore import DicomDatastore, state_folder
+from lib.dicom_web import Pacs
 from lib.errors import SPEAKING, refuse
 from lib.evidence import COMPOSE
 from lib.inference import QueryRegionTask, SegmentationTask
@@ -36,7 +38,7 @@ from lib.measures import Measures
 from lib.methods import listed, resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
-from lib.options import OptionError, describe_options, parse_options
+from lib.options import AppOptions, OptionError, describe_options, parse_options
 from lib.processes import Failures, Kind, one_at_a_time
 from lib.progress import Progress
 from lib.proposals import Proposals
@@ -62,11 +64,7 @@ class PatchwiseApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         try:
             self.options = parse_options(dict(conf or {}))
-            if studies.startswith(("http://", "https://")):
-                raise OptionError(f"--studies {studies}: only folders are supported; give the path of a folder")
-            root = Path(studies).resolve()
-            if not root.is_dir():
-                raise OptionError(f"--studies {studies}: no such folder; make it and put images into it")
+            root = _root(studies, self.options)
             folder = self.options.bundles or BUNDLES
             self.bundles = {name: Bundle(folder / name) for name in self.options.models}
             first = next(iter(self.bundles.values()))
@@ -91,7 +89,7 @@ class PatchwiseApp(MONAILabelApp):
             self.ledger.set_meta("classes", self.classes)
         self.clients = Clients()
         self.root = root
-        self.store = PartialLabelDatastore(root, self.classes, self.ledger)
+        self.store = self._open(studies)
         self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
         self.reasons = Reasons(root / STATE_FOLDER / "reasons")
         self.proposals = Proposals(root / STATE_FOLDER / "proposals", self.cache)
@@ -129,13 +127,32 @@ class PatchwiseApp(MONAILabelApp):
             for name in SCORE_MAPS
         }
 
+    def _open(self, studies: str) -> PartialLabelDatastore:
+        if not _is_remote(studies):
+            return PartialLabelDatastore(self.root, self.classes, self.ledger)
+        return DicomDatastore(
+            self.root,
+            self.classes,
+            self.ledger,
+            Pacs(studies),
+            poll_seconds=self.options.poll_seconds,
+            store_segmentations=self.options.store_segmentations,
+        )
+
     def on_init_complete(self) -> None:
+        if isinstance(self.store, DicomDatastore):
+            try:
+                self.store.connect()
+            except SPEAKING as error:
+                _end(str(error))
         repaired = self.store.annotations.repair({i: self.store.image_path(i) for i in self.store.list_images()})
         if repaired:
             logger.warning("labels of %s were rebuilt from the raw answers after an interruption", ", ".join(repaired))
         super().on_init_complete()
         self.ledger.stay_open()
         install(self)
+        if isinstance(self.store, DicomDatastore):
+            self.store.watch()
         # The first query needs the grid of every image, and reading them takes a while.
         threading.Thread(target=self._look_at_pool, name="pool", daemon=True).start()
         if self.rounds is not None:
@@ -156,6 +173,8 @@ class PatchwiseApp(MONAILabelApp):
             "failures": {"train": self.failures.get("train"), "scoring": self.failures.get("scoring")},
             "rounds": self.rounds.told() if self.rounds else None,
         }
+        if isinstance(self.store, DicomDatastore):
+            meta["patchwise"]["pacs"] = self.store.pacs_status()
         return meta
 
     def _plans(self) -> dict[str, Plan]:
@@ -178,7 +197,11 @@ class PatchwiseApp(MONAILabelApp):
             if refused.status_code == 409 and self.rounds and self.rounds.step in ("score", "plan"):
                 refuse("every region is taken and the next batch is being prepared; ask again in a minute", 409)
             raise
-        return {**answer, "path": self.store.get_image_uri(answer["id"])} if answer else {}
+        if not answer:
+            return {}
+        if isinstance(self.store, DicomDatastore):
+            answer["PatientID"] = self.store.with_patient(answer["id"], answer["PatientID"])
+        return {**answer, "path": self.store.get_image_uri(answer["id"])}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Keeps the image's id, which upstream replaces by its path; whoever infers on an image works on it."""
@@ -293,6 +316,26 @@ class PatchwiseApp(MONAILabelApp):
             raise
         self.failures.note(what, None)
         return result
+
+
+def _is_remote(studies: str) -> bool:
+    return studies.startswith(("http://", "https://"))
+
+
+def _root(studies: str, options: AppOptions) -> Path:
+    """The studies folder, or the folder that stands for a DICOMweb server.
+
+    Raises:
+        OptionError: no such folder, or one for state where the studies folder keeps its own.
+    """
+    if _is_remote(studies):
+        return state_folder(studies, options.state)
+    if options.state is not None:
+        raise OptionError("--conf state: a studies folder keeps its state itself; leave the option out")
+    root = Path(studies).resolve()
+    if not root.is_dir():
+        raise OptionError(f"--studies {studies}: no such folder; make it and put images into it")
+    return root
 
 
 def _end(sentence: str) -> NoReturn:

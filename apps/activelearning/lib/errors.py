@@ -21,12 +21,19 @@ from lib.partial_labels import LabelError
 from lib.training.plan import PlanError
 from lib.training.recipe import RecipeError
 
+
+class PacsError(RuntimeError):
+    """A DICOMweb server did not do as asked; the message names it and says what to do."""
+
+    status = 503
+
+
 # Errors whose text is written for the person who made the request.
-SPEAKING = (ImageError, LabelError, LedgerError, MethodError, OptionError, PlanError, RecipeError)
+SPEAKING = (ImageError, LabelError, LedgerError, MethodError, OptionError, PacsError, PlanError, RecipeError)
 
 
 def status_of(error: Exception) -> int:
-    """The 4xx status of an error in `SPEAKING`."""
+    """The status of an error in `SPEAKING`: 4xx, or 503 where another server is missing."""
     return int(getattr(error, "status", 400))
 
 

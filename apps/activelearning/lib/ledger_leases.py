@@ -168,6 +168,11 @@ class Leases(LedgerStore):
         )
         return self._queries(condition, (client, client, limit))
 
+    def last_holder(self, image: str) -> str | None:
+        """Who was handed a region of the image last; None where nobody ever was."""
+        held = self._queries("image = ? AND client IS NOT NULL ORDER BY leased DESC, id DESC LIMIT 1", (image,))
+        return held[0].client if held else None
+
     def last_worked(self, image: str, client: str) -> list[Query]:
         """What this client worked on last on the image, though it is no longer open for them.
 

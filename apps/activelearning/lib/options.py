@@ -89,6 +89,14 @@ class AppOptions(BaseModel):
         pattern=r"^[A-Za-z0-9-]+$",
         description="header in which a trusted proxy tells a client's address, e.g. X-Forwarded-For; default: none",
     )
+    state: Path | None = Field(
+        default=None,
+        description="folder for copies and all state when --studies is a DICOMweb server; default: in the user's cache",
+    )
+    poll_seconds: float = Field(default=3, ge=0.5, le=3600, description="time between two looks at a DICOMweb server")
+    store_segmentations: bool = Field(
+        default=True, description="store saved labels on the DICOMweb server too, as DICOM segmentations"
+    )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where networks run")
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a training; 0 leaves it to torch")
     workers: int = Field(

@@ -7,16 +7,22 @@ STAMP := $(VENV)/.installed
 OUT ?= runs
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow lint bench bench-nnunet quality phantoms study install clean
+.PHONY: demo test test-slow system-test-dicom lint bench bench-nnunet quality phantoms study install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not dicom"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# OHIF on a PACS, in a headless browser; its pictures stay in runs/dicom.
+system-test-dicom: $(STAMP)
+	sh tests/dicom/install.sh
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dicom.txt
+	$(BIN)/python -m pytest -m dicom -rs tests/dicom
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -126,13 +126,16 @@ def _bench(options: argparse.Namespace) -> None:
     if options.name not in BENCHMARKS:
         raise RefereeError(f"no benchmark {options.name}; there are {', '.join(sorted(BENCHMARKS))}")
     rows = tqdm(BENCHMARKS[options.name](), desc=f"bench {options.name}", unit="row", leave=False)
-    if options.json:
-        sys.stdout.write(json.dumps(list(rows), indent=1) + "\n")
-        return
+    kept = []
     for row in rows:
+        kept.append(row)
         factor, unit = (1e3, "ms") if row["unit"] == "s" else (1, row["unit"])
         sizes = f"{row['ours_s'] * factor:10.2f} {unit:<3} {row['reference_s'] * factor:10.2f} {unit:<3}"
-        rows.write(f"{row['name']:<56} {sizes} {row['ratio']:7.1f}x (bar {row['bar']:g})", file=sys.stdout)
+        # What was measured is shown at once, so that a stop does not lose it.
+        shown = sys.stderr if options.json else sys.stdout
+        rows.write(f"{row['name']:<56} {sizes} {row['ratio']:7.1f}x (bar {row['bar']:g})", file=shown)
+    if options.json:
+        sys.stdout.write(json.dumps(kept, indent=1) + "\n")
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fastapi import HTTPException
 
 from lib.auto_rounds import AutoRounds, Standing, next_step
+from tests.lib.clock import Clock
 
 ANSWERED = Standing(model="m0", pending=0, answered=4, labels="4", scored=True, planned=True)
 
@@ -92,14 +93,6 @@ class FakeWork:
         self.state.update(state)
 
 
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 def run(rounds, ticks=20):
     for _ in range(ticks):
         rounds.tick()
@@ -107,7 +100,7 @@ def run(rounds, ticks=20):
 
 def test_an_answered_batch_leads_to_the_next_one():
     work = FakeWork()
-    rounds = AutoRounds(work, Clock())
+    rounds = AutoRounds(work, Clock(1000.0))
     work.pending = 2
     work.answer()
     run(rounds)
@@ -125,21 +118,21 @@ def test_a_restart_goes_on_with_the_step_that_is_missing():
     work = FakeWork()
     work.pending = 1
     work.answer()
-    first = AutoRounds(work, Clock())
+    first = AutoRounds(work, Clock(1000.0))
     first.tick()
     assert work.started == ["train"]
     killed = FakeWork(work.state)
     killed.answered, killed.labels = 1, work.labels
-    run(AutoRounds(killed, Clock()))
+    run(AutoRounds(killed, Clock(1000.0)))
     assert killed.started == ["train", "score", "plan"]
     scored = FakeWork(work.state)
     scored.model, scored.scored = "m1", {"m1"}
-    run(AutoRounds(scored, Clock()))
+    run(AutoRounds(scored, Clock(1000.0)))
     assert scored.started == ["plan"]
 
 
 def test_a_failure_is_told_and_retried_after_a_growing_pause():
-    work, clock = FakeWork(), Clock()
+    work, clock = FakeWork(), Clock(1000.0)
     rounds = AutoRounds(work, clock)
     work.pending = 1
     work.answer()
@@ -162,7 +155,7 @@ def test_a_failure_is_told_and_retried_after_a_growing_pause():
 
 
 def test_who_asks_meanwhile_does_not_hold_a_round_up():
-    work, clock = FakeWork(), Clock()
+    work, clock = FakeWork(), Clock(1000.0)
     rounds = AutoRounds(work, clock)
     work.pending = 1
     work.answer()
@@ -180,7 +173,7 @@ def test_who_asks_meanwhile_does_not_hold_a_round_up():
 
 
 def test_a_training_stopped_by_hand_waits_for_the_next_answer():
-    work, clock = FakeWork(), Clock()
+    work, clock = FakeWork(), Clock(1000.0)
     rounds = AutoRounds(work, clock)
     work.pending = 2
     work.answer(2)
@@ -197,7 +190,7 @@ def test_a_training_stopped_by_hand_waits_for_the_next_answer():
 
 
 def test_a_training_by_hand_counts():
-    work, clock = FakeWork(), Clock()
+    work, clock = FakeWork(), Clock(1000.0)
     rounds = AutoRounds(work, clock)
     work.pending = 1
     work.answer()
@@ -211,7 +204,7 @@ def test_a_training_by_hand_counts():
 
 
 def test_a_plan_that_is_refused_is_a_failure_in_a_sentence():
-    work, clock = FakeWork(), Clock()
+    work, clock = FakeWork(), Clock(1000.0)
     work.model, work.scored = "m0", {"m0"}
     work.why = ("the pool is empty", False)
     rounds = AutoRounds(work, clock)
@@ -221,7 +214,7 @@ def test_a_plan_that_is_refused_is_a_failure_in_a_sentence():
 
 
 def test_pauses_end_at_half_an_hour():
-    work, clock = FakeWork(), Clock()
+    work, clock = FakeWork(), Clock(1000.0)
     rounds = AutoRounds(work, clock)
     work.pending = 1
     work.answer()

@@ -17,14 +17,7 @@ from lib.ledger import QueryLedger
 from lib.ledger_records import Asked
 from lib.ledger_store import LedgerError
 from lib.regions import Region
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1_000_000.0
-
-    def __call__(self):
-        return self.now
+from tests.lib.clock import Clock
 
 
 @pytest.fixture

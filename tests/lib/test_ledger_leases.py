@@ -14,14 +14,7 @@ from lib.ledger_records import Asked
 from lib.ledger_schema import SCHEMA_VERSION
 from lib.ledger_store import LeaseError, LedgerError
 from lib.regions import Region
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1_000_000.0
-
-    def __call__(self):
-        return self.now
+from tests.lib.clock import Clock
 
 
 @pytest.fixture

@@ -26,19 +26,12 @@ from lib.proposals import Proposals
 from lib.reasons import Reasons
 from lib.regions import Region
 from lib.uncertainty import Moments
+from tests.lib.clock import Clock
 
 CLASSES = {"anterior": 1, "posterior": 2}
 INFO = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 SHAPE = (8, 6, 4)
 MODEL = Model("d" * 64, None, {"round": 0, "members": 2})
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1_000_000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

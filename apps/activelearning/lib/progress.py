@@ -15,12 +15,15 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from fastapi import HTTPException
+from monailabel.interfaces.exception import MONAILabelException
 
 from lib import processes
 from lib.advisor import Batch, Rules, advise, estimate
 from lib.auto_rounds import AutoRounds
 from lib.cues import cue_in_batch
 from lib.datastore import PartialLabelDatastore
+from lib.errors import SPEAKING
 from lib.ledger_records import Query, iso
 from lib.measures import Measures
 from lib.moments_cache import MomentsCache
@@ -186,7 +189,7 @@ class Progress:
             try:
                 grid = self.store.geometry(query.region.image)
                 self._cues[query.id] = cue_in_batch(query, self.ledger, *grid)
-            except Exception:
+            except (HTTPException, MONAILabelException, OSError, *SPEAKING):
                 # The image has left the pool, or cannot be read any more.
                 return query.region.image
         return self._cues[query.id]

@@ -97,9 +97,14 @@ def test_replicas_train_the_member_that_one_process_trains(tmp_path):
     alone, shared = make_job(tmp_path / "a", 1, **options), make_job(tmp_path / "b", 1, **options)
     run(alone, Layout((("cpu",),), threads=1), tmp_path / "a")
     run(shared, Layout((("cpu", "cpu"),), threads=2), tmp_path / "b")
+    # What a replica would come to if gradients were not averaged: the same steps on its half of every batch.
+    half = make_job(tmp_path / "c", 1, **options | {"batch": 2})
+    run(half, Layout((("cpu",),), threads=1), tmp_path / "c")
     # Single weights may differ: AdamW turns a gradient of rounding errors into a step of full length, here 1e-4.
     for name, value in weights_of(alone, 0).items():
         assert float((value - weights_of(shared, 0)[name]).abs().mean()) < 5e-6, name
+    apart = [float((value - weights_of(half, 0)[name]).abs().mean()) for name, value in weights_of(alone, 0).items()]
+    assert np.mean(apart) > 4e-5
 
 
 def test_a_member_starts_from_the_last_training(tmp_path):

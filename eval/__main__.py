@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Command line of the referee: `python -m eval run|resume|merge|report|export|bench|methods|plan|gallery|audit|doctor`.
+"""Command line of the referee: `python -m eval COMMAND`; `--help` lists the commands.
 
 Exit codes: 0 done, 2 something the caller can mend (one sentence on stderr), 130 interrupted.
 """
@@ -162,6 +162,12 @@ def _gallery(options: argparse.Namespace) -> None:
     sys.stdout.write(f"gallery: {write_gallery(options.out)}\n")
 
 
+def _backup(options: argparse.Namespace) -> None:
+    from eval.backup import backup
+
+    sys.stdout.write(backup(options.studies, options.folder).text() + "\n")
+
+
 def _audit(options: argparse.Namespace) -> None:
     from eval.audit import audit, audit_json, audit_text
 
@@ -253,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     audited = add("audit", _audit, "compare every label on disk with its rebuild from the raw answers")
     audited.add_argument("studies", type=Path)
     audited.add_argument("--json", action="store_true")
+    saved = add("backup", _backup, "copy ledger, raw answers and models while the server is in use")
+    saved.add_argument("studies", type=Path)
+    saved.add_argument("folder", type=Path, help="a new folder")
     add("doctor", _doctor, "check the installation")
     return parser
 

@@ -64,7 +64,7 @@ def audit(studies: Path) -> Audit:
     found = Audit(str(studies))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            ledger = QueryLedger(_copy(path, Path(folder) / "ledger.sqlite"))
+            ledger = QueryLedger(copy_ledger(path, Path(folder) / "ledger.sqlite"))
             classes = ledger.get_meta("classes") or _from_dataset(studies)
             annotations = Annotations(studies / LEDGER.parent, studies / "labels" / "final", classes, ledger)
             _check_all(found, studies, annotations)
@@ -73,7 +73,7 @@ def audit(studies: Path) -> Audit:
     return found
 
 
-def _copy(source: Path, target: Path) -> Path:
+def copy_ledger(source: Path, target: Path) -> Path:
     """A consistent copy of the ledger, also while a server writes to it; opening it may migrate it."""
     with sqlite3.connect(source) as one, sqlite3.connect(target) as other:
         one.backup(other)

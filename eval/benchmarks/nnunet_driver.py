@@ -12,6 +12,7 @@ imported. Prints one line of JSON with the iterations, samples and seconds of tr
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -41,6 +42,7 @@ def main(work: Path, minutes: float) -> None:
     folder = work / "preprocessed" / DATASET
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
     dataset = json.loads((folder / "dataset.json").read_text())
+    plans["continue_training"] = False  # its trainer takes this answer of its command line from there
     trainer = nnUNetTrainer(plans, "3d_fullres", "all", dataset, torch.device("cpu"))
     trainer.initialize()
     trainer.on_train_start()
@@ -83,7 +85,9 @@ def main(work: Path, minutes: float) -> None:
         ),
         flush=True,
     )
-    os._exit(0)  # its data loaders keep processes that would have to be waited for
+    for loader in multiprocessing.active_children():
+        loader.kill()  # they wait for a queue for ever, and hold this process's output open
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from eval.profiles import answers
 from eval.reasons import keep_pictures
 from eval.replay import replayed
 from eval.server import ServerProcess
+from eval.shared_start import SharedStart
 from eval.study import Method, Study
 
 STEPS = ("score", "query", "annotate", "train", "test")
@@ -290,9 +291,12 @@ class Cell:
             self._watch()
             self.notice(self, f"round {round_} train{_progress(client.info(), self.study.bundle)}")
 
+        start = SharedStart(self.folder, self.seed, self.study.bundle) if round_ == 0 and self.server else None
         client.train(self.study.bundle, {**self.study.train, "seed": self.seed, "round": round_}, watch)
         said = client.info().get("patchwise") or {}
-        return {"model": said.get("model"), "options": said.get("options"), "agreement": said.get("agreement")}
+        shared = start is not None and start.keep(str((said.get("model") or {}).get("digest", "")))
+        told = {"model": said.get("model"), "options": said.get("options"), "agreement": said.get("agreement")}
+        return {**told, "shared": shared}
 
     def _test(self, client: LabelClient, round_: int) -> dict[str, Any]:
         sessions: dict[str, str] = self.state.content["sessions"]

@@ -48,12 +48,15 @@ def forecast(study: Study, only: Collection[str] | None = None) -> dict[str, flo
     """Expected hours (all cells or `only` some, by name; one after another), and GB of disk; NaN without the data.
 
     hours = trainings * members * steps * seconds of a step, a fifth more for scoring and querying, and the test cases;
+    the methods of a seed share the training of round 0;
     disk = moments of the pool (classes + 2 maps of 4 bytes a voxel), checkpoints of every round and answers.
     """
     members, steps = _sizes_of_training(study)
     lengths = {f"{m.label}_s{seed}": rounds for seed in study.seeds for m, rounds in study.lines}
     kept = [rounds for name, rounds in lengths.items() if only is None or name in only]
-    trainings, cells = sum(kept), len(kept)
+    tested, cells = sum(kept), len(kept)
+    starting = [seed for seed in study.seeds for m in study.methods if only is None or f"{m.label}_s{seed}" in only]
+    trainings = tested - (len(starting) - len(set(starting)))
     try:
         dataset = read_dataset(study.data)
         pool, test = split_cases(study, dataset)
@@ -61,7 +64,7 @@ def forecast(study: Study, only: Collection[str] | None = None) -> dict[str, flo
         return {"hours": float("nan"), "gb": float("nan"), "cells": cells}
     voxels = sum(_voxels(case) for case in pool)
     training = trainings * members * steps * study.expected.step_seconds * (1 + _SCORE_SHARE)
-    testing = trainings * members * len(test) * study.expected.case_seconds
+    testing = tested * members * len(test) * study.expected.case_seconds
     disk = cells * (voxels * (4 * (len(dataset.labels) + 2) + 1) + study.rounds * members * _CHECKPOINT_MB * 1e6)
     return {"hours": (training + testing) / 3600, "gb": disk / 1e9, "cells": cells}
 

@@ -50,6 +50,8 @@ def build_tables(study: Study, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, p
             if f"{round_}.test" in steps:
                 tested = steps[f"{round_}.test"]["rows"]
                 seconds = {f"{step}_s": steps[f"{round_}.{step}"]["seconds"] for step in STEPS}
+                if steps[f"{round_}.train"].get("shared"):
+                    seconds["train_s"] = None  # another method's cell did the work
                 rounds.append({**key, **round_row(asked, tested, classes, pool_foreground), **seconds})
                 cases += [{**key, **row} for row in tested]
     return pd.DataFrame(rounds), pd.DataFrame(cases), pd.DataFrame(queries)

@@ -1,0 +1,67 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The first training of a seed, done once for all methods of a study.
+
+Round 0 asks every method for the same regions, so its training is the same work. The server names a training's files
+by everything that decides them (labels, images, recipe, seeds, network) and goes on with members that are there; files
+that were lent for other labels are never looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval.files import place
+
+STATE = ".patchwise"
+_NAME_LENGTH = 16  # of a digest, in the server's folders of trainings
+
+
+class SharedStart:
+    """Puts what other cells of a run trained for `seed` where this cell's server looks, and lays its own aside.
+
+    Args:
+        cell: folder of the cell, `<run>/cells/<name>`.
+        seed: of the cell.
+        bundle: name of the network.
+    """
+
+    def __init__(self, cell: Path, seed: int, bundle: str) -> None:
+        self.lent = cell.parent.parent / "starts" / str(seed)
+        self.models = cell / "studies" / STATE / "models" / bundle
+        found = sorted(self.lent.glob("[!.]*")) if self.lent.is_dir() else []
+        self.borrowed = {source.name for source in found if _link(source, self.models / source.name)}
+
+    def keep(self, digest: str) -> bool:
+        """Lays a finished training aside for the cells that follow; whether it was another cell's work."""
+        name = digest[:_NAME_LENGTH]
+        _link(self.models / name, self.lent / name)
+        return name in self.borrowed
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Makes `target` a folder with the finished members of `source`, whole or not at all; whether it was missing."""
+    if target.exists() or not source.is_dir():
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as name:
+        made = Path(name) / "made"
+        made.mkdir()
+        for file in _members(source):
+            place(file, made / file.name)
+        try:
+            os.rename(made, target)
+        except OSError:  # another cell was first
+            return False
+    return True
+
+
+def _members(folder: Path) -> Iterator[Path]:
+    """Weights and heads, without what an unfinished member goes on from."""
+    return (file for file in sorted(folder.glob("member_*.pt")) if not file.name.endswith(".unfinished.pt"))

@@ -52,7 +52,7 @@ def test_unusable_axes_are_refused(write_study):
 
 def test_expected_hours_and_disk_by_hand(write_study, data):
     study = load_grid(write_study(full_data=True, expected={"step_seconds": 10.0, "case_seconds": 1.0}))[0]
-    # Methods 2 x 3 tests and the full-data line: 7, of 2 members on 2 cases. Round 0 is trained once: 6 trainings of 3 steps.
+    # Methods 2 x 3 tests and the full-data line: 7, of 2 members on 2 cases. Round 0 is trained once: 6 times 3 steps.
     assert forecast(study)["hours"] == pytest.approx((6 * 2 * 3 * 10 * 1.2 + 7 * 2 * 2) / 3600)
     assert forecast(study)["cells"] == 3
     said = plan_grid([study])

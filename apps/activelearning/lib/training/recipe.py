@@ -60,6 +60,12 @@ class Recipe(BaseModel):
     loss: Literal["dice_ce", "focal", "weighted_dice"] = Field(
         default="dice_ce", description="loss over annotated voxels"
     )
+    absent: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="voxels of false alarm that halve the Dice of a class a batch lacks; 0: none",
+    )
     deep_supervision: int = Field(default=0, ge=0, le=5, description="lower resolutions with a loss of their own")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the running mean of the weights; 0: last weights")
     start: Literal["scratch", "last"] = Field(
@@ -118,7 +124,8 @@ class Bundle:
         patch = [math.ceil(p / d) * d for p, d in zip(plan.patch, made.divisor, strict=True)]
         made._config["recipe"] = {
             **self._config["recipe"],
-            **{"patch": patch, "batch": plan.batch, "foreground": plan.foreground, "flat": plan.flat},
+            **{"patch": patch, "batch": plan.batch, "flat": plan.flat},
+            **{"foreground": plan.foreground, "absent": plan.absent},
         }
         return made
 

@@ -178,13 +178,13 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from eval.doctor import findings
+    from eval.doctor import as_json, as_table, findings
 
-    found = findings()
-    for finding in found:
-        sys.stdout.write(f"{'ok     ' if finding.ok else 'PROBLEM'} {finding.text}\n")
-    if not all(finding.ok for finding in found):
-        raise RefereeError("the installation has problems; see the lines above")
+    found = findings(options.studies, options.port)
+    sys.stdout.write((as_json(found) if options.json else as_table(found)) + "\n")
+    problems = [finding for finding in found if finding.state == "problem"]
+    if problems:
+        raise RefereeError(f"{len(problems)} problems, first: {problems[0].check}: {problems[0].found}")
 
 
 def _workers(text: str) -> int:
@@ -262,7 +262,10 @@ def _parser() -> argparse.ArgumentParser:
     saved = add("backup", _backup, "copy ledger, raw answers and models while the server is in use")
     saved.add_argument("studies", type=Path)
     saved.add_argument("folder", type=Path, help="a new folder")
-    add("doctor", _doctor, "check the installation")
+    doctor = add("doctor", _doctor, "check the installation, and a studies folder")
+    doctor.add_argument("studies", type=Path, nargs="?")
+    doctor.add_argument("--port", type=int, default=8000, help="where the server is to listen")
+    doctor.add_argument("--json", action="store_true")
     return parser
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastapi import HTTPException
+from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -25,7 +27,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from lib.agreement import summarise
 from lib.auto_rounds import AutoRounds
 from lib.background import Background
-from lib.classes import resolve_classes
+from lib.classes import check_same_ids, resolve_classes
 from lib.clients import Clients
 from lib.datastore import STATE_FOLDER, PartialLabelDatastore, saved_answer
 from lib.dicom_datastore import DicomDatastore, state_folder
@@ -34,6 +36,7 @@ from lib.errors import SPEAKING, refuse
 from lib.evidence import COMPOSE
 from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
+from lib.listening import check_listening
 from lib.measures import Measures
 from lib.methods import listed, resolve
 from lib.models import ModelStore
@@ -63,6 +66,7 @@ class PatchwiseApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         try:
+            check_listening(sys.argv[1:], settings.MONAI_LABEL_AUTH_ENABLE)
             self.options = parse_options(dict(conf or {}))
             root = _root(studies, self.options)
             folder = self.options.bundles or BUNDLES
@@ -82,6 +86,8 @@ class PatchwiseApp(MONAILabelApp):
             resolve(self.options.auto_method or self.listed_methods[0])
             next(iter(self.trainers.values())).parse(self.options.auto_train)
             self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
+            if self.ledger.answered_images(withdrawn=True):
+                check_same_ids(self.classes, self.ledger.get_meta("classes"))
         except SPEAKING as error:
             _end(str(error))
         # Whoever checks the labels later has to know what their values meant.

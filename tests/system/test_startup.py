@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from eval.server import free_port
+from tests.eval.answered import Studies
 from tests.system.conftest import BUNDLE, ROOT, fill
 
 APP = ROOT / "apps" / "activelearning"
@@ -85,6 +87,28 @@ def test_the_server_itself_ends_with_one_sentence_and_no_traceback(tmp_path: Pat
     output = done.stdout + done.stderr
     assert "--conf modelz is not an option of this app" in output
     assert "Traceback" not in output
+
+
+def test_classes_that_answers_exist_for_cannot_be_renumbered(tmp_path: Path) -> None:
+    studies = Studies(tmp_path / "studies")
+    before = studies.ledger.get_meta("classes")
+    done = start(studies.folder, "labels", "posterior,anterior")
+    assert done.returncode == 2
+    assert "answers were given with {'anterior': 1, 'posterior': 2}, and now anterior is 2" in done.stderr
+    assert studies.ledger.get_meta("classes") == before
+
+
+def test_every_network_has_to_be_asked_for(tmp_path: Path, phantoms: Path) -> None:
+    fill(tmp_path / "studies", phantoms, 1)
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies"]
+    env = {**os.environ, "PYTHONPATH": str(APP)}
+    command += [str(tmp_path / "studies"), "--port", str(free_port())]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert "without --host every network of this machine could read and write the studies" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "studies" / ".patchwise").exists()
 
 
 def test_a_missing_studies_folder_is_said(tmp_path: Path) -> None:

@@ -37,6 +37,21 @@ def resolve_classes(
     )
 
 
+def check_same_ids(classes: Mapping[str, int], known: Mapping[str, int] | None) -> None:
+    """Labels on disk hold ids: a class that answers exist for must keep its own. New ones may follow.
+
+    Raises:
+        OptionError: a class of `known`, which the answers were given for, has another id or is gone.
+    """
+    for name, value in (known or {}).items():
+        if classes.get(name) != value:
+            now = f"{name} is {classes[name]}" if name in classes else f"there is no {name}"
+            raise OptionError(
+                f"class names: answers were given with {dict(known or {})}, and now {now}; labels would change their "
+                "meaning: name the same classes with the same ids, or start a project of its own in another folder"
+            )
+
+
 def _from_dataset(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}

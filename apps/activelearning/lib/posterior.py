@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,14 @@ from torch import Tensor, nn
 from lib.fast_convolution import OneDNN
 from lib.images import Volume
 from lib.regions import Triple
+from lib.stacked import stacked
 from lib.training.cases import network_image, to_grid
 from lib.training.learned_loss import LossHead, tapped
 from lib.training.plan import Normalisation
 from lib.training.trainer import autocast_type
 from lib.views import View, flip, identity, views
+
+logger = logging.getLogger(__name__)
 
 # An image up to this many times the training crop goes through the network whole: one window instead of overlapping
 # ones, which for small scans saves most of the work.
@@ -107,6 +111,9 @@ class Ensemble:
         self.device = device
         self.normalisation = normalisation or Normalisation()
         self.mirrored = tuple(mirrored)
+        # On a CPU one after the other is faster (`lib.stacked`).
+        self.batched = device.type == "cuda"
+        self._together: Callable[[Tensor], Tensor] | None = None
 
     def members(
         self, volume: Volume, overlap: float = 0.25, spec: PosteriorSpec = DEEP_ENSEMBLE, seed: int = 0
@@ -118,6 +125,10 @@ class Ensemble:
         summed up there.
         """
         image = network_image(volume, self.spacing, self.normalisation).to(self.device)
+        if spec.ensemble and not spec.passes and not spec.tta:
+            for logits in self._logits_of_all(image, overlap):
+                yield torch.softmax(to_grid(logits, volume.shape), dim=0)
+            return
         for number, network in enumerate(self.networks if spec.ensemble else self.networks[:1]):
             for pass_ in range(max(1, spec.passes)):
                 with _dropout(network, spec.dropout if spec.passes else None, seed + 1000 * number + pass_):
@@ -144,9 +155,9 @@ class Ensemble:
         image = network_image(volume, self.spacing, self.normalisation).to(self.device)
         chosen = [identity(), *(flip(axis) for axis in self.mirrored)]
         total = torch.zeros(())
-        for network in self.networks:
-            for view in chosen:
-                logits, _ = view.inverse(self._logits(network, view.forward(image), overlap))
+        for view in chosen:
+            for found in self._logits_of_all(view.forward(image), overlap):
+                logits, _ = view.inverse(found)
                 total = total + torch.softmax(to_grid(logits, volume.shape), dim=0)
         return cast("NDArray[np.float32]", (total / (len(self.networks) * len(chosen))).cpu().numpy())
 
@@ -181,7 +192,27 @@ class Ensemble:
             return cast(Triple, whole)
         return cast(Triple, tuple(min(p, w) for p, w in zip(self.patch, whole, strict=True)))
 
-    def _logits(self, network: nn.Module, image_cxyz: Tensor, overlap: float) -> Tensor:
+    def _logits_of_all(self, image_cxyz: Tensor, overlap: float) -> Iterator[Tensor]:
+        """Logits (C, X, Y, Z) of every network; after the first from one pass, where `batched` and room allow it."""
+        first, others = self.networks[0], self.networks[1:]
+        logits = self._logits(first, image_cxyz, overlap)
+        yield logits
+        if self.batched and len(others) > 1 and self._has_room(len(others) * logits.nbytes):
+            try:
+                self._together = self._together or stacked(others)
+                yield from self._logits(self._together, image_cxyz, overlap).chunk(len(others))
+                return
+            except RuntimeError as error:
+                logger.warning("members run one after the other, as they cannot run together: %s", error)
+                self.batched, self._together = False, None
+        for network in others:
+            yield self._logits(network, image_cxyz, overlap)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether logits of `size` bytes fill at most a quarter of what the GPU has free."""
+        return self.device.type != "cuda" or size <= torch.cuda.mem_get_info(self.device)[0] // 4
+
+    def _logits(self, network: Callable[[Tensor], Tensor], image_cxyz: Tensor, overlap: float) -> Tensor:
         half = autocast_type(self.device)
         window = self.window(image_cxyz.shape[1:])
         with (

@@ -17,11 +17,12 @@ from typing import Any
 import httpx
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 
 from eval.audit import audit
 from eval.server import ServerProcess
-from tests.system.conftest import Client, Start, fill
+from tests.system.conftest import BUNDLE, Client, Start, fill
 
 UNLABELLED = 255
 CLIENTS = 8
@@ -102,7 +103,11 @@ def work_through(
         answered = httpx.get(f"{server.url}/info/", timeout=60).json()["patchwise"]["queries"].get("answered", 0)
         if kills and answered - before > count // 8:
             kills, before = kills - 1, answered
+            trainer = training(server)
             time.sleep(float(rng.uniform(0, 1)))
+            if kills % 2:
+                trainer.kill()
+                continue
             assert server.process
             os.killpg(server.process.pid, signal.SIGKILL)
             server.process.wait()
@@ -111,6 +116,20 @@ def work_through(
     for person in people:
         person.join(timeout=60)
     return people
+
+
+def training(server: ServerProcess) -> psutil.Process:
+    """The process of a training on what was answered so far; started unless one runs already."""
+    deadline = time.monotonic() + 60
+    assert server.process
+    while time.monotonic() < deadline:
+        for child in psutil.Process(server.process.pid).children(recursive=True):
+            if child.is_running() and "train" in child.cmdline():
+                return child
+        request = {"members": 1, "steps": 100_000, "patch": [16, 16, 16]}
+        httpx.post(f"{server.url}/train/{BUNDLE}", json=request, timeout=60)
+        time.sleep(0.5)
+    raise AssertionError("no training started within a minute")
 
 
 def check(client: Client, studies: Path, count: int) -> None:
@@ -143,7 +162,7 @@ def test_eight_annotators_answer_every_region_once(start_server: Start, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_eight_annotators_and_a_server_that_is_killed(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
+def test_eight_annotators_and_killed_servers_and_trainers(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
     count = 500
     fill(tmp_path / "studies", phantoms, count=8)
     # A region whose holder never heard of it, because the server died on the way, is free again after half a minute.

@@ -103,7 +103,8 @@ class ModelStore:
         taps = bundle.layers("loss_taps") if heads else []
         spacing, grey = model.facts["spacing"], bundle.normalisation
         mirrored = recipe.mirror if recipe.mirror_predictions else ()
-        return Ensemble(networks, recipe.patch, bundle.divisor, spacing, device, heads, taps, grey, mirrored)
+        crop, divisor, sure = recipe.patch, bundle.divisor, recipe.confidence
+        return Ensemble(networks, crop, divisor, spacing, device, heads, taps, grey, mirrored, sure)
 
     def _folders(self) -> list[Path]:
         """Folders of trainings, newest first."""

@@ -85,6 +85,7 @@ class Ensemble:
         heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
         normalisation: of grey values; None is the z-score of each image.
         mirrored: axes whose mirror images `mean` takes in as well.
+        confidence: how sure the members must be of a component that is shown (`lib.label_map`).
 
     Whoever runs the networks holds `lock`: hooks, dropout and modes of a network are one for all threads.
     """
@@ -100,7 +101,9 @@ class Ensemble:
         taps: Sequence[str] = (),
         normalisation: Normalisation | None = None,
         mirrored: Sequence[int] = (),
+        confidence: float = 0.0,
     ) -> None:
+        self.confidence = confidence
         self.lock = threading.Lock()
         self.heads = [head.to(device).eval() for head in heads]
         self.taps = list(taps)

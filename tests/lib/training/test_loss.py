@@ -89,16 +89,6 @@ def test_weighted_dice_by_hand():
     assert float(LOSSES["weighted_dice"]()(logits, target)) == pytest.approx(-2 * 0.75 / (1 + 0.75 + 0.5), abs=1e-6)
 
 
-def test_false_alarms_of_an_absent_class_by_hand():
-    probs = torch.tensor([[[0.3, 0.2, 0.5], [0.6, 0.2, 0.1], [0.1, 0.6, 0.4]]])  # classes 0, 1, 2 of three voxels
-    target = torch.tensor([[1, 0, UNLABELLED]])
-    loss = PartialDiceCELoss(ce_weight=0.0, absent=1.0)
-    # Class 1 is there: 2 * 0.6 / (1 + 0.8). Class 2 is not, and 0.7 voxels are taken for it: 1 / (0.7 + 1).
-    assert float(loss(torch.log(probs), target)) == pytest.approx(-(1.2 / 1.8 + 1 / 1.7) / 2, abs=1e-6)
-    loss.absent = 0.0
-    assert float(loss(torch.log(probs), target)) == pytest.approx(-(1.2 / 1.8) / 2, abs=1e-6)
-
-
 def test_a_voxel_that_is_only_known_not_to_be_of_the_drawn_class_by_hand():
     # Three classes; only class 1 was drawn. Voxel 0 is class 1, voxel 1 is "not class 1" (value 3: background or 2).
     probs = torch.tensor([[0.1, 0.2], [0.7, 0.3], [0.2, 0.5]])

@@ -23,13 +23,11 @@ class PartialDiceCELoss(nn.Module):
 
     With w = 1 where the target is annotated and 0 elsewhere, p = softmax(logits) and y the one-hot target,
 
-        L = F_w - mean_c (2 sum w p_c y_c + s_c) / max(sum w y_c + sum w p_c + s_c, 1e-8),    c over foreground classes,
+        L = F_w - mean_c (2 sum w p_c y_c + s) / max(sum w y_c + sum w p_c + s, 1e-8),    c over foreground classes,
 
     where F_w is the mean of -(1 - p_y)^gamma log p_y over annotated voxels (cross-entropy for gamma = 0). A crop
-    without annotation adds nothing to the sums of batch Dice; a batch without any gives zero gradients, and L = 0 with
-    s_c = 0. s_c is s, 0 as published: then a class that is absent from the annotated voxels contributes 0, and what is
-    said of it there is left to the cross-entropy. With `absent`, s_c of such a class is s + absent: its reward falls
-    from 1 to 1/2 as that many voxels are taken for it.
+    without annotation adds nothing to the sums of batch Dice; a batch without any gives L = 0 and zero gradients. With
+    s = 0 a class that is absent from the annotated voxels contributes 0, as published.
 
     Where only some classes were drawn, a voxel is known to be one of a set S of classes (those that nobody drew, and
     background). Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a
@@ -39,7 +37,6 @@ class PartialDiceCELoss(nn.Module):
         ignore: value of the target that means "not annotated".
         batch_dice: sums run over the whole batch (True) or over each sample, averaged afterwards.
         smooth: s of the equation, 0 as published ("noSmooth").
-        absent: voxels of false alarm that halve the reward of an absent class, 0 as published; may change meanwhile.
         dice_weight, ce_weight: factors of the two parts.
         gamma: exponent of the focal part; 0 is cross-entropy.
 
@@ -58,10 +55,8 @@ class PartialDiceCELoss(nn.Module):
         dice_weight: float = 1.0,
         ce_weight: float = 1.0,
         gamma: float = 0.0,
-        absent: float = 0.0,
     ) -> None:
         super().__init__()
-        self.absent = absent
         self.ignore = ignore
         self.batch_dice = batch_dice
         self.smooth = smooth
@@ -114,9 +109,9 @@ class PartialDiceCELoss(nn.Module):
         axes = list(range(2, probs.ndim))
         if self.batch_dice:
             axes.insert(0, 0)
-        overlap, there = (weighted * truth).sum(axes), truth.sum(axes)
-        smooth = self.smooth + self.absent * (there == 0)
-        return ((2 * overlap + smooth) / (there + weighted.sum(axes) + smooth).clamp(min=_EPSILON)).mean()
+        overlap = (weighted * truth).sum(axes)
+        total = truth.sum(axes) + weighted.sum(axes)
+        return ((2 * overlap + self.smooth) / (total + self.smooth).clamp(min=_EPSILON)).mean()
 
 
 class DeepSupervisionLoss(nn.Module):

@@ -59,7 +59,6 @@ class Plan(BaseModel):
     patch: Triple = Field(description="voxels of a crop at that spacing")
     batch: int = Field(ge=1, le=1024, description="crops a step")
     foreground: float = Field(default=1 / 3, ge=0, le=1, description="share of crops centred on a class")
-    absent: float = Field(default=0.0, ge=0, le=1e6, description="false voxels that halve an absent class's Dice")
     effort: float = Field(default=1.0, gt=0, le=100, description="times the steps of the recipe")
     factor: Triple = Field(default=(1, 1, 1), description="space-to-depth folding in front of the network")
     kernels: tuple[Triple, ...] = Field(min_length=3, description="size of the convolutions of each level")

@@ -32,11 +32,8 @@ START_3D, START_2D = 256.0**3, 2048.0**2
 COVERED = 0.05
 SMALLEST_BATCH = 2
 # Where a crop shows most of the image: nnU-Net's third of the crops centred on a class, and the steps of the recipe.
-# Where it shows less than half: twice the former and four times the latter, because short trainings do not find small
-# classes otherwise.
-FOREGROUND, MOST, EFFORT = 1 / 3, 0.5, 4
-# And false alarms of classes that a batch lacks cost there: those of a rare class filled most images without it before.
-ABSENT = 1.0
+# Where it shows less than half: twice of both, because trainings as short as these do not find small classes otherwise.
+FOREGROUND, MOST, LARGE = 1 / 3, 0.5, 2
 # The anisotropic u-net has five levels, of which the upper two look along the slices only.
 AUNET_LEVELS, AUNET_FLAT = 5, 2
 
@@ -303,16 +300,15 @@ class _Search:
         image = " x ".join(f"{m:g}" for m in median)
         gib = round(share * REFERENCE_GIB, 3)
         shown = math.prod(min(1.0, p / m) for p, m in zip(patch, median, strict=True))
-        large = shown < MOST
+        more = LARGE if shown < MOST else 1
         return Plan(
             configuration=self.configuration,
             axis=self.axis,
             spacing=self.spacing,
             patch=patch,
             batch=batch,
-            foreground=FOREGROUND * (2 if large else 1),
-            absent=ABSENT if large else 0.0,
-            effort=EFFORT if large else 1,
+            foreground=FOREGROUND * more,
+            effort=more,
             factor=factor,
             kernels=cast("tuple[Triple, ...]", found.kernels),
             strides=cast("tuple[Triple, ...]", found.strides),
@@ -325,10 +321,7 @@ class _Search:
                 "patch": f"median image is {image} at this spacing; the largest crop within the budget",
                 "batch": why_batch,
                 "foreground": f"a crop shows {shown:.0%} of the median image; doubled below {MOST:.0%}",
-                "absent": "classes are drawn more often than they occur, so false alarms cost"
-                if large
-                else "as published",
-                "effort": f"{EFFORT} below that",
+                "effort": "doubled with it",
                 "factor": "folding keeps every voxel and makes a step cheaper on a CPU" if max(factor) > 1 else "none",
                 "kernels": "an axis is looked along once it is less than twice as coarse as the finest",
                 "strides": "an axis is halved while it has 8 voxels and is among the finest",

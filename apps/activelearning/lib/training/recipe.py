@@ -46,6 +46,9 @@ class Recipe(BaseModel):
     mirror_predictions: bool = Field(
         default=False, description="whether segmentations average the mirror images along these axes too"
     )
+    confidence: float = Field(
+        default=0.0, ge=0, le=1, description="mean probability that a component of a segmentation needs; 0: none"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
     learning_loss: float = Field(default=0.0, ge=0, le=1000, description="weight of the head that predicts losses")
     learning_loss_margin: float = Field(default=1.0, ge=0, le=1000, description="margin of its ranking loss")
@@ -59,12 +62,6 @@ class Recipe(BaseModel):
     pseudo_axis: int = Field(default=2, ge=0, le=2, description="axis that annotated slices lie across")
     loss: Literal["dice_ce", "focal", "weighted_dice"] = Field(
         default="dice_ce", description="loss over annotated voxels"
-    )
-    absent: float = Field(
-        default=0.0,
-        ge=0,
-        le=1e6,
-        description="voxels of false alarm that halve the Dice of a class a batch lacks; 0: none",
     )
     deep_supervision: int = Field(default=0, ge=0, le=5, description="lower resolutions with a loss of their own")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the running mean of the weights; 0: last weights")
@@ -124,8 +121,7 @@ class Bundle:
         patch = [math.ceil(p / d) * d for p, d in zip(plan.patch, made.divisor, strict=True)]
         made._config["recipe"] = {
             **self._config["recipe"],
-            **{"patch": patch, "batch": plan.batch, "flat": plan.flat},
-            **{"foreground": plan.foreground, "absent": plan.absent},
+            **{"patch": patch, "batch": plan.batch, "foreground": plan.foreground, "flat": plan.flat},
         }
         return made
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lib.classes import resolve_classes
 from lib.files import file_digest, text_digest
 from lib.images import EXTENSIONS, check_same_grid, load_image, load_label, save_label
+from lib.label_map import label_map
 from lib.models import ModelStore, choose_device
 from lib.options import AppOptions, OptionError
 from lib.partial_labels import check_values
@@ -143,7 +143,7 @@ class FolderInference:
         written = []
         for name, path in images.items():
             volume = load_image(path)
-            label_xyz = ensemble.mean(volume).argmax(axis=0).astype(np.uint8)
+            label_xyz = label_map(ensemble.mean(volume), ensemble.confidence)
             written.append(self.output / f"{name}.nii.gz")
             save_label(written[-1], label_xyz, volume.affine)
             logger.info("segmented %s", name)

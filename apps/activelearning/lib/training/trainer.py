@@ -30,7 +30,6 @@ from lib.training.recipe import Recipe
 from lib.training.sampling import AnnotatedCase, RegionSampler
 
 POLY_POWER = 0.9
-ABSENT_FROM = 0.8
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -221,8 +220,6 @@ class _Member:
         """One optimiser step; answers its loss without waiting for the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(step, self.recipe)
-        # Late, or a rare class is never learnt: from the middle on, it cost small tumours half of their Dice.
-        self.loss.loss.absent = self.recipe.absent if step >= ABSENT_FROM * self.recipe.steps else 0.0
         images, labels = self.stream.next()
         self.optimiser.zero_grad(set_to_none=True)
         with (

@@ -1,0 +1,53 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""From probabilities to a label map."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+
+
+def label_map(probs_cxyz: NDArray[np.floating], confidence: float = 0.0) -> NDArray[np.uint8]:
+    """Most probable class of every voxel (X, Y, Z), without components that the model is unsure of.
+
+    With `confidence` t > 0 a connected component K of a foreground class c (26 neighbours) is kept only if
+
+        1/|K| sum_{v in K} p_c(v) >= t,
+
+    otherwise its voxels go to the most probable class that they were not taken from, and are looked at again with what
+    they join there. Background is always kept, so this ends.
+
+    Crops that are drawn around a class show it far more often than images do, so the model expects it everywhere. Where
+    it is not, such false alarms are small and unsure; where it is, components are large and sure.
+    """
+    label_xyz = np.asarray(probs_cxyz.argmax(axis=0)).astype(np.uint8)
+    if confidence <= 0:
+        return label_xyz
+    refused_cxyz = np.zeros(probs_cxyz.shape, dtype=bool)
+    pending = list(range(1, len(probs_cxyz)))
+    while pending:
+        class_ = pending.pop()
+        doubted_xyz = _unsure(label_xyz == class_, probs_cxyz[class_], confidence)
+        if doubted_xyz.any():
+            refused_cxyz[class_] |= doubted_xyz
+            left_cv = np.where(refused_cxyz[:, doubted_xyz], -1, probs_cxyz[:, doubted_xyz])
+            label_xyz[doubted_xyz] = left_cv.argmax(axis=0)
+            joined = set(np.unique(label_xyz[doubted_xyz]).tolist()) - {0}
+            pending += sorted(joined - set(pending))
+    return label_xyz
+
+
+def _unsure(mask_xyz: NDArray[np.bool_], probs_xyz: NDArray[np.floating], confidence: float) -> NDArray[np.bool_]:
+    """Voxels of the components whose mean probability is below `confidence`."""
+    parts_xyz, count = ndimage.label(mask_xyz, _NEIGHBOURS)
+    if not count:
+        return np.zeros_like(mask_xyz)
+    sure = np.asarray(ndimage.mean(probs_xyz, parts_xyz, np.arange(1, count + 1)))
+    return np.asarray(np.concatenate([[False], sure < confidence])[parts_xyz])

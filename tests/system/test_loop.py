@@ -100,6 +100,22 @@ def test_two_rounds_through_the_real_server(uninterrupted: Path, phantoms: Path)
     assert (uninterrupted / "report.html").stat().st_size > 10_000
 
 
+def test_methods_of_a_seed_start_with_members_that_were_trained_once(study: Path, tmp_path: Path) -> None:
+    content = {**yaml.safe_load(study.read_text()), "methods": ["random", "power_pe"], "rounds": 1}
+    both = tmp_path / "both.yaml"
+    both.write_text(yaml.safe_dump(content))
+    finish(referee("run", str(both), "--out", str(tmp_path / "out"), "--workers", "1"))
+    trained = {
+        path.parent.name: json.loads(path.read_text())["steps"]["0.train"]
+        for path in (tmp_path / "out" / "cells").glob("*/state.json")
+    }
+    assert {name: step["shared"] for name, step in trained.items()} == {"random_s1": False, "power_pe_s1": True}
+    assert trained["random_s1"]["model"]["digest"] == trained["power_pe_s1"]["model"]["digest"]
+    rounds = pd.read_csv(tmp_path / "out" / "rounds.csv").set_index("method")
+    assert rounds["mean_dice"].nunique() == 1
+    assert rounds["train_s"].isna().to_dict() == {"random": False, "power_pe": True}
+
+
 def test_ground_truth_outside_of_the_regions_never_enters_the_server(uninterrupted: Path) -> None:
     (studies,) = (uninterrupted / "cells").glob("*/studies")
     queries = pd.read_csv(uninterrupted / "queries.csv")

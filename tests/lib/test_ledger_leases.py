@@ -125,6 +125,21 @@ def test_queries_that_are_not_the_clients_are_refused_in_a_sentence(ledger, act)
         work(first, "ann")
 
 
+def test_minutes_of_a_region_that_changes_hands_are_those_of_each_holder(ledger, clock):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 600)
+    clock.now += 180
+    ledger.withdraw(answer(ledger, query, client="ann"), "ann")
+    clock.now += 1
+    ledger.lease([query], "ben", 600)
+    clock.now += 60
+    ledger.touch("ben", "a")
+    assert ledger.minutes() == [(0, "ann", pytest.approx(3)), (0, "ben", pytest.approx(1))]
+    clock.now += 60
+    answer(ledger, query, client="ben")
+    assert ledger.minutes() == [(0, "ann", pytest.approx(3)), (0, "ben", pytest.approx(2))]
+
+
 def test_minutes_are_capped_gaps_counted_once(ledger, clock):
     first, second, far = *ask(ledger, 0, 2), *ask(ledger, 0, image="b", batch="c")
     ledger.lease([first, second, far], "ann", 600)

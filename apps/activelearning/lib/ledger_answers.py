@@ -14,6 +14,7 @@ from typing import Any
 
 from lib.ledger_leases import Leases
 from lib.ledger_records import Agreement, Answer, to_region
+from lib.ledger_schema import UNCOUNTED
 from lib.ledger_store import LeaseError
 from lib.regions import Region
 
@@ -242,10 +243,6 @@ class Answers(Leases):
 
 
 def _new_minutes(connection: sqlite3.Connection, query: int | None) -> float | None:
-    """Minutes of work on a query that no earlier answer to it has counted; None where none are known."""
-    row = connection.execute(
-        "SELECT worked / 60 - COALESCE((SELECT SUM(minutes) FROM answered WHERE query = queries.id), 0) FROM queries"
-        " WHERE id = ? AND worked > 0",
-        (query,),
-    ).fetchone()
+    """Minutes of work on a query that no earlier answer has counted; None where none are known."""
+    row = connection.execute(f"SELECT {UNCOUNTED} FROM queries WHERE id = ? AND worked > 0", (query,)).fetchone()
     return None if row is None else float(row[0])

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.ledger_records import Query
+from lib.ledger_schema import UNCOUNTED
 from lib.ledger_store import LedgerStore
 
-_MINUTES = """
+_MINUTES = f"""
 SELECT round, client, SUM(minutes) FROM (
     SELECT queries.round, answers.client, answered.minutes FROM answered
     JOIN answers ON answers.id = answered.answer JOIN queries ON queries.id = answered.query
     UNION ALL
-    SELECT round, client, worked / 60 FROM queries
-    WHERE worked > 0 AND NOT EXISTS (SELECT 1 FROM answered WHERE answered.query = queries.id)
+    SELECT round, client, {UNCOUNTED} FROM queries WHERE worked > 0
 ) GROUP BY round, client
 """
 

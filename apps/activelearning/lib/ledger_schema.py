@@ -117,6 +117,14 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 }
 
 
+# Minutes that the holder of a query has worked on it and not answered with yet. `worked` begins anew with another holder,
+# so what others answered before does not count against it.
+UNCOUNTED = """worked / 60 - COALESCE((
+    SELECT SUM(answered.minutes) FROM answered JOIN answers ON answers.id = answered.answer
+    WHERE answered.query = queries.id AND answers.submitted > COALESCE(queries.leased, 0)
+), 0)"""
+
+
 def prepare(connection: sqlite3.Connection) -> int:
     """Makes or migrates the tables inside the caller's transaction; the version that was found.
 

@@ -117,8 +117,8 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 }
 
 
-# Minutes that the holder of a query has worked on it and not answered with yet. `worked` begins anew with another holder,
-# so what others answered before does not count against it.
+# Minutes that the holder of a query has worked on it and not answered with yet. `worked` begins anew with another
+# holder, so what others answered before does not count against it.
 UNCOUNTED = """worked / 60 - COALESCE((
     SELECT SUM(answered.minutes) FROM answered JOIN answers ON answers.id = answered.answer
     WHERE answered.query = queries.id AND answers.submitted > COALESCE(queries.leased, 0)

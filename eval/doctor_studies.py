@@ -116,6 +116,7 @@ def _ledger(studies: Path) -> Iterator[Finding]:
         return
     if said != "ok":
         yield Finding("ledger", "problem", f"{path.name} is damaged: {said}", "restore it from a backup")
+        return
     yield Finding(
         "ledger", "ok", f"schema {version}" + ("" if version == SCHEMA_VERSION else f", {SCHEMA_VERSION} after a start")
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from eval.files import place
@@ -36,7 +37,10 @@ class SharedStart:
         self.lent = cell.parent.parent / "starts" / str(seed)
         self.models = cell / "studies" / STATE / "models" / bundle
         found = sorted(self.lent.glob("[!.]*")) if self.lent.is_dir() else []
-        self.borrowed = {source.name for source in found if _link(source, self.models / source.name)}
+        for source in found:
+            _link(source, self.models / source.name)
+        # Also those that were there before: a cell that was killed in between borrowed them then.
+        self.borrowed = {source.name for source in found}
 
     def keep(self, digest: str) -> bool:
         """Lays a finished training aside for the cells that follow; whether it was another cell's work."""
@@ -45,21 +49,18 @@ class SharedStart:
         return name in self.borrowed
 
 
-def _link(source: Path, target: Path) -> bool:
-    """Makes `target` a folder with the finished members of `source`, whole or not at all; whether it was missing."""
+def _link(source: Path, target: Path) -> None:
+    """Makes `target` a folder with the finished members of `source`, whole or not at all; one that is there stays."""
     if target.exists() or not source.is_dir():
-        return False
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as name:
         made = Path(name) / "made"
         made.mkdir()
         for file in _members(source):
             place(file, made / file.name)
-        try:
+        with suppress(OSError):  # another cell was first
             os.rename(made, target)
-        except OSError:  # another cell was first
-            return False
-    return True
 
 
 def _members(folder: Path) -> Iterator[Path]:

@@ -114,7 +114,7 @@ class Ensemble:
         self.device = device
         self.normalisation = normalisation or Normalisation()
         self.mirrored = tuple(mirrored)
-        # On a CPU one after the other is faster (`lib.stacked`).
+        # A CPU gains nothing (`lib.stacked`).
         self.batched = device.type == "cuda"
         self._together: Callable[[Tensor], Tensor] | None = None
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import requests
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import FileResponse, JSONResponse
 from monailabel.config import settings
@@ -21,11 +22,12 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.clients import IdentifiedClients
+from lib.closed_routes import closed_routes
 from lib.errors import SPEAKING, refuse, speaking_errors, status_of
 from lib.lease_routes import answer_routes, lease_routes, times
 from lib.off_loop import Threads, prefer_answers
 from lib.page_routes import page_routes
-from lib.tokens import accept_signed_tokens
+from lib.tokens import accept_signed_tokens, unanswered
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
@@ -46,6 +48,8 @@ class SpeakingErrors:
             await _answer(400, error.msg)(scope, receive, send)
         except SPEAKING as error:
             await _answer(status_of(error), str(error))(scope, receive, send)
+        except requests.RequestException as error:
+            await _answer(*unanswered(error))(scope, receive, send)
         except json.JSONDecodeError as error:
             await _answer(400, f"params must be a JSON object; it is not readable: {error}")(scope, receive, send)
 
@@ -59,8 +63,18 @@ def install(patchwise: PatchwiseApp) -> None:
     from monailabel.app import app
 
     accept_signed_tokens()
-    routers = [routes(patchwise), lease_routes(patchwise), answer_routes(patchwise), page_routes(patchwise)]
-    _install(app, routers, patchwise.options.forwarded_header)
+    _install(app, routers(patchwise), patchwise.options.forwarded_header)
+
+
+def routers(patchwise: PatchwiseApp) -> list[APIRouter]:
+    """Every route that this project adds to upstream's, or puts in front of one of them."""
+    return [
+        routes(patchwise),
+        lease_routes(patchwise),
+        answer_routes(patchwise),
+        page_routes(patchwise),
+        closed_routes(),
+    ]
 
 
 def _install(app: FastAPI, routers: Sequence[APIRouter], forwarded_header: str | None) -> None:

@@ -29,13 +29,13 @@ def accept_signed_tokens() -> None:
         auth.jwt = SimpleNamespace(decode=decode)
 
 
-def decode(token: str, key: str, options: Any) -> dict[str, Any]:
+def decode(token: str, key: str, options: dict[str, Any]) -> dict[str, Any]:
     """Claims of a token that is signed, ends some day, and names a user and a list of roles.
 
     Raises:
         jwt.InvalidTokenError: it does not; MONAI Label answers with 401, where a missing claim would end it with 500.
     """
-    wanted = {**options, "require": ["exp"]}
+    wanted: Any = {**options, "require": ["exp"]}
     claims: dict[str, Any] = jwt.decode(token, key, algorithms=ALGORITHMS, options=wanted)
     if not isinstance(claims.get(settings.MONAI_LABEL_AUTH_TOKEN_USERNAME), str):
         raise jwt.InvalidTokenError(f"the token has no {settings.MONAI_LABEL_AUTH_TOKEN_USERNAME}")

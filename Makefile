@@ -28,6 +28,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy apps/activelearning eval sample-datasets
+	$(BIN)/python -m eval.upkeep.licences
+	$(BIN)/python -m eval.upkeep.vulnerabilities
 
 bench: $(STAMP)
 	$(BIN)/python -m eval bench query

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 KNOWN = Path(__file__).with_name("known_vulnerabilities.yaml")
-NOBODY = "the advisory service of PyPI cannot be asked from here; nothing was audited"
+NOBODY = "vulnerabilities: nothing was audited, as the advisory service of PyPI cannot be asked from here"
 _SECONDS = 75  # for all packages; a service that is slower counts as out of reach
 _COMMAND = ("-m", "pip_audit", "--format", "json", "--progress-spinner", "off", "--timeout", "5")
 

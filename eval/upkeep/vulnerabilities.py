@@ -82,16 +82,16 @@ def known_of(path: Path) -> dict[str, str]:
 
 def main(command: Sequence[str] = (sys.executable, *_COMMAND)) -> int:
     """0, also where nobody could be asked, which is said; 1 with a sentence a vulnerability that has no reason."""
-    known = known_of(KNOWN)
+    known, said = known_of(KNOWN), "no answer in time"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        said = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         audit = read(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         audit = Audit(0, 0, ())
     if not audit.looked_at:
-        sys.stdout.write(
-            "vulnerabilities: the advisory service of PyPI cannot be asked from here; nothing was audited\n"
-        )
+        why = f"it knows none of {audit.skipped} packages" if audit.skipped else said[:200]
+        sys.stdout.write(f"{NOBODY} ({why})\n")
         return 0
     problems, notes = judged(audit, known)
     sys.stdout.write("".join(f"{line}\n" for line in [*problems, *notes]))

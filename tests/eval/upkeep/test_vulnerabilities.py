@@ -89,7 +89,10 @@ def test_the_command_fails_on_what_has_no_reason_only(monkeypatch, tmp_path, cap
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        (f"print({json.dumps({'dependencies': REPORT['dependencies'][1:2]})!r})", "it knows none of the packages"),
+        (
+            f"import sys; sys.stderr.write('No known'); print({json.dumps({'dependencies': REPORT['dependencies'][1:2]})!r})",
+            "it knows none of 1 packages",
+        ),
         ("import sys; sys.exit('ERROR: no route to host')", "ERROR: no route to host"),
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
     ],

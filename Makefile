@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?= runs
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow system-test-dicom lint bench bench-nnunet quality phantoms study install clean
+.PHONY: demo test test-slow test-latest coverage mutation system-test-dicom lint bench bench-nnunet quality phantoms study install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
@@ -30,6 +30,10 @@ lint: $(STAMP)
 	$(BIN)/mypy apps/activelearning eval sample-datasets
 	$(BIN)/python -m eval.upkeep.licences
 	$(BIN)/python -m eval.upkeep.vulnerabilities
+
+# Everything as new as it can be, in an environment of its own; TORCH=newest where a GPU build is wanted. See its --help.
+test-latest: $(STAMP)
+	$(BIN)/python -m eval.upkeep.newest $(if $(TORCH),--torch $(TORCH))
 
 bench: $(STAMP)
 	$(BIN)/python -m eval bench query
@@ -71,4 +75,4 @@ $(STAMP): requirements.txt requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-nnunet $(OUT)
+	rm -rf $(VENV) .venv-nnunet .venv-latest $(OUT)

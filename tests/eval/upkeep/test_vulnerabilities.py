@@ -28,6 +28,7 @@ REPORT = {
     ],
     "fixes": [],
 }
+UNKNOWN = json.dumps({"dependencies": REPORT["dependencies"][1:2]})
 WEAK = Found("weak", "2.0", ("PYSEC-1", "CVE-1"), ("2.1", "3.0"))
 
 
@@ -90,7 +91,7 @@ def test_the_command_fails_on_what_has_no_reason_only(monkeypatch, tmp_path, cap
     ("code", "reason"),
     [
         (
-            f"import sys; sys.stderr.write('No known'); print({json.dumps({'dependencies': REPORT['dependencies'][1:2]})!r})",
+            f"import sys; sys.stderr.write('No known'); print({UNKNOWN!r})",
             "it knows none of 1 packages",
         ),
         ("import sys; sys.exit('ERROR: no route to host')", "ERROR: no route to host"),

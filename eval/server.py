@@ -25,6 +25,7 @@ from eval.files import read_json, write_json
 
 PROJECT = Path(__file__).resolve().parents[1]
 APP = PROJECT / "apps" / "activelearning"
+_APP_FOLDERS = ("model", "logs", "bin")
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -92,6 +93,9 @@ class ServerProcess:
         if self.port is not None and not _is_free(self.port):
             raise RefereeError(f"port {self.port} is in use by another program; choose another or stop that one")
         self.port = self.port or free_port()
+        for name in _APP_FOLDERS:
+            # Upstream makes them too, and fails where two servers that start at once do so for the first time.
+            (APP / name).mkdir(exist_ok=True)
         self.studies.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP)]

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +134,19 @@ def test_a_start_says_what_it_has_mended_and_the_next_one_nothing(tmp_path):
         "net: the current model is damaged; that of round 1 is used again",
     ]
     assert list(mend(studies.annotations, images, [store])) == []
+
+
+def test_old_unfinished_files_are_removed_and_those_at_work_stay(tmp_path):
+    studies = Studies(tmp_path / "studies")
+    final, raw = studies.annotations.merged, studies.annotations.state / "raw" / "a"
+    old, new = [final / ".tmp-1-a.nii.gz", raw / ".tmp-2-b.nii.gz"], [final / ".tmp-3-a.nii.gz"]
+    for path in (*old, *new):
+        path.write_bytes(b"half")
+    for path in old:
+        os.utime(path, (time.time() - 3700,) * 2)
+    said = list(mend(studies.annotations, {}, []))
+    assert said == ["2 unfinished files of interrupted writers were removed"]
+    assert [path.exists() for path in (*old, *new)] == [False, False, True]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])

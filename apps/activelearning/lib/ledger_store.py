@@ -97,7 +97,9 @@ class LedgerStore:
             try:
                 yield connection
             except BaseException:
-                connection.execute("ROLLBACK")
+                # A full disk makes SQLite roll back by itself; that must not hide what happened.
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
 

@@ -13,10 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lib.annotations import Annotations
+from lib.files import remove_unfinished
 from lib.models import ModelStore
 
 _PAGE_SIZE_AT, _PAGES_AT, _HEADER = 16, 28, 100
 _LARGEST_PAGE = 65536
+# A training that outlived the server before may still be writing.
+_HOURS = 1.0
 
 
 def mend(annotations: Annotations, images: Mapping[str, Path], models: Iterable[ModelStore]) -> Iterator[str]:
@@ -41,6 +44,9 @@ def mend(annotations: Annotations, images: Mapping[str, Path], models: Iterable[
             yield sentence
     for path in discard_damaged([state / "moments", state / "proposals", state / "measures.sqlite"]):
         yield f"{path} was cut short and is made again"
+    removed = sum(remove_unfinished(folder, _HOURS) for folder in (state, annotations.merged.parent))
+    if removed:
+        yield f"{removed} unfinished files of interrupted writers were removed"
 
 
 def discard_damaged(folders: list[Path]) -> list[Path]:

@@ -32,4 +32,5 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "nnunet": _lazily("eval.benchmarks.nnunet"),
     "rounds": _lazily("eval.benchmarks.rounds"),
     "latency": _lazily("eval.benchmarks.latency"),
+    "load": _lazily("eval.benchmarks.load"),
 }

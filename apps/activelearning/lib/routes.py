@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sqlite3
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.clients import IdentifiedClients
 from lib.closed_routes import closed_routes
-from lib.errors import SPEAKING, refuse, speaking_errors, status_of
+from lib.errors import SPEAKING, refuse, speaking_errors, status_of, storage_problem
 from lib.lease_routes import answer_routes, lease_routes, times
 from lib.off_loop import Threads, prefer_answers
 from lib.page_routes import page_routes
@@ -31,6 +33,8 @@ from lib.tokens import accept_signed_tokens, unanswered
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
+
+logger = logging.getLogger(__name__)
 
 
 class SpeakingErrors:
@@ -52,6 +56,12 @@ class SpeakingErrors:
             await _answer(*unanswered(error))(scope, receive, send)
         except json.JSONDecodeError as error:
             await _answer(400, f"params must be a JSON object; it is not readable: {error}")(scope, receive, send)
+        except (OSError, sqlite3.OperationalError) as error:
+            sentence = storage_problem(error)
+            if sentence is None:
+                raise
+            logger.error("%s %s: %s", scope.get("method"), scope.get("path"), error)
+            await _answer(507, sentence)(scope, receive, send)
 
 
 def _answer(status: int, sentence: str) -> JSONResponse:

@@ -122,7 +122,7 @@ def _region(row: dict[Any, Any]) -> dict[str, Any]:
 
 def _asked(folder: Path, method: str, seed: int) -> pd.DataFrame:
     table = read_table(folder, "queries")
-    own = table[(table["method"] == method) & (table["seed"] == seed)]
+    own: pd.DataFrame = table[(table["method"] == method) & (table["seed"] == seed)]
     if own.empty:
         known = ", ".join(sorted({f"{m} {s}" for m, s in zip(table["method"], table["seed"], strict=True)}))
         raise RefereeError(f"{folder} holds no query of {method} with seed {seed}; it has {known}")

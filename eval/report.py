@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
+from numpy.typing import NDArray
 
 from eval.dataset import Dataset, read_dataset, read_volume
 from eval.deidentify import (
@@ -277,7 +278,7 @@ def _picture(row: Mapping[Any, Any], dataset: Dataset, study: Study, name: Calla
     )
 
 
-def _normal(thickness: np.ndarray) -> int:
+def _normal(thickness: NDArray[Any]) -> int:
     """Axis with the smallest value, the last of them on ties."""
     return int(np.flatnonzero(thickness == thickness.min())[-1])
 

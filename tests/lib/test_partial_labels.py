@@ -212,3 +212,30 @@ def test_drawing_class_by_class_is_drawing_all_at_once(truth, before, start):
     for c in (1, 2):
         by_class.add(np.where(truth == c, truth, 0).astype(np.uint8), [box], [c])
     np.testing.assert_array_equal(by_class.merged(), at_once.merged())
+
+
+@pytest.mark.parametrize("classes", [0, 64])
+def test_class_by_class_works_with_up_to_63_classes(classes):
+    with pytest.raises(LabelError, match=f"up to 63 classes, found {classes}"):
+        ClasswiseLabels(SHAPE, classes)
+
+
+def test_63_classes_are_told_apart():
+    state = ClasswiseLabels((1, 1, 2), 63)
+    nothing, box = np.zeros((1, 1, 2), np.uint8), Region("case", (0, 0, 0), (1, 1, 1))
+    state.add(nothing, [box], range(2, 64))
+    assert state.merged().tolist() == [[[UNLABELLED, UNLABELLED]]]
+    codes = {}
+    assert state.encoded(codes).tolist() == [[[64, UNLABELLED]]]
+    assert possible_classes(codes, 63) == [[True, True] + [False] * 62]
+    state.add(nothing, [box], [1])
+    assert state.merged().tolist() == [[[0, UNLABELLED]]]
+
+
+def test_more_combinations_than_values_are_refused():
+    state = ClasswiseLabels((1, 1, 1), 63)
+    state.add(np.zeros((1, 1, 1), np.uint8), [Region("case", (0, 0, 0), (1, 1, 1))], [1])
+    full = {1 << 20 | number: 64 + number for number in range(190)}
+    assert state.encoded(dict(full)).tolist() == [[[254]]]
+    with pytest.raises(LabelError, match="more than 191 combinations"):
+        state.encoded({**full, 1 << 21: 254})

@@ -40,6 +40,11 @@ lint: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term tests/lib tests/eval/metrics
 
+# Changes to the ledger, partial labels and selectors that tests notice: 85 %. GROUP=selectors for some; an hour for all.
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-mutation.txt
+	$(BIN)/python -m eval.upkeep.mutation $(GROUP) --out $(OUT)/mutation
+
 .PHONY: test-latest coverage mutation
 # Everything as new as it can be, in an environment of its own; TORCH=newest where a GPU build is wanted. See its --help.
 test-latest: $(STAMP)

@@ -42,22 +42,24 @@ def volume_of(shape):
     return Volume(np.random.default_rng(0).normal(size=shape).astype(np.float32), np.eye(4), "x.nii.gz")
 
 
+def streamed(ensemble, volume, spec=DEEP_ENSEMBLE, seed=0, working_bytes=1 << 30):
+    return streamed_moments(ensemble, volume, 0.25, spec, seed, 4, working_bytes)
+
+
 def joined(slabs, shape):
-    """Sum, spread and entropy of all slabs, put together, and how thick each slab was."""
-    sums, spread = np.full((4, *shape), np.nan), np.full((4, *shape), np.nan)
-    entropy, thickness, at = np.full(shape, np.nan), [], 0
-    for axis, start, moments in slabs:
-        assert start == at
-        n = moments.shape[1 + axis]
-        here = tuple(slice(at, at + n) if a == axis else slice(None) for a in range(3))
-        arrays = moments.to_arrays()
-        assert arrays["count"] == 2
-        entropy[here] = arrays["entropy"]
-        for kept, name in ((sums, "sum"), (spread, "spread")):
-            kept[(slice(None), *here)] = arrays[name]
-        thickness.append(n)
-        at += n
-    return sums, spread, entropy, thickness
+    """Sum, spread and entropy of all slabs, put together; every voxel comes up once."""
+    arrays = {"sum": np.zeros((4, *shape)), "spread": np.zeros((4, *shape)), "entropy": np.zeros(shape)}
+    seen, boxes = np.zeros(shape, int), []
+    for box, moments in slabs:
+        here = tuple(slice(*ends) for ends in box)
+        seen[here] += 1
+        found = moments.to_arrays()
+        assert found["count"] == 2
+        for name, kept in arrays.items():
+            kept[(..., *here)] = found[name]
+        boxes.append(box)
+    assert (seen == 1).all()
+    return arrays, boxes
 
 
 @pytest.mark.parametrize(
@@ -81,39 +83,44 @@ def test_what_counts_as_large():
     assert not is_large(2, (5, 5, 5), limit=1000)
 
 
+@pytest.mark.parametrize("working_bytes", [1 << 30, 1 << 18])
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_layers_along_the_longest_axis_equal_the_whole(axes):
+def test_layers_along_the_longest_axis_equal_the_whole(axes, working_bytes):
     ensemble, volume = ensemble_at(), volume_of(tuple(SHAPE[a] for a in axes))
     whole = Moments.from_members(ensemble.members(volume, 0.25)).to_arrays()
-    sums, spread, entropy, thickness = joined(streamed_moments(ensemble, volume, 0.25, DEEP_ENSEMBLE, 0), volume.shape)
-    assert thickness == [12, 12, 16]
-    np.testing.assert_allclose(sums, whole["sum"], atol=1e-5)
-    np.testing.assert_allclose(spread, whole["spread"], atol=1e-5)
-    np.testing.assert_allclose(entropy, whole["entropy"], atol=1e-5)
+    found, boxes = joined(streamed(ensemble, volume, working_bytes=working_bytes), volume.shape)
+    along = [box[axes.index(2)] for box in boxes]
+    assert along[:3] == [(0, 12), (12, 24), (24, 40)]
+    # A slice takes 4 x 4 x 16 x 28 bytes, and 16 + 4 x 12 + 2 x 5 of them are needed: 530 kB, so three stripes.
+    assert len(boxes) == (3 if working_bytes == 1 << 30 else 9)
+    for name, values in found.items():
+        np.testing.assert_allclose(values, whole[name], atol=1e-5)
 
 
+@pytest.mark.parametrize("working_bytes", [1 << 30, 1 << 18])
 @pytest.mark.parametrize(("shape", "spacing"), [((12, 21, 30), 0.75), ((20, 35, 50), 1.25)])
-def test_slabs_are_interpolated_to_the_stored_grid_without_seams(shape, spacing):
+def test_slabs_are_interpolated_to_the_stored_grid_without_seams(shape, spacing, working_bytes):
     ensemble, volume = ensemble_at([spacing] * 3), volume_of(shape)
     whole = Moments.from_members(ensemble.members(volume, 0.25)).to_arrays()
-    sums, _, entropy, thickness = joined(streamed_moments(ensemble, volume, 0.25, DEEP_ENSEMBLE, 0), shape)
-    assert sum(thickness) == shape[2]
-    np.testing.assert_allclose(sums, whole["sum"], atol=1e-5)
-    np.testing.assert_allclose(entropy, whole["entropy"], atol=1e-5)
+    found, boxes = joined(streamed(ensemble, volume, working_bytes=working_bytes), shape)
+    assert len({box[1] for box in boxes}) == (1 if working_bytes == 1 << 30 else 3 if spacing < 1 else 4)
+    for name, values in found.items():
+        np.testing.assert_allclose(values, whole[name], atol=1e-5)
 
 
 def test_an_image_smaller_than_the_window_on_one_axis_is_filled_up_and_cut_again():
     ensemble, volume = ensemble_at(), volume_of((9, 40, 52))
-    sums, _, entropy, _ = joined(streamed_moments(ensemble, volume, 0.25, DEEP_ENSEMBLE, 0), volume.shape)
-    np.testing.assert_allclose(sums.sum(axis=0), 2, atol=1e-5)
     whole = Moments.from_members(ensemble.members(volume, 0.25)).to_arrays()
-    np.testing.assert_allclose(entropy, whole["entropy"], atol=1e-5)
+    for working_bytes in (1 << 30, 1 << 18):
+        found, _ = joined(streamed(ensemble, volume, working_bytes=working_bytes), volume.shape)
+        for name, values in found.items():
+            np.testing.assert_allclose(values, whole[name], atol=1e-5)
 
 
 def test_dropout_is_drawn_from_the_seed_and_off_afterwards():
     ensemble, volume = ensemble_at(members=1), volume_of(SHAPE)
     spec = PosteriorSpec(passes=2, dropout=0.5)
-    once, again, other = (joined(streamed_moments(ensemble, volume, 0.25, spec, seed), SHAPE)[0] for seed in (3, 3, 4))
+    once, again, other = (joined(streamed(ensemble, volume, spec, seed), SHAPE)[0]["sum"] for seed in (3, 3, 4))
     np.testing.assert_array_equal(once, again)
     assert np.abs(once - other).max() > 1e-3
     assert not any(m.training for m in ensemble.networks[0].modules())
@@ -121,7 +128,7 @@ def test_dropout_is_drawn_from_the_seed_and_off_afterwards():
 
 def test_views_of_a_large_image_are_refused_by_name():
     with pytest.raises(ImageError, match=r"x.nii.gz: the image is too large for test-time augmentation"):
-        next(streamed_moments(ensemble_at(), volume_of(SHAPE), 0.25, PosteriorSpec(tta=True, flips=True), 0))
+        next(streamed(ensemble_at(), volume_of(SHAPE), PosteriorSpec(tta=True, flips=True)))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +137,7 @@ def stored(tmp_path_factory):
     ensemble, volume = ensemble_at(), volume_of(SHAPE)
     stream = BytesIO()
     loss = np.random.default_rng(1).random(SHAPE).astype(np.float32)
-    save_slabs(streamed_moments(ensemble, volume, 0.25, DEEP_ENSEMBLE, 0), loss, stream)
+    save_slabs(streamed(ensemble, volume, working_bytes=1 << 18), loss, stream)
     path = tmp_path_factory.mktemp("slabs") / "x.npz"
     path.write_bytes(stream.getvalue())
     moments = Moments.from_members(ensemble.members(volume, 0.25))

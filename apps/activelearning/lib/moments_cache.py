@@ -121,7 +121,8 @@ def _writer(ensemble: Ensemble, volume: Volume, spec: PosteriorSpec, seed: int, 
     """What writes an image's moments to a file: at once, or slab by slab where they would fill the memory."""
     loss = ensemble.learning_loss(volume)
     if is_large(1 + classes, volume.shape):
-        return partial(save_slabs, streamed_moments(ensemble, volume, QUERY_OVERLAP, spec, seed), loss)
+        slabs = streamed_moments(ensemble, volume, QUERY_OVERLAP, spec, seed, 1 + classes)
+        return partial(save_slabs, slabs, loss)
     moments = Moments.from_members(ensemble.members(volume, QUERY_OVERLAP, spec, seed))
     moments.loss = loss
     return partial(_save, moments.to_arrays())

@@ -28,16 +28,16 @@ def save_slabs(slabs: Iterable[Slab], loss_xyz: Array | None, stream: BinaryIO) 
     A mean is off by at most 2^-11 of itself, so an entropy of it by less than a thousandth of itself; what differs
     between members (BALD) stays exact in the entropies.
     """
-    starts: list[tuple[int, int]] = []
+    boxes = []
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as archive:
         for number, slab in enumerate(slabs):
-            starts.append((slab.axis, slab.start))
+            boxes.append(slab.box)
             for name, values in slab.moments.to_arrays().items():
                 kept = values.astype(np.float16) if name in ("sum", "spread") else values
                 _write(archive, f"{number}.{name}.npy", kept)
         if loss_xyz is not None:
             _write(archive, "learning_loss.npy", loss_xyz)
-        _write(archive, _INDEX, np.array(starts))
+        _write(archive, _INDEX, np.array(boxes))
 
 
 def has_slabs(path: Path) -> bool:
@@ -59,23 +59,21 @@ class SlabbedMoments(Moments):
     def __init__(self, path: Path) -> None:
         self.path = path
         with zipfile.ZipFile(path) as archive:
-            starts = _read(archive, _INDEX)
-            self._axis, self._starts = int(starts[0, 0]), [int(start) for start in starts[:, 1]]
-            shapes = [_shape(archive, f"{number}.sum.npy") for number in range(len(starts))]
+            boxes_nab = _read(archive, _INDEX)
+            classes = _shape(archive, "0.sum.npy")[0]
             count = int(_read(archive, "0.count.npy"))
             loss = _read(archive, "learning_loss.npy") if "learning_loss.npy" in archive.namelist() else None
-        shape = list(shapes[0])
-        shape[1 + self._axis] = sum(slab[1 + self._axis] for slab in shapes)
-        super().__init__(shape)
+        super().__init__((classes, *boxes_nab[:, :, 1].max(axis=0)))
+        self._boxes = [tuple(slice(int(a), int(b)) for a, b in box) for box in boxes_nab]
         self.count, self.loss = count, loss
 
     def whole(self, read: Callable[[Moments], NDArray[Any]]) -> NDArray[Any]:
         """The map (X, Y, Z) whose slabs `read` makes of moments."""
         out: NDArray[Any] | None = None
-        for start, slab in self._slabs(range(len(self._starts))):
+        for box, slab in self._slabs(self._boxes):
             part = read(slab)
             out = np.empty(self.shape[1:], part.dtype) if out is None else out
-            out[self._at(start, part.shape[self._axis])] = part
+            out[box] = part
         assert out is not None, "an archive has at least one slab"
         return out
 
@@ -88,25 +86,25 @@ class SlabbedMoments(Moments):
         return found
 
     def predicted_fractions(self, box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
-        counts, first, last = np.zeros(self.shape[0]), box[self._axis].start or 0, box[self._axis].stop
-        ends = [*self._starts[1:], self.shape[1 + self._axis]]
-        touched = [n for n, (a, b) in enumerate(zip(self._starts, ends, strict=True)) if a < last and b > first]
-        for start, slab in self._slabs(touched):
-            inside = list(box)
-            inside[self._axis] = slice(max(0, first - start), last - start)
-            winners = slab.predicted()[tuple(inside)]
-            counts += np.bincount(winners.ravel(), minlength=self.shape[0])
+        counts = np.zeros(self.shape[0])
+        wanted = [slice(*cut.indices(n)) for cut, n in zip(box, self.shape[1:], strict=True)]
+        for kept, slab in self._slabs([kept for kept in self._boxes if all(map(_touch, kept, wanted))]):
+            pairs = zip(kept, wanted, strict=True)
+            inside = tuple(slice(max(0, w.start - k.start), min(w.stop, k.stop) - k.start) for k, w in pairs)
+            counts += np.bincount(slab.predicted()[inside].ravel(), minlength=self.shape[0])
         return np.asarray(counts / max(counts.sum(), 1))
 
-    def _slabs(self, numbers: Iterable[int]) -> Iterator[tuple[int, Moments]]:
+    def _slabs(self, boxes: Iterable[tuple[slice, ...]]) -> Iterator[tuple[tuple[slice, ...], Moments]]:
         with zipfile.ZipFile(self.path) as archive:
-            for number in numbers:
+            for box in boxes:
+                number = self._boxes.index(box)
                 names = ("sum", "spread", "entropy", "count")
                 arrays = {name: _read(archive, f"{number}.{name}.npy") for name in names}
-                yield self._starts[number], Moments.from_arrays(arrays)
+                yield box, Moments.from_arrays(arrays)
 
-    def _at(self, start: int, size: int) -> tuple[slice, ...]:
-        return tuple(slice(start, start + size) if axis == self._axis else slice(None) for axis in range(3))
+
+def _touch(one: slice, two: slice) -> bool:
+    return bool(one.start < two.stop and two.start < one.stop)
 
 
 def _write(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> None:

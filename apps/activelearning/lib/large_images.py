@@ -176,7 +176,9 @@ class _Grid:
         """How many stripes keep a layer, its sums and what every prediction carries over within `working_bytes`."""
         starts = self.starts[self.along]
         step = max((b - a for a, b in pairwise(starts)), default=self.window[self.along])
-        slices = self.window[self.along] + 4 * step + (self.window[self.along] - step + 1) * predictions
+        # A layer, its probabilities, their sum and spread, and what each prediction and the one at work carry over.
+        rest = self.window[self.along] - step + 1
+        slices = self.window[self.along] + 3 * step + rest * (1 + predictions)
         a_slice = _FLOAT * classes * max(math.prod(self.size), math.prod(self.stored)) // self.size[self.along]
         return min(math.ceil(a_slice * slices / working_bytes), self.stored[self.across])
 

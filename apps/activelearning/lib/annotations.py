@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lib.agreement import class_agreement
 from lib.files import atomic_path, file_digest
 from lib.frames import check_frame_segment
-from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label
+from lib.images import EXTENSIONS, ImageError, image_geometry, load_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import ANONYMOUS, Agreement, Answer
 from lib.merged_labels import MergedLabels
@@ -74,8 +74,7 @@ class Annotations:
             LabelError: an unknown class, value or query, or no open region of this client on the image.
         """
         shape, affine = image_geometry(image)
-        label = load_label(submitted)
-        check_same_grid(label, shape, affine, image_id)
+        label = load_label(submitted, like=(shape, affine, image_id))
         info = _settled(label.array_xyz, info)
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
         drawn = self._drawn(info)
@@ -273,8 +272,7 @@ class Annotations:
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.last_answer(image_id):
             return
-        label = load_label(existing)
-        check_same_grid(label, shape, affine, image_id)
+        label = load_label(existing, like=(shape, affine, image_id))
         check_values(label.array_xyz, self.classes)
         self._record(image_id, existing, {"adopted": True}, None, [(None, Region(image_id, (0, 0, 0), shape))])
 

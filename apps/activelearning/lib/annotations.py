@@ -27,6 +27,7 @@ from lib.partial_labels import (
     ClasswiseLabels,
     LabelError,
     LabelMap,
+    check_label_info,
     check_values,
     merge,
     remap_by_name,
@@ -75,6 +76,7 @@ class Annotations:
         """
         shape, affine = image_geometry(image)
         label = load_label(submitted, like=(shape, affine, image_id))
+        check_label_info(info.get("label_info"))
         info = _settled(label.array_xyz, info)
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
         drawn = self._drawn(info)

@@ -112,9 +112,7 @@ def load_label(path: str | Path, like: Grid | None = None) -> Volume:
             whole = np.isfinite(values) & (values >= 0) & (values <= 255)
             if not np.all(whole) or np.any(values != np.round(values)):
                 shown = ", ".join(f"{v:g}" for v in values[:8])
-                raise ImageError(
-                    f"{Path(path).name}: label values must be whole numbers from 0 to 255, found {shown}"
-                )
+                raise ImageError(f"{Path(path).name}: label values must be whole numbers from 0 to 255, found {shown}")
         array_xyz[..., start : start + slab_xyz.shape[2]] = slab_xyz
     return Volume(array_xyz, source.affine, str(path))
 

@@ -212,7 +212,7 @@ BODIES = [
     (b'{"client_id": "\\ud800"}', 400, r"the body holds half of a character"),
     (b"[" * 100_000, 400, r"the body is no JSON that can be used \(RecursionError\)"),
     (b"[" * 40 + b"]" * 40, 400, r"nested more than 32 levels deep"),
-    (b'{"batch": 1', 400, r"the body must be JSON; it is not readable"),
+    (b'{"batch": 1', 400, r"the body must be a JSON object; it is not readable"),
     (b"\xff\xfe\x00", 400, r"the body is no JSON that can be used"),
     (b'"text"', 422, r"request body: Input should be a valid dictionary, found 'text'"),
     (b'{"client_id": "' + b"x" * (9 * MIB) + b'"}', 413, r"the body has more than the 8,388,608 bytes"),
@@ -282,7 +282,7 @@ PARAMS = [
     ({"session": {"image": "/etc"}}, r"session is not taken from params"),
     ({"save_label": True, "label_tag": "final"}, r"predictions are not saved as tag final"),
     ("[1]", r"params must be a JSON object, found '\[1\]'"),
-    ("{", r"params must be JSON; it is not readable"),
+    ("{", r"params must be a JSON object; it is not readable"),
     ('{"a": NaN}', r"params holds the number nan"),
     ({"format": "exe"}, r"format must be segment or markups, found 'exe'"),
 ]
@@ -476,14 +476,28 @@ def test_label_info_of_every_shape(client: Client, place: Path, asked: list[dict
     assert surroundings(place) == before
 
 
-def test_an_answer_sent_twice_changes_nothing_that_was_not_its_own(client: Client, asked: list[dict[str, Any]]):
-    """A replay is a second answer to the same region; the label stays what it was."""
-    region = asked[0]
-    path = client.http.get("/datastore/label", params={"label": region["image"], "tag": "final"}).content
-    replayed = client.submit(region["image"], queries=[region["query"]])
-    assert replayed.status_code in (200, 400, 409)
-    again = client.http.get("/datastore/label", params={"label": region["image"], "tag": "final"}).content
-    assert np.array_equal(voxels(path), voxels(again))
+def test_replayed_and_stale_query_ids(client: Client, place: Path, asked: list[dict[str, Any]]):
+    """Who answered may answer again, with the same label to the same effect; nobody else may, late or early."""
+    region, held = asked[0], asked[3]
+    path = {"label": region["image"], "tag": "final"}
+    stored = client.http.get("/datastore/label", params=path).content
+    assert client.submit(region["image"], queries=[region["query"]]).status_code == 200
+    assert np.array_equal(voxels(client.http.get("/datastore/label", params=path).content), voxels(stored))
+    before = surroundings(place)
+    late = client.submit(region["image"], queries=[region["query"]], client_id="eve")
+    assert (late.status_code, sentence_of(late)) == (
+        409,
+        f"query {region['query']} is answered by ann, not by eve; ask for the next region",
+    )
+    early = client.submit(held["image"], queries=[held["query"]], client_id="eve")
+    assert (early.status_code, "is open by ann, not by eve" in sentence_of(early)) == (409, True)
+    assert client.http.post("/activelearning/skip", json={"query": held["query"], "client_id": "ann"}).is_success
+    given_up = client.submit(held["image"], queries=[held["query"]])
+    assert (given_up.status_code, sentence_of(given_up)) == (
+        409,
+        f"query {held['query']} is skipped, so nobody can answer it; ask for the next region",
+    )
+    assert surroundings(place) == before
 
 
 def voxels(content: bytes) -> np.ndarray:

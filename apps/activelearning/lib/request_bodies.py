@@ -193,7 +193,7 @@ def check_json(text: bytes, what: str = "the body") -> Any:
     try:
         value = json.loads(text.decode("utf-8"))
     except json.JSONDecodeError as error:
-        refuse(f"{what} must be JSON; it is not readable: {error}")
+        refuse(f"{what} must be a JSON object; it is not readable: {error}")
     except (ValueError, RecursionError) as error:
         refuse(
             f"{what} is no JSON that can be used ({type(error).__name__}); send UTF-8 and at most {MOST_DEEP} levels"

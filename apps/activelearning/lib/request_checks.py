@@ -118,8 +118,8 @@ def check_query(query: bytes) -> None:
             _no_name(name, value, "an id has up to 200 characters and no '/'; GET /datastore/?output=all lists them")
         if name in _FOLDERS and value and (not _PLAIN.fullmatch(value) or ".." in value):
             _no_name(name, value, "use up to 200 letters, digits, '_', '-' and '.'")
-        if len(value) > 4000 or not value.isprintable():
-            _no_name(name[:80], value, "send up to 4000 printable characters")
+        if len(value) > 4000 or not value.isprintable() or not name.isprintable():
+            _no_name(f"parameter {name[:80]!r}", value, "send up to 4000 printable characters")
 
 
 def check_plain_name(name: str, what: str) -> None:

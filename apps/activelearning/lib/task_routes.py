@@ -153,7 +153,7 @@ def _check_params(params: Mapping[str, Any], asked: Mapping[str, str]) -> None:
     if taken:
         refuse(f"{taken[0]} is not taken from params; send files as parts of the form")
     extension = params.get("result_extension")
-    if extension is not None and extension not in _RESULTS:
+    if extension is not None and str(extension) not in _RESULTS:
         refuse(f"result_extension {extension!r:.80} is not known; known ones are {', '.join(sorted(_RESULTS))}")
     tag = params.get("label_tag")
     if tag is not None:

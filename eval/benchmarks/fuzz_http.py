@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,7 +147,6 @@ def fuzz_openapi(asker: Asker, wanted: int, number: int) -> Tally:
         import schemathesis
     except ImportError as error:
         raise RefereeError("fuzzing needs schemathesis: pip install -r requirements-dev.txt") from error
-    logging.getLogger("schemathesis").setLevel(logging.ERROR)
     schema = schemathesis.openapi.from_url(f"{asker.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     tally, at_rest = Tally("OpenAPI"), resident_mib(asker.process)

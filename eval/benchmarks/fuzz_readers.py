@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import gzip
 import io
-import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -104,8 +103,6 @@ def fuzz_volumes(wanted: int, number: int) -> Tally:
     tally, valid = Tally("NIfTI and NRRD readers"), volumes()
     cases = st.tuples(st.sampled_from(sorted(valid)), st.sampled_from(sorted(READERS)), EDITS, st.integers(0, 3))
     process = psutil.Process()
-    # nibabel tells what it finds odd about every header.
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in valid.items():  # what is imported when it is first needed is no file's doing
             path = Path(folder) / name

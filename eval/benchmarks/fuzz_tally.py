@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,9 +86,22 @@ def drive(tally: Tally, cases: SearchStrategy[Any], wanted: int, number: int, on
                 tally.cases += 1
                 one(case)
 
-        ask()
+        with quiet():
+            ask()
         turn += 1
     tally.seconds += time.perf_counter() - began
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries say nothing about what they find odd in a file: here all of them are."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def where(error: BaseException) -> str:

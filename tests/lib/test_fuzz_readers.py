@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import gzip
-import logging
 import struct
 from pathlib import Path
 
@@ -18,9 +17,6 @@ import pytest
 
 from eval.benchmarks.fuzz_readers import SHAPE, fuzz_segmentations, fuzz_volumes, volumes
 from lib.images import ImageError, check_image, image_geometry, load_image, load_label
-
-# pydicom tells about every value that it finds odd.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_damaged_volumes_are_read_or_refused_in_a_sentence():
@@ -38,7 +34,6 @@ def test_damaged_segmentations_are_read_or_refused_in_a_sentence():
 
 
 def test_every_kind_of_volume_reads_as_it_was_written(tmp_path: Path):
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     values_xyz = np.arange(np.prod(SHAPE)).reshape(SHAPE)
     expected = dict.fromkeys(("label.nii.gz", "raw.nrrd", "gzip.nrrd", "bzip2.nrrd"), values_xyz % 3)
     expected["scaled.nii.gz"] = 2 * values_xyz + 1

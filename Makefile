@@ -33,6 +33,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy apps/activelearning eval sample-datasets
+	$(BIN)/python -m eval.upkeep.licences
+	$(BIN)/python -m eval.upkeep.vulnerabilities
+
+.PHONY: test-latest
+# Everything as new as it can be, in an environment of its own; TORCH=newest where a GPU build is wanted. See its --help.
+test-latest: $(STAMP)
+	$(BIN)/python -m eval.upkeep.newest $(if $(TORCH),--torch $(TORCH))
 
 bench: $(STAMP)
 	$(BIN)/python -m eval bench query
@@ -82,4 +89,4 @@ $(STAMP): requirements.txt requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-nnunet $(OUT)
+	rm -rf $(VENV) .venv-nnunet .venv-latest $(OUT)

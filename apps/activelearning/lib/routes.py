@@ -35,7 +35,7 @@ from lib.options import AppOptions, found_wrong
 from lib.page_routes import page_routes
 from lib.request_checks import CheckedRequests
 from lib.task_routes import infer_routes, task_routes
-from lib.tokens import accept_signed_tokens
+from lib.tokens import accept_signed_tokens, unanswered
 from lib.upstream_routes import datastore_routes, other_routes, session_routes
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class SpeakingErrors:
         except SPEAKING as error:
             await _answer(status_of(error), str(error))(scope, receive, send)
         except requests.RequestException as error:
-            await _answer(503, f"another server does not answer ({type(error).__name__}); try again")(
-                scope, receive, send
-            )
+            await _answer(*unanswered(error))(scope, receive, send)
         except json.JSONDecodeError as error:
             await _answer(400, f"params must be a JSON object; it is not readable: {error}")(scope, receive, send)
         except (OSError, sqlite3.OperationalError) as error:
@@ -103,11 +101,16 @@ def install(patchwise: PatchwiseApp) -> None:
     from monailabel.app import app
 
     accept_signed_tokens()
-    own = [routes, lease_routes, answer_routes, page_routes]
-    guarding = [datastore_routes, session_routes, infer_routes, task_routes, other_routes]
     # Uploads of a form wait on disk, not in memory, before a route has them.
     MultiPartParser.spool_max_size = 2**16
-    _install(app, [make(patchwise) for make in [*own, *guarding]], patchwise.options)
+    _install(app, routers(patchwise), patchwise.options)
+
+
+def routers(patchwise: PatchwiseApp) -> list[APIRouter]:
+    """Every route that this project adds to upstream's, or puts in front of one of them."""
+    own = [routes, lease_routes, answer_routes, page_routes]
+    guarding = [datastore_routes, session_routes, infer_routes, task_routes, other_routes]
+    return [make(patchwise) for make in (*own, *guarding)]
 
 
 def _install(app: FastAPI, routers: Sequence[APIRouter], options: AppOptions) -> None:

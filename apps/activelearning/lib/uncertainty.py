@@ -228,7 +228,8 @@ class Moments:
         index = (slice(None), *box)
         total = sum(p[index] for p in self._held) if self._held else self._ready()[0][index]
         winners = np.asarray(total).argmax(axis=0)
-        return np.bincount(winners.ravel(), minlength=self.shape[0]) / max(winners.size, 1)
+        result: NDArray[np.float64] = np.bincount(winners.ravel(), minlength=self.shape[0]) / max(winners.size, 1)
+        return result
 
     def predicted(self) -> NDArray[np.intp]:
         """Most probable class (X, Y, Z), argmax_c mean; the lowest class among equals."""

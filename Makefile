@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?= runs
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow system-test-dicom faults lint bench bench-nnunet quality phantoms study install clean
+.PHONY: demo test test-slow system-test-dicom faults lint bench bench-nnunet fuzz quality phantoms study install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
@@ -56,6 +56,14 @@ bench: $(STAMP)
 	$(BIN)/python -m eval bench training
 	$(BIN)/python -m eval bench rounds
 	$(BIN)/python -m eval bench latency
+
+# Broken and hostile input at random, at the readers and at a server of its own; CASES=4000 for a first look.
+CASES ?= 50000
+SEED ?= 0
+
+fuzz: $(STAMP)
+	@mkdir -p $(OUT)
+	$(BIN)/python -m eval bench fuzz --cases $(CASES) --seed $(SEED) --json $(OUT)/fuzz.json
 
 # What the recipes reach: hippocampi (quick, 100 patches, default) and phantoms; hours on a small machine.
 quality: $(STAMP) phantoms

@@ -126,8 +126,11 @@ def _export(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from eval.benchmarks import BENCHMARKS
 
+    if options.name == "fuzz":
+        _fuzz(options)
+        return
     if options.name not in BENCHMARKS:
-        raise RefereeError(f"no benchmark {options.name}; there are {', '.join(sorted(BENCHMARKS))}")
+        raise RefereeError(f"no benchmark {options.name}; there are {', '.join(sorted([*BENCHMARKS, 'fuzz']))}")
     rows = tqdm(BENCHMARKS[options.name](), desc=f"bench {options.name}", unit="row", leave=False)
     kept = []
     for row in rows:
@@ -138,7 +141,31 @@ def _bench(options: argparse.Namespace) -> None:
         shown = sys.stderr if options.json else sys.stdout
         rows.write(f"{row['name']:<56} {sizes} {row['ratio']:7.1f}x (bar {row['bar']:g})", file=shown)
     if options.json:
-        sys.stdout.write(json.dumps(kept, indent=1) + "\n")
+        _write(options.json, kept)
+
+
+def _fuzz(options: argparse.Namespace) -> None:
+    from eval.app_path import add_app
+
+    add_app()
+    from eval.benchmarks.fuzz import fuzz, fuzz_text
+
+    found = fuzz(options.cases, options.seed)
+    if options.json != "-":
+        sys.stdout.write(fuzz_text(found) + "\n")
+    if options.json:
+        _write(options.json, found)
+    if found["failed"]:
+        raise RefereeError(f"{found['failed']} of {found['cases']} cases failed; see their examples with --json FILE")
+
+
+def _write(target: str, value: Any) -> None:
+    """JSON on stdout for '-', else into a file."""
+    text = json.dumps(value, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        Path(target).write_text(text)
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -252,7 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--deidentify", action="store_true", help="case_001, ... for images, and plain headers")
     bench = add("bench", _bench, "measure against the plain way of doing the same")
     bench.add_argument("name")
-    bench.add_argument("--json", action="store_true")
+    bench.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write rows as JSON, to FILE or stdout")
+    bench.add_argument("--cases", type=_workers, default=50_000, help="of fuzz: how many, over all surfaces")
+    bench.add_argument("--seed", type=int, default=0, help="of fuzz: another seed draws other cases")
     methods = add("methods", _methods, "list the query methods")
     methods.add_argument("--json", action="store_true")
     plan = add("plan", _plan, "plan spacing, crops, network and normalisation for a folder of scans")

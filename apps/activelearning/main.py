@@ -55,6 +55,7 @@ from lib.strategies import QueryStrategy
 from lib.training.plan import Plan
 from lib.training.recipe import Bundle
 from lib.training.task import EnsembleTrainTask
+from lib.trusted_bundles import trusted_bundle
 from lib.uncertainty import SCORE_MAPS
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ class PatchwiseApp(MONAILabelApp):
             self.options = parse_options(dict(conf or {}))
             root = _root(studies, self.options)
             folder = self.options.bundles or BUNDLES
-            self.bundles = {name: Bundle(folder / name) for name in self.options.models}
+            written = [root, Path(settings.MONAI_LABEL_SESSION_PATH)] if settings.MONAI_LABEL_SESSION_PATH else [root]
+            self.bundles = {name: Bundle(trusted_bundle(folder, name, written)) for name in self.options.models}
             first = next(iter(self.bundles.values()))
             self.classes = resolve_classes(self.options.labels, root, first.metadata)
             self.listed_methods = listed(self.options.methods)

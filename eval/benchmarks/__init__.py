@@ -33,4 +33,5 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "rounds": _lazily("eval.benchmarks.rounds"),
     "latency": _lazily("eval.benchmarks.latency"),
     "load": _lazily("eval.benchmarks.load"),
+    "large": _lazily("eval.benchmarks.large"),
 }

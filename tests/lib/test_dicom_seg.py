@@ -177,3 +177,31 @@ def test_headers_may_lack_what_may_be_empty():
     for item in slices:
         del item.PatientBirthDate, item.AccessionNumber, item.ReferringPhysicianName
     assert write_segmentation(label(), CLASSES, slices, 1).AccessionNumber == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ({"Rows": 30000, "Columns": 30000}, "3 frames of 30000 x 30000 for 2 segments, its series has the shape"),
+        ({"NumberOfFrames": 2_000_000}, "2000000 frames of"),
+        ({"SharedFunctionalGroupsSequence": None}, "is damaged"),
+        ({"PerFrameFunctionalGroupsSequence": []}, "is damaged"),
+        ({"PixelData": b"\1"}, r"is damaged \(ValueError.*store it again"),
+    ],
+)
+def test_damaged_segmentations_are_refused_in_one_sentence(damage, sentence):
+    slices = series()
+    item = segmentation(slices, label(), ["Anterior", "Posterior"])
+    for keyword, value in damage.items():
+        setattr(item, keyword, value)
+    with pytest.raises(LabelError, match=sentence) as refused:
+        read(item, slices[0].SeriesInstanceUID)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_segmentation_that_names_no_series_belongs_to_none():
+    item = segmentation(series(), label(), ["Anterior", "Posterior"])
+    del item.ReferencedSeriesSequence[0].SeriesInstanceUID
+    assert referenced_series(item) == [""]
+    del item.ReferencedSeriesSequence
+    assert referenced_series(item) == []

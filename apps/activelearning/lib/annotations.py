@@ -20,14 +20,16 @@ from lib.agreement import class_agreement
 from lib.file_facts import FileFacts, Stamped
 from lib.files import atomic_path, file_digest
 from lib.frames import check_frame_segment
-from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label
+from lib.images import EXTENSIONS, ImageError, image_geometry, load_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import ANONYMOUS, Agreement, Answer
+from lib.ledger_store import LeaseError
 from lib.merged_labels import MergedLabels
 from lib.partial_labels import (
     ClasswiseLabels,
     LabelError,
     LabelMap,
+    check_label_info,
     check_values,
     merge,
     remap_by_name,
@@ -74,10 +76,11 @@ class Annotations:
         Raises:
             ImageError: the file is unreadable or lies on another grid than the image.
             LabelError: an unknown class, value or query, or no open region of this client on the image.
+            LeaseError: a named query that somebody else holds or has answered, or that nobody was asked.
         """
         shape, affine = image_geometry(image)
-        label = load_label(submitted)
-        check_same_grid(label, shape, affine, image_id)
+        label = load_label(submitted, like=(shape, affine, image_id))
+        check_label_info(info.get("label_info"))
         info = _settled(label.array_xyz, info)
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
         drawn = self._drawn(info)
@@ -254,7 +257,7 @@ class Annotations:
         if info.get("whole") is True:
             return whole
         if info.get("queries"):
-            return [self._named(image_id, query) for query in _numbers(info["queries"])]
+            return [self._named(image_id, query, client) for query in _numbers(info["queries"])]
         if not self.ledger.was_asked(image_id):
             return whole
         held = self.ledger.open_queries(image_id, client) or self.ledger.last_worked(image_id, client)
@@ -265,12 +268,19 @@ class Annotations:
             )
         return [(query.id, query.region) for query in held]
 
-    def _named(self, image_id: str, query_id: int) -> tuple[int | None, Region]:
+    def _named(self, image_id: str, query_id: int, client: str) -> tuple[int | None, Region]:
         query = self.ledger.query(query_id)
         if query is None:
             raise LabelError(f"there is no query {query_id}; the answer for {image_id} was not stored")
         if query.region.image != image_id:
             raise LabelError(f"query {query_id} asks about {query.region.image}, but the label is for {image_id}")
+        if query.status in ("proposed", "skipped", "withdrawn"):
+            raise LeaseError(f"query {query_id} is {query.status}, so nobody can answer it; ask for the next region")
+        # Who sends no id is known by an address only, and may be whoever was asked.
+        if query.status in ("open", "answered") and query.client != client and "@" not in client:
+            raise LeaseError(
+                f"query {query_id} is {query.status} by {query.client}, not by {client}; ask for the next region"
+            )
         return query.id, query.region
 
     def _adopt(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> None:
@@ -278,8 +288,7 @@ class Annotations:
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.last_answer(image_id):
             return
-        label = load_label(existing)
-        check_same_grid(label, shape, affine, image_id)
+        label = load_label(existing, like=(shape, affine, image_id))
         check_values(label.array_xyz, self.classes)
         self._record(image_id, existing, {"adopted": True}, None, [(None, Region(image_id, (0, 0, 0), shape))])
 

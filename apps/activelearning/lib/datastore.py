@@ -29,7 +29,7 @@ from lib.errors import refuse, speaking_errors
 from lib.file_facts import FileFacts, Stamped
 from lib.files import atomic_path, file_digest
 from lib.folder_listing import FolderListing, split_name
-from lib.images import EXTENSIONS, image_geometry, load_image
+from lib.images import EXTENSIONS, check_image, check_label_file, image_geometry
 from lib.ledger import QueryLedger
 from lib.ledger_records import Answer
 from lib.regions import Triple, triple
@@ -112,7 +112,7 @@ class PartialLabelDatastore(Datastore):
         )
         image_id = _checked_name(image_id or stem, "image")
         with speaking_errors():
-            load_image(source)
+            check_image(source, uploaded=True)
         if self._images.path(image_id) is not None:
             refuse(f"there is an image {image_id!r} already; choose another name or delete it first", 409)
         with atomic_path(self.studies / f"{image_id}{extension}") as temporary:
@@ -131,7 +131,10 @@ class PartialLabelDatastore(Datastore):
     def _listing(self, tag: str) -> FolderListing:
         with self._lock:
             if tag not in self._labels:
-                self._labels[tag] = FolderListing(self.studies / "labels" / _checked_name(tag, "tag"))
+                listing = FolderListing(self.studies / "labels" / _checked_name(tag, "tag"))
+                if not listing.folder.is_dir():
+                    return listing  # not kept: anybody may ask for any tag
+                self._labels[tag] = listing
             return self._labels[tag]
 
     def tags(self) -> list[str]:
@@ -182,6 +185,8 @@ class PartialLabelDatastore(Datastore):
                 _saved.set(self.annotations.save(image_id, image, source, info))
         else:
             _saved.set(None)
+            with speaking_errors():
+                check_label_file(source, (*self.geometry(image_id), image_id))
             extension = next(e for e in EXTENSIONS if source.name.endswith(e))
             with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
                 shutil.copyfile(source, temporary)
@@ -214,6 +219,7 @@ class PartialLabelDatastore(Datastore):
             self.ledger.update_info(image_id, kept)
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        self.image_path(label_id)
         self.ledger.update_info(label_id, info, _checked_name(label_tag, "tag"))
 
     # --- lists -------------------------------------------------------------------------------------------------------
@@ -304,7 +310,7 @@ class PartialLabelDatastore(Datastore):
         for image in images:
             file = Stamped.of(self.image_path(image))
             if self._readable.get(image) != file:
-                load_image(file.path)
+                check_image(file.path)
                 self._readable[image] = file
 
 

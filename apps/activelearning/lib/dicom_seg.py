@@ -35,7 +35,8 @@ def tracking_uid(series: str, name: str) -> UID:
 
 def referenced_series(segmentation: Dataset) -> list[str]:
     """UIDs of the series that a segmentation says it belongs to."""
-    return [str(item.SeriesInstanceUID) for item in segmentation.get("ReferencedSeriesSequence", [])]
+    items = segmentation.get("ReferencedSeriesSequence")
+    return [str(item.get("SeriesInstanceUID", "")) for item in items] if isinstance(items, Sequence) else []
 
 
 def written_by_dcmjs(segmentation: Dataset) -> bool:
@@ -80,12 +81,32 @@ def read_segmentation(
         affine: 4 x 4, from voxels of the series to millimetres in RAS.
 
     Raises:
-        LabelError: the segmentation is not binary, does not lie on the grid, or holds a stranger inside of a region.
+        LabelError: the segmentation is damaged, not binary, does not lie on the grid, or holds a stranger inside of a
+            region.
     """
+    try:
+        return _read(segmentation, series, shape, affine, classes, regions)
+    except LabelError:
+        raise
+    except Exception as error:
+        # Any attribute of an object that somebody stored may be missing, of another type, or out of range.
+        told = " ".join(str(error).split())[:200]
+        raise LabelError(f"the segmentation is damaged ({type(error).__name__}: {told}); store it again") from error
+
+
+def _read(
+    segmentation: Dataset,
+    series: str,
+    shape: Triple,
+    affine: NDArray[np.float64],
+    classes: Mapping[str, int],
+    regions: Sequence[Region],
+) -> tuple[LabelMap, list[dict[str, Any]]]:
     kind = str(segmentation.get("SegmentationType", "missing"))
     if segmentation.get("SOPClassUID") != SegmentationStorage or kind != "BINARY":
         raise LabelError(f"the segmentation is of type {kind}; store it as BINARY")
     values = segment_values(segmentation, series, classes)
+    _check_sizes(segmentation, shape)
     label_xyz = np.zeros(shape, np.uint8)
     strange: dict[int, int] = {}
     for number, voxels in _placed_frames(segmentation, shape, affine):
@@ -108,6 +129,17 @@ def read_segmentation(
     info = [{"name": name, "idx": value} for name, value in classes.items()]
     frame = max(classes.values()) + 1
     return label_xyz, info + ([{"name": FRAME_SEGMENT, "idx": frame}] if frame in values.values() else [])
+
+
+def _check_sizes(segmentation: Dataset, shape: Triple) -> None:
+    """Refuses more or larger frames than its segments can have on the grid, before any pixel is unpacked."""
+    rows, columns = int(segmentation.get("Rows", 0)), int(segmentation.get("Columns", 0))
+    frames, segments = int(segmentation.get("NumberOfFrames", 1)), len(segmentation.get("SegmentSequence", []))
+    if max(rows, columns) > max(shape) or frames > max(shape) * max(1, segments):
+        raise LabelError(
+            f"the segmentation has {frames} frames of {rows} x {columns} for {segments} segments, its series has the "
+            f"shape {shape}; draw on the series itself, without resampling it"
+        )
 
 
 def _placed_frames(

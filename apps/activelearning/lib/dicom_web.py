@@ -18,6 +18,7 @@ from dicomweb_client.session_utils import create_session_from_gcp_credentials, c
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 from requests.adapters import HTTPAdapter
 
 from lib.errors import PacsError
@@ -80,7 +81,9 @@ class Pacs:
                 page = self._client.search_for_series(
                     search_filters=dict(filters), fields=fields, limit=_PAGE, offset=len(found)
                 )
-            new = {series.uid: series for series in map(self._series, page)} if page else {}
+            # The UID becomes a file's name; a server's answer is not trusted to be one.
+            found_now = [series for series in map(self._series, page or []) if UID(series.uid).is_valid]
+            new = {series.uid: series for series in found_now}
             # A short page may be a server's own limit; one without paging answers the first page again.
             if not new.keys() - found.keys():
                 return list(found.values())

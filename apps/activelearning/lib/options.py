@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +90,9 @@ class AppOptions(BaseModel):
         pattern=r"^[A-Za-z0-9-]+$",
         description="header in which a trusted proxy tells a client's address, e.g. X-Forwarded-For; default: none",
     )
+    upload_mib: int = Field(
+        default=2048, ge=1, le=1_000_000, description="MiB an upload may have, and what a ZIP archive may unpack to"
+    )
     state: Path | None = Field(
         default=None,
         description="folder for copies and all state when --studies is a DICOMweb server; default: in the user's cache",
@@ -153,7 +157,15 @@ def describe_options(options: AppOptions) -> dict[str, dict[str, Any]]:
 
 def problems(error: ValidationError) -> str:
     """What a pydantic model found wrong, as one line: field, what is expected, what was found."""
-    return "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r:.80}" for p in error.errors())
+    return found_wrong(error.errors())
+
+
+def found_wrong(errors: Iterable[Mapping[str, Any]]) -> str:
+    """The entries of a validation error as one line; at most the first few, since a request may hold thousands."""
+    listed = list(errors)
+    told = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p.get('input')!r:.80}" for p in listed[:5]]
+    rest = [f"and {len(listed) - 5} more"] if len(listed) > 5 else []
+    return " ".join("; ".join([*told, *rest]).split())
 
 
 def _sentence(problem: Any) -> str:

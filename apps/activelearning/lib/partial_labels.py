@@ -102,6 +102,17 @@ def remap_by_name(
     return table[label_xyz]
 
 
+def check_label_info(label_info: Any) -> None:
+    """Refuses what is no list of objects, as clients may send anything.
+
+    Raises:
+        LabelError: saying what was found.
+    """
+    if label_info is None or (isinstance(label_info, list) and all(isinstance(entry, dict) for entry in label_info)):
+        return
+    raise LabelError(f'label_info must be a list like [{{"name": "liver", "idx": 1}}], found {label_info!r:.80}')
+
+
 def settle_values(label_xyz: LabelMap, label_info: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """`label_info` with the values that the segments have in the file.
 
@@ -139,7 +150,7 @@ def _names_by_value(label_info: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     for entry in label_info:
         try:
             name, value = str(entry["name"]), int(entry["idx"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise LabelError(f"label_info entries need a name and a whole number idx, found {entry!r}") from None
         if not 0 <= value <= MAX_CLASS:
             raise LabelError(f"label_info gives {name} the value {value}; values go from 0 to {MAX_CLASS}")

@@ -15,21 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 import requests
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from monailabel.config import settings
 from monailabel.endpoints import datastore as upstream_datastore
 from monailabel.endpoints import train as upstream_train
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.clients import IdentifiedClients
-from lib.closed_routes import closed_routes
 from lib.errors import SPEAKING, refuse, speaking_errors, status_of, storage_problem
 from lib.lease_routes import answer_routes, lease_routes, times
 from lib.off_loop import Threads, prefer_answers
+from lib.options import AppOptions, found_wrong
 from lib.page_routes import page_routes
+from lib.request_checks import CheckedRequests
+from lib.task_routes import infer_routes, task_routes
 from lib.tokens import accept_signed_tokens, unanswered
+from lib.upstream_routes import datastore_routes, other_routes, session_routes
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
@@ -44,8 +51,14 @@ class SpeakingErrors:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "starlette.exception_handlers" in scope:
+            by_class, by_status = scope["starlette.exception_handlers"]
+            by_class = {**by_class, RequestValidationError: _invalid, HTTPException: _refused}
+            scope = {**scope, "starlette.exception_handlers": (by_class, by_status)}
         try:
             await self.app(scope, receive, send)
+        except HTTPException as error:
+            await _refused(Request(scope), error)(scope, receive, send)
         except (ImageNotFoundException, LabelNotFoundException) as error:
             await _answer(404, error.msg)(scope, receive, send)
         except MONAILabelException as error:
@@ -68,35 +81,47 @@ def _answer(status: int, sentence: str) -> JSONResponse:
     return JSONResponse({"detail": sentence}, status_code=status)
 
 
+def _invalid(request: Request, error: Any) -> JSONResponse:
+    """What FastAPI answers as a list, as one sentence."""
+    return _answer(422, f"request {found_wrong(error.errors())}")
+
+
+def _refused(request: Request, error: Any) -> JSONResponse:
+    """MONAI Label answers some wrong requests with 500, and what it does not serve in two words."""
+    status, sentence = error.status_code, error.detail
+    if status == 404 and sentence == "Not Found":
+        sentence = f"nothing is served at {request.url.path[:80]!r}; GET /openapi.json lists what is"
+    if status == 405:
+        sentence = f"{request.url.path[:80]!r} is not served with {request.method}; GET /openapi.json lists what is"
+    return JSONResponse({"detail": sentence}, status_code=400 if status == 500 else status, headers=error.headers)
+
+
 def install(patchwise: PatchwiseApp) -> None:
     """Adds this project's routes in front of upstream's and guards them all. Called once, when the server starts."""
     from monailabel.app import app
 
     accept_signed_tokens()
-    _install(app, routers(patchwise), patchwise.options.forwarded_header)
+    # Uploads of a form wait on disk, not in memory, before a route has them.
+    MultiPartParser.spool_max_size = 2**16
+    _install(app, routers(patchwise), patchwise.options)
 
 
 def routers(patchwise: PatchwiseApp) -> list[APIRouter]:
     """Every route that this project adds to upstream's, or puts in front of one of them."""
-    return [
-        routes(patchwise),
-        lease_routes(patchwise),
-        answer_routes(patchwise),
-        page_routes(patchwise),
-        closed_routes(),
-    ]
+    own = [routes, lease_routes, answer_routes, page_routes]
+    guarding = [datastore_routes, session_routes, infer_routes, task_routes, other_routes]
+    return [make(patchwise) for make in (*own, *guarding)]
 
 
-def _install(app: FastAPI, routers: Sequence[APIRouter], forwarded_header: str | None) -> None:
+def _install(app: FastAPI, routers: Sequence[APIRouter], options: AppOptions) -> None:
     count = len(app.router.routes)
     for router in routers:
         app.include_router(router, prefix=settings.MONAI_LABEL_API_STR)
     added = app.router.routes[count:]
     app.router.routes[:] = [*added, *app.router.routes[:count]]
     # The application's own middleware is built before this app is loaded; the router's can still be wrapped.
-    app.router.middleware_stack = Threads(
-        IdentifiedClients(SpeakingErrors(app.router.middleware_stack), forwarded_header)
-    )
+    checked = CheckedRequests(app.router.middleware_stack, options.upload_mib * 2**20)
+    app.router.middleware_stack = Threads(IdentifiedClients(SpeakingErrors(checked), options.forwarded_header))
     prefer_answers()
 
 

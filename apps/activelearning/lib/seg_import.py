@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
 from lib.dicom_pull import FALLING
 from lib.dicom_seg import WRITER, read_segmentation, referenced_series, written_by_dcmjs
@@ -96,7 +97,10 @@ class SegImporter:
         referenced = referenced_series(segmentation)
         images = set(self.store.list_images())
         image = next((uid for uid in referenced if uid in images), None)
-        if image is None:
+        if not UID(instance).is_valid:
+            # It becomes a file's name.
+            self.note(instance, LEFT, image or "", f"its SOP instance UID {instance[:80]!r} is none; store it anew")
+        elif image is None:
             if any(uid in self.store.mirror.listed for uid in referenced):
                 return False  # its series is still being fetched
             self.note(instance, LEFT, "", "it refers to no series of the pool")

@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from monailabel.interfaces.tasks.strategy import Strategy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,6 +37,9 @@ from lib.regions import Region, Triple, millimetres_to_voxels
 logger = logging.getLogger(__name__)
 
 
+Millimetres = Annotated[float, Field(gt=0, le=1e6)]
+
+
 class QueryRequest(BaseModel):
     """What every method takes; the options of a method are checked by the registry."""
 
@@ -44,7 +47,7 @@ class QueryRequest(BaseModel):
 
     batch: int | None = Field(default=None, ge=1, le=10_000)
     size: tuple[int, int, int] | None = None
-    size_mm: tuple[float, float, float] | None = None
+    size_mm: tuple[Millimetres, Millimetres, Millimetres] | None = None
     seed: int = Field(default=0, ge=0)
     round: int | None = Field(default=None, ge=0)
     rounds: int | None = Field(default=None, ge=1)

@@ -1,0 +1,197 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Volume files looked at before they are read: what a header promises must be possible, and must fit into memory."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import nrrd
+import numpy as np
+from numpy.typing import NDArray
+
+# Far above any scan (512 x 512 x 600 has 157 million voxels); what a header may make this app allocate.
+MOST_VOXELS = 600_000_000
+MOST_IN_SLICE = 2**24
+# DEFLATE packs at most 1032 bytes into one.
+_MOST_PACKED = 1040
+_MOST_HEADER = 2**22
+_BLOCK = 2**20
+_NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_NRRD_TYPES: dict[str, str] = nrrd.reader._TYPEMAP_NRRD2NUMPY
+
+
+class ImageError(ValueError):
+    """A volume that cannot be used; the message names the file, what was found and what to do."""
+
+
+def is_nifti(path: str | Path) -> bool:
+    """Whether a file is NIfTI by its name."""
+    return str(path).lower().endswith((".nii", ".nii.gz"))
+
+
+def check_volume_file(path: str | Path) -> int:
+    """Bytes of the voxels that a file declares, once it is clear that it holds them and that they are no absurd number.
+
+    Reads a header and at most a block of voxels at a time, so it costs a few MB whatever the file claims.
+
+    Raises:
+        ImageError: unreadable header, absurd sizes, more declared than the file can hold, voxels kept in another file.
+    """
+    return _check_nifti(Path(path)) if is_nifti(path) else _check_nrrd(Path(path))
+
+
+def open_nifti(path: str | Path) -> tuple[Any, NDArray[np.float64]]:
+    """Voxels of a NIfTI file, read as they are indexed, and their affine. Extensions of the header are left unread.
+
+    Raises:
+        ImageError: as `check_volume_file` says.
+    """
+    header = _header(Path(path))[1]
+    try:
+        return nib.arrayproxy.ArrayProxy(str(path), header, keep_file_open=True), header.get_best_affine()
+    except Exception as error:
+        raise ImageError(f"{Path(path).name}: not readable as NIfTI ({_line(error)}); replace the file") from error
+
+
+def _header(path: Path) -> tuple[int, Any, bytes]:
+    """Size of the header, the header, and the four bytes behind it."""
+    try:
+        with nib.openers.ImageOpener(str(path)) as stream:
+            raw = stream.read(544)
+        sizes = {struct.unpack(order + "i", raw[:4])[0] for order in "<>"}
+        size = next(iter(sizes & _NIFTI.keys()), None)
+        if size is None or len(raw) < size:
+            raise ValueError("no NIfTI header at its beginning")
+        # By the size of its header: nibabel itself would also take other formats under this name.
+        return size, _NIFTI[size](raw[:size]), raw[size : size + 4]
+    except FileNotFoundError:
+        raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
+    except Exception as error:
+        raise ImageError(f"{path.name}: not readable as NIfTI ({_line(error)}); replace the file") from error
+
+
+def _check_nifti(path: Path) -> int:
+    size, header, extended = _header(path)
+    dim = [int(n) for n in header["dim"]]
+    if not 1 <= dim[0] <= 7:
+        raise ImageError(f"{path.name}: its header says {dim[0]} axes, expected 3; replace the file")
+    offset = float(header["vox_offset"])
+    if not (offset == 0 or size + 4 <= offset <= _MOST_HEADER) or (offset == 0 and any(extended)):
+        raise ImageError(f"{path.name}: its header puts the voxels at byte {offset:g}; replace the file")
+    try:
+        kind = header.get_data_dtype()
+    except Exception as error:
+        raise ImageError(f"{path.name}: not readable as NIfTI ({_line(error)}); replace the file") from error
+    needed = _check_sizes(path, dim[1 : dim[0] + 1], kind)
+    held = path.stat().st_size * (_MOST_PACKED if path.name.lower().endswith(".gz") else 1)
+    if needed > held:
+        raise _too_little(path, needed)
+    return needed
+
+
+def _check_sizes(path: Path, sizes: list[int], kind: np.dtype[Any]) -> int:
+    if not sizes or min(sizes) < 1:
+        raise ImageError(f"{path.name}: expected a volume of three axes, found shape {tuple(sizes)}")
+    if kind.kind not in "biuf" or kind.itemsize > 8:
+        raise ImageError(f"{path.name}: voxels of type {kind} are no grey values; store whole or floating numbers")
+    if math.prod(sizes) > MOST_VOXELS or math.prod(sizes[:2]) > MOST_IN_SLICE:
+        raise ImageError(
+            f"{path.name}: its header says {' x '.join(map(str, sizes))} voxels, at most {MOST_VOXELS:,} and "
+            f"{MOST_IN_SLICE:,} a slice are read; crop or resample the scan"
+        )
+    return math.prod(sizes) * kind.itemsize
+
+
+def _too_little(path: Path, needed: int) -> ImageError:
+    return ImageError(
+        f"{path.name}: the file ends early: its header declares {needed / 2**20:,.1f} MiB of voxels, the file of "
+        f"{path.stat().st_size:,} bytes holds less; replace the file"
+    )
+
+
+def _check_nrrd(path: Path) -> int:
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(_MOST_HEADER)
+            ends = [start.find(blank) + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in start]
+            if not start.startswith(b"NRRD") or not ends:
+                raise ValueError("no NRRD header at its beginning")
+            fields = nrrd.read_header(io.BytesIO(start[: min(ends)]))
+            sizes, kind = [int(n) for n in fields["sizes"]], np.dtype(_NRRD_TYPES[fields["type"]])
+            encoding = str(fields["encoding"]).lower()
+    except FileNotFoundError:
+        raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
+    except Exception as error:
+        raise ImageError(f"{path.name}: not readable as NRRD ({_line(error)}); replace the file") from error
+    strange = sorted({"data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"} & fields.keys())
+    if strange:
+        raise ImageError(f"{path.name}: its header says {strange[0]!r}; store header and voxels in one plain file")
+    needed = _check_sizes(path, sizes, kind)
+    inflate = {"raw": _as_is, "gzip": _gunzip, "gz": _gunzip, "bzip2": _bunzip, "bz2": _bunzip}.get(encoding)
+    if inflate is None:
+        raise ImageError(f"{path.name}: voxels are stored as {encoding[:20]!r}; store them as raw, gzip or bzip2")
+    with open(path, "rb") as stream:
+        stream.seek(min(ends))
+        held = _count(path, inflate(stream), needed)
+    if held < needed:
+        raise _too_little(path, needed)
+    return needed
+
+
+def _count(path: Path, blocks: Iterator[bytes], needed: int) -> int:
+    held = 0
+    try:
+        for block in blocks:
+            held += len(block)
+            if held > needed:
+                raise ImageError(
+                    f"{path.name}: the file holds more voxels than the {needed:,} bytes of its header; replace the file"
+                )
+    except (zlib.error, OSError, EOFError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{path.name}: the voxels are damaged ({_line(error)}); replace the file") from error
+    return held
+
+
+def _as_is(stream: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: stream.read(_BLOCK), b"")
+
+
+def _gunzip(stream: BinaryIO) -> Iterator[bytes]:
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    return _unpack(stream, unpacker.decompress, lambda: unpacker.eof, lambda: unpacker.unconsumed_tail)
+
+
+def _bunzip(stream: BinaryIO) -> Iterator[bytes]:
+    unpacker = bz2.BZ2Decompressor()
+    return _unpack(stream, unpacker.decompress, lambda: unpacker.eof, lambda: b"")
+
+
+def _unpack(
+    stream: BinaryIO, unpack: Callable[[bytes, int], bytes], ended: Callable[[], bool], rest: Callable[[], bytes]
+) -> Iterator[bytes]:
+    packed = b"\0"
+    while packed and not ended():
+        packed = rest() or stream.read(_BLOCK)
+        block = unpack(packed, _BLOCK)
+        # What bzip2 holds back comes without new input.
+        while block:
+            yield block
+            block = unpack(rest(), _BLOCK) if not ended() else b""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,49 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""A short run of what `python -m eval bench fuzz` does at length, on a real server: never a 5xx, always a sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from eval.benchmarks.fuzz_http import Asker, fuzz_bodies, fuzz_openapi, fuzz_uploads
+from eval.benchmarks.fuzz_tally import Tally
+from tests.system.conftest import Start, fill
+
+
+@pytest.fixture(scope="module")
+def asker(start_server: Start, tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Asker:
+    studies = tmp_path_factory.mktemp("fuzz") / "studies"
+    fill(studies, phantoms)
+    server, client = start_server(studies, members=2, batch=4, size="12,12,12", methods="all", upload_mib=64)
+    assert server.process is not None
+    return Asker(str(client.http.base_url), psutil.Process(server.process.pid))
+
+
+def check(tally: Tally, cases: int) -> None:
+    assert tally.failures == []
+    assert (tally.cases, tally.failed) == (cases, 0)
+    assert tally.outcomes["4xx"] > tally.cases / 10
+    assert tally.outcomes["2xx"] > 0
+
+
+def test_bodies_of_any_bytes(asker: Asker) -> None:
+    check(fuzz_bodies(asker, 200, 21), 200)
+
+
+def test_damaged_uploads(asker: Asker) -> None:
+    check(fuzz_uploads(asker, 150, 22), 150)
+
+
+def test_every_operation_of_the_description(asker: Asker) -> None:
+    if importlib.util.find_spec("schemathesis") is None and not os.environ.get("CI"):
+        pytest.skip("schemathesis is not installed; pip install -r requirements-dev.txt")
+    check(fuzz_openapi(asker, 470, 23), 470)

@@ -200,8 +200,14 @@ def _steer(case: Any, rng: np.random.Generator, extras: dict[str, Any], known: M
 
 def fuzz_uploads(asker: Asker, wanted: int, number: int) -> Tally:
     """Damaged volumes as labels, images, sessions and inputs of a model."""
-    tally, valid, at_rest = Tally("uploads"), volumes(), resident_mib(asker.process)
-    images = asker.known["image"]
+    tally, valid, images = Tally("uploads"), volumes(), asker.known["image"]
+    for name, content in valid.items():  # what the server imports when it is first needed is no file's doing
+        packed = pack(name, content, content, [], whole=True)
+        asker.http.put(
+            "/datastore/image", params={"image": "fuzzed"}, files={"file": (name, packed)}
+        ).raise_for_status()
+        asker.http.delete("/datastore/image", params={"id": "fuzzed"}).raise_for_status()
+    at_rest = resident_mib(asker.process)
     targets = [
         ("PUT", "/datastore/label", "label", {"image": images[0]}),
         ("PUT", "/datastore/label", "label", {"image": images[-1], "tag": "original"}),

@@ -103,7 +103,7 @@ def painted(slices):
 
 
 @pytest.mark.parametrize(
-    ("make", "sentence"), [(strange, "'Tumour'"), (broken, "cannot be read"), (painted, "query_region")]
+    ("make", "sentence"), [(strange, "'Tumour'"), (broken, "is damaged"), (painted, "query_region")]
 )
 def test_what_cannot_be_used_is_left_with_a_sentence(archive, store, make, sentence):
     slices, uid = fetched(archive, store)

@@ -175,8 +175,7 @@ class _Source:
 
     @classmethod
     def of(cls, path: str | Path) -> _Source:
-        declared = check_volume_file(path)
-        voxels, affine = (open_nifti if is_nifti(path) else _read_with_monai)(path)
+        voxels, affine, declared = (open_nifti if is_nifti(path) else _read_with_monai)(path)
         affine = np.asarray(affine, dtype=np.float64)
         shape = _three(voxels.shape, path)
         if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < _FLAT:
@@ -209,12 +208,13 @@ def _refuse_bad(path: str | Path, bad: int) -> None:
         )
 
 
-def _read_with_monai(path: str | Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def _read_with_monai(path: str | Path) -> tuple[Any, NDArray[np.float64], int]:
     from monai.transforms import LoadImage
 
+    declared = check_volume_file(path)
     try:
         image = LoadImage(image_only=True, ensure_channel_first=False)(str(path))
-        return np.asarray(image), np.asarray(image.affine)
+        return np.asarray(image), np.asarray(image.affine), declared
     except Exception as error:
         told = " ".join(str(error).split())[:200]
         raise ImageError(f"{Path(path).name}: not readable as an image ({told}); replace the file") from error

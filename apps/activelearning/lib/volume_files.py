@@ -49,18 +49,24 @@ def check_volume_file(path: str | Path) -> int:
     Raises:
         ImageError: unreadable header, absurd sizes, more declared than the file can hold, voxels kept in another file.
     """
-    return _check_nifti(Path(path)) if is_nifti(path) else _check_nrrd(Path(path))
+    if is_nifti(path):
+        return _check_nifti(Path(path))[1]
+    if Path(path).is_dir() or not str(path).lower().endswith(".nrrd"):
+        raise ImageError(f"{Path(path).name}: volumes are read from one .nii.gz, .nii or .nrrd file; convert it")
+    return _check_nrrd(Path(path))
 
 
-def open_nifti(path: str | Path) -> tuple[Any, NDArray[np.float64]]:
-    """Voxels of a NIfTI file, read as they are indexed, and their affine. Extensions of the header are left unread.
+def open_nifti(path: str | Path) -> tuple[Any, NDArray[np.float64], int]:
+    """Voxels of a NIfTI file, read as they are indexed, their affine, and the bytes that `check_volume_file` gives.
+
+    Extensions of the header are left unread: their size is whatever the file says.
 
     Raises:
-        ImageError: as `check_volume_file` says.
+        ImageError: as `check_volume_file`.
     """
-    header = _header(Path(path))[1]
+    header, needed = _check_nifti(Path(path))
     try:
-        return nib.arrayproxy.ArrayProxy(str(path), header, keep_file_open=True), header.get_best_affine()
+        return nib.arrayproxy.ArrayProxy(str(path), header, keep_file_open=True), header.get_best_affine(), needed
     except Exception as error:
         raise ImageError(f"{Path(path).name}: not readable as NIfTI ({_line(error)}); replace the file") from error
 
@@ -82,7 +88,7 @@ def _header(path: Path) -> tuple[int, Any, bytes]:
         raise ImageError(f"{path.name}: not readable as NIfTI ({_line(error)}); replace the file") from error
 
 
-def _check_nifti(path: Path) -> int:
+def _check_nifti(path: Path) -> tuple[Any, int]:
     size, header, extended = _header(path)
     dim = [int(n) for n in header["dim"]]
     if not 1 <= dim[0] <= 7:
@@ -98,7 +104,7 @@ def _check_nifti(path: Path) -> int:
     held = path.stat().st_size * (_MOST_PACKED if path.name.lower().endswith(".gz") else 1)
     if needed > held:
         raise _too_little(path, needed)
-    return needed
+    return header, needed
 
 
 def _check_sizes(path: Path, sizes: list[int], kind: np.dtype[Any]) -> int:

@@ -197,7 +197,8 @@ def _failed(command: Sequence[str], seconds: float) -> str | None:
         return None
     said = done.stdout + done.stderr
     names = ", ".join(unresolved(said))
-    last = (said.strip().splitlines() or ["it says nothing"])[-1]
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("WARNING")]
+    last = next((line for line in lines if line.lower().startswith("error")), (lines or ["it says nothing"])[-1])
     told = " ".join(line.strip(" \u2502\u2570\u2500\u25b6\u00d7") for line in said.splitlines() if "ecause" in line)
     return f"no set of newest versions: {f'{names} could not be resolved' if names else told or last}"
 

@@ -7,16 +7,17 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lib.selectors.badge import kmeans_plus_plus
-from lib.selectors.class_stratified import ALL, image_limits, pick_streams
+from lib.selectors.class_stratified import ALL, image_limits, merge_streams, pick_streams
 from lib.selectors.greedy import BoxQueue
-from lib.selectors.peaks import slice_peaks
-from lib.selectors.random_regions import Hint, Space, draw_uniform, parse_hints, starting_budget
+from lib.selectors.peaks import ranked_slices, slice_peaks
+from lib.selectors.random_regions import Hint, Space, draw_uniform, hints_from_labels, parse_hints, starting_budget
 from lib.selectors.strided import strided_blocks
 from lib.selectors.submodular import flqmi
 from lib.selectors.typiclust import typiclust
@@ -191,3 +192,96 @@ def test_a_class_that_another_region_holds_already_needs_none_of_its_own() -> No
     hints = {"a": [Hint("a", (0, 0, 0), "one", "inside"), Hint("a", (1, 0, 0), "two", "inside")]}
     draws = starting_budget({"a": Space((2, 1, 1), (2, 1, 1))}, 3, rng(), hints)
     assert [(draw.start, draw.size) for draw in draws] == [((0, 0, 0), (2, 1, 1))]
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "taken", "order", "tiers"),
+    [
+        ([0, 1, 2, 9, 2, 1, 0, 3, 5, 4], [], [3, 8, 0, 9, 7, 2, 4, 1, 5, 6], [0, 0, 1] + [2] * 7),
+        ([0, 1, 2, 9, 2, 1, 0, 3, 5, 4], [8], [3, 0, 9, 7, 2, 4, 1, 5, 6], [0, 1] + [2] * 7),
+        ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [], [0, 3, 6, 9, 1, 2, 4, 5, 7, 8], [1] * 4 + [2] * 6),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [], [9, 6, 3, 0, 8, 7, 5, 4, 2, 1], [1] * 4 + [2] * 6),
+        ([1] * 5, [2], [0, 1, 3, 4], [2] * 4),
+    ],
+)
+def test_slices_in_the_order_to_ask_for_them(scores: list, taken: list, order: list, tiers: list) -> None:
+    used = np.isin(np.arange(len(scores)), taken)
+    found, tier = ranked_slices(scores, used, 3)
+    assert found.tolist() == order
+    assert tier.tolist() == tiers
+    assert (found.dtype, tier.dtype) == (np.intp, np.intp)
+
+
+def test_what_a_stream_lacks_comes_from_all_and_then_from_the_best_of_the_others() -> None:
+    streams = {
+        ALL: [(4.0, "b"), (5.0, "a")],
+        1: [(3.0, "c")],
+        2: [(8.0, "e"), (9.0, "d"), (7.0, "f")],
+        3: [(8.5, "h"), (9.5, "g")],
+    }
+    chosen, lacking = merge_streams(streams, {ALL: 1, 1: 3, 2: 1, 3: 1})
+    assert chosen == [(ALL, "a"), (1, "c"), (2, "d"), (3, "g"), (ALL, "b"), (3, "h")]
+    assert lacking == {1: 2}
+    assert merge_streams({2: [(1.0, "x"), (2.0, "y")]}, {ALL: 1, 2: 1, 7: 1}) == ([(2, "y"), (2, "x")], {ALL: 1, 7: 1})
+    assert merge_streams({ALL: [(1.0, "x")]}, {ALL: 1}) == ([(ALL, "x")], {})
+
+
+def test_weights_of_classes_by_hand() -> None:
+    np.testing.assert_allclose(class_weights([0.5, 0.25, 0.125, 0]), [0, 0.2, 0.4, 0.4])
+    np.testing.assert_allclose(class_weights([1.0, 0, 0]), [0, 0.5, 0.5])
+    np.testing.assert_allclose(class_weights([1.0]), [1.0])
+
+
+def test_a_knee_by_hand_needs_a_fall_behind_it() -> None:
+    curve = [10, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert kneedle(curve, 1.0) == 1
+    assert kneedle(curve) is None
+    assert kneedle([3.0]) is None
+    assert kneedle([2.0, 2.0, 2.0]) is None
+
+
+def test_boxes_around_a_hint_are_all_those_that_hold_it_and_are_free() -> None:
+    shape, size, hint = (4, 5, 6), (2, 3, 2), (1, 2, 3)
+    blocked = ((0, 1, 2), (1, 1, 1))
+    expected = {
+        start
+        for start in itertools.product(*(range(s - k + 1) for s, k in zip(shape, size, strict=True)))
+        if all(a <= v < a + k for a, v, k in zip(start, hint, size, strict=True))
+        and not all(a <= v < a + k for a, v, k in zip(start, blocked[0], size, strict=True))
+    }
+    found = set()
+    for seed in range(150):
+        spaces = {"a": Space(shape, size, [blocked])}
+        hints = {"a": [Hint("a", hint, "rare", "border")]}
+        draw = starting_budget(spaces, 1, np.random.default_rng(seed), hints)[0]
+        assert (draw.image, draw.size, draw.area, draw.label) == ("a", size, "border", "rare")
+        found.add(draw.start)
+    assert found == expected
+
+
+def test_hints_of_a_label_map_by_hand() -> None:
+    labels = np.zeros((3, 4, 5), np.uint8)
+    labels[1, 1:3, 2] = 7
+    names = {7: "c", 0: "background"}
+    found = hints_from_labels(labels, "a", names, rng())
+    assert found[-4:] == [
+        Hint("a", (1, 1, 2), "c", "inside"),
+        Hint("a", (1, 2, 2), "c", "inside"),
+        Hint("a", (1, 1, 2), "c", "border"),
+        Hint("a", (1, 2, 2), "c", "border"),
+    ]
+    assert [hint.area for hint in found if hint.label == "background"].count("inside") == 58
+    few = hints_from_labels(labels, "a", names, rng(), per_class=10)
+    inside = [hint.voxel for hint in few if (hint.label, hint.area) == ("background", "inside")]
+    assert len(set(inside)) == len(inside) == 10
+    assert inside == sorted(inside)
+    assert not any(labels[voxel] for voxel in inside)
+    assert len([hint for hint in few if hint.label == "c"]) == 4
+
+
+def test_a_scan_that_is_as_thick_as_a_block_holds_one() -> None:
+    blocks = strided_blocks({"a": np.ones(3, bool), "b": np.ones(2, bool)}, 3, 2, rng())
+    assert [(block.scan, block.bottom, sorted(block.annotated)) for block in blocks] == [("a", 0, [0, 2])]

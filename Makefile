@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?= runs
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow system-test-dicom lint bench bench-nnunet fuzz quality phantoms study install clean
+.PHONY: demo test test-slow system-test-dicom faults lint bench bench-nnunet fuzz quality phantoms study install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
@@ -24,10 +24,22 @@ system-test-dicom: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dicom.txt
 	$(BIN)/python -m pytest -m dicom -rs tests/dicom
 
+# 500 faults on 2,000 images with everything as large as life: two hours. COUNT=20 for a first look.
+faults: $(STAMP)
+	mkdir -p $(OUT)
+	$(BIN)/python -m tests.faults --count $(or $(COUNT),500) --seed 0 --images 2000 --out $(OUT)/faults.jsonl
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy apps/activelearning eval sample-datasets
+	$(BIN)/python -m eval.upkeep.licences
+	$(BIN)/python -m eval.upkeep.vulnerabilities
+
+.PHONY: test-latest
+# Everything as new as it can be, in an environment of its own; TORCH=newest where a GPU build is wanted. See its --help.
+test-latest: $(STAMP)
+	$(BIN)/python -m eval.upkeep.newest $(if $(TORCH),--torch $(TORCH))
 
 bench: $(STAMP)
 	$(BIN)/python -m eval bench query
@@ -77,4 +89,4 @@ $(STAMP): requirements.txt requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-nnunet $(OUT)
+	rm -rf $(VENV) .venv-nnunet .venv-latest $(OUT)

@@ -94,29 +94,32 @@ def _report(options: argparse.Namespace) -> None:
     from eval.report import check_folders
 
     check_folders(options.folders, claim=options.claim, mixed=options.mixed)
-    _report_on(options.folders, pictures=not options.no_pictures)
+    _report_on(options.folders, pictures=not options.no_pictures, deidentify=options.deidentify)
 
 
-def _report_on(folders: Sequence[Path], pictures: bool) -> None:
+def _report_on(folders: Sequence[Path], pictures: bool, deidentify: bool = False) -> None:
     from eval.report import summary_text, write_report
     from eval.tables import read_table
 
     rounds = {folder.name: read_table(folder, "rounds") for folder in folders}
     for folder in folders:
-        path = write_report(folder, pictures=pictures, others=rounds if len(folders) > 1 else None)
+        others = rounds if len(folders) > 1 else None
+        path = write_report(folder, pictures=pictures, others=others, deidentify=deidentify)
         sys.stdout.write(f"{summary_text(folder)}\n\nreport: {path}\n")
 
 
 def _export(options: argparse.Namespace) -> None:
+    from eval.deidentify import hidden_of
     from eval.exchange import write_loops, write_nnunet
 
     if options.nnactive is None and options.nnunet is None:
         raise RefereeError("export needs --nnactive FOLDER or --nnunet FOLDER, where to write to")
+    names = hidden_of(options.folder).names if options.deidentify else None
     if options.nnactive is not None:
-        paths = write_loops(options.folder, options.method, options.seed, options.nnactive)
+        paths = write_loops(options.folder, options.method, options.seed, options.nnactive, names)
         sys.stdout.write(f"{len(paths)} loop files: {options.nnactive}\n")
     if options.nnunet is not None:
-        written = write_nnunet(options.folder, options.method, options.seed, options.round, options.nnunet)
+        written = write_nnunet(options.folder, options.method, options.seed, options.round, options.nnunet, names)
         sys.stdout.write(f"nnU-Net dataset: {written}\n")
 
 
@@ -263,6 +266,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--claim", action="store_true", help="refuse fewer seeds than a ranking needs")
     report.add_argument("--mixed", action="store_true", help="report runs of different hardware or versions together")
     report.add_argument("--no-pictures", action="store_true", help="leave pictures of scans out")
+    report.add_argument(
+        "--deidentify", action="store_true", help="into DIR/deidentified: case_001, ... for images, no paths or hosts"
+    )
     export = add("export", _export, "write what a method asked for in the formats of other tools")
     export.add_argument("folder", type=Path)
     export.add_argument("--method", required=True)
@@ -270,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--round", type=int, default=10_000, help="annotated up to this round; default: all")
     export.add_argument("--nnactive", type=Path, metavar="FOLDER", help="loop_XXX.json of every round")
     export.add_argument("--nnunet", type=Path, metavar="FOLDER", help="annotated pool with its ignore label")
+    export.add_argument("--deidentify", action="store_true", help="case_001, ... for images, and plain headers")
     bench = add("bench", _bench, "measure against the plain way of doing the same")
     bench.add_argument("name")
     bench.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write rows as JSON, to FILE or stdout")

@@ -101,6 +101,7 @@ def _check_all(found: Audit, studies: Path, annotations: Annotations) -> None:
     for image in answered:
         named |= _check_raw(found, annotations, image)
         _check_label(found, studies, annotations, image)
+    _check_journal(found, studies / LEDGER.with_name("journal.jsonl"), named)
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         extension = next((e for e in EXTENSIONS if file.name.endswith(e)), None)
         if extension and not file.name.startswith(".") and file.name[: -len(extension)] not in answered:
@@ -124,6 +125,15 @@ def _check_raw(found: Audit, annotations: Annotations, image: str) -> set[str]:
         elif file_digest(path) != answer.raw_sha256:
             found.wrong(path, f"the raw file of answer {answer.id} is not what was submitted")
     return {answer.raw for answer in answers}
+
+
+def _check_journal(found: Audit, path: Path, named: set[str]) -> None:
+    """Answers that the ledger has lost; its copy lies elsewhere, so that the journal is named here."""
+    from lib.journal import Journal
+
+    lost = {entry["answer"]["raw"]: entry["answer"]["id"] for entry in Journal(path).entries() if "answer" in entry}
+    for raw in sorted(lost.keys() - named):
+        found.wrong(path, f"answer {lost[raw]} ({raw}) is not in the ledger; a start of the server records it again")
 
 
 def _check_label(found: Audit, studies: Path, annotations: Annotations, image: str) -> None:

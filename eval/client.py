@@ -47,7 +47,8 @@ class LabelClient:
 
     def info(self) -> dict[str, Any]:
         """GET /info/."""
-        return self._json("GET", "/info/")
+        result: dict[str, Any] = self._json("GET", "/info/")
+        return result
 
     def train(self, bundle: str, request: Mapping[str, Any], watch: Callable[[], None] | None = None) -> None:
         """Train and wait for the end; raises RefereeError with the trainer's last lines when it fails."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from eval.guards import SEEDS_OF_A_CLAIM
 from eval.metrics.cost import COSTS
@@ -29,10 +31,11 @@ def complete(rounds: pd.DataFrame) -> pd.DataFrame:
     own = only_methods(rounds)
     lengths = own.groupby(["method", "seed"]).size().unstack(fill_value=0)
     seeds = lengths.columns[(lengths == lengths.to_numpy().max(initial=0)).all(axis=0)]
-    return own[own["seed"].isin(seeds)].sort_values(["seed", "round"])
+    result: pd.DataFrame = own[own["seed"].isin(seeds)].sort_values(["seed", "round"])
+    return result
 
 
-def scores_of(rounds: pd.DataFrame, value: str = "mean_dice") -> dict[str, np.ndarray]:
+def scores_of(rounds: pd.DataFrame, value: str = "mean_dice") -> dict[str, NDArray[Any]]:
     """Values (seeds, budgets) of every method over its complete seeds."""
     return {
         str(method): own.pivot_table(index="seed", columns="round", values=value).to_numpy()
@@ -53,7 +56,8 @@ def areas(rounds: pd.DataFrame) -> pd.DataFrame:
         for method, row in rows.items():
             own = [curve for (name, _), curve in curves.items() if name == method]
             row[cost] = float(np.mean([_area(curve, cost, limits) for curve in own])) if own else float("nan")
-    return pd.DataFrame(rows).T.rename_axis("method").reset_index()
+    result: pd.DataFrame = pd.DataFrame(rows).T.rename_axis("method").reset_index()
+    return result
 
 
 def efficiency(rounds: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
@@ -100,12 +104,14 @@ def ranks(rounds: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     scores = {method: [aubc(curve) for curve in curves] for method, curves in scores_of(rounds).items()}
     if len(scores) < 2 or len(next(iter(scores.values()))) < SEEDS_OF_A_CLAIM:
         return pd.DataFrame(columns=["method", "rank", "low", "high", "out_low", "out_high"])
-    return rank_intervals(scores, rng).sort_values("rank", kind="stable").reset_index(drop=True)
+    result: pd.DataFrame = rank_intervals(scores, rng).sort_values("rank", kind="stable").reset_index(drop=True)
+    return result
 
 
 def last_round(cases: pd.DataFrame) -> pd.DataFrame:
     """Rows of the last round of every method and seed."""
-    return cases[cases["round"] == cases.groupby(["method", "seed"])["round"].transform("max")]
+    result: pd.DataFrame = cases[cases["round"] == cases.groupby(["method", "seed"])["round"].transform("max")]
+    return result
 
 
 def tails(cases: pd.DataFrame) -> pd.DataFrame:

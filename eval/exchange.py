@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from eval.tables import read_table
 _ENDING = ".nii.gz"
 
 
-def write_loops(folder: Path, method: str, seed: int, out: Path) -> list[Path]:
+def write_loops(folder: Path, method: str, seed: int, out: Path, names: Mapping[str, str] | None = None) -> list[Path]:
     """Write what a cell asked for as nnActive's loop_000.json, loop_001.json, ...: a round's new patches, axes z, y, x.
+
+    `names` gives other names to images.
 
     Raises:
         RefereeError: no such method and seed in the run.
@@ -35,7 +38,7 @@ def write_loops(folder: Path, method: str, seed: int, out: Path) -> list[Path]:
     for round_, own in _asked(folder, method, seed).groupby("round"):
         patches = [
             {
-                "file": f"{row['image']}{_ENDING}",
+                "file": f"{_named(row['image'], names)}{_ENDING}",
                 "coords": [int(row[k]) for k in "zyx"],
                 "size": [int(row[k]) for k in ("dz", "dy", "dx")],
             }
@@ -46,11 +49,13 @@ def write_loops(folder: Path, method: str, seed: int, out: Path) -> list[Path]:
     return paths
 
 
-def write_nnunet(folder: Path, method: str, seed: int, round_: int, out: Path) -> Path:
+def write_nnunet(
+    folder: Path, method: str, seed: int, round_: int, out: Path, names: Mapping[str, str] | None = None
+) -> Path:
     """Write the pool as annotated after `round_` as an nnU-Net dataset whose unlabelled voxels are its ignore label.
 
     Images without a region are left out, as nnU-Net cannot train on them. The ignore label is the largest class id
-    plus one, as nnU-Net wants it.
+    plus one, as nnU-Net wants it. `names` gives other names to images, whose headers then hold the grid and no more.
 
     Raises:
         RefereeError: a folder in use, no such method and seed, or scans that are not at hand.
@@ -81,12 +86,17 @@ def write_nnunet(folder: Path, method: str, seed: int, round_: int, out: Path) -
         for region in regions:
             seen_xyz[tuple(slice(a, a + d) for a, d in zip(region["start"], region["size"], strict=True))] = True
         label_xyz = np.where(seen_xyz & (painted_xyz != UNLABELLED), painted_xyz, ignore).astype(np.uint8)
-        write_bytes(out / "labelsTr" / f"{case.id}{_ENDING}", to_nifti(label_xyz, truth.affine))
-        (out / "imagesTr").mkdir(exist_ok=True)
-        if case.image.name.endswith(_ENDING):
-            place(case.image, out / "imagesTr" / f"{case.id}_0000{_ENDING}")
+        name = _named(case.id, names)
+        write_bytes(out / "labelsTr" / f"{name}{_ENDING}", to_nifti(label_xyz, truth.affine))
+        image = out / "imagesTr" / f"{name}_0000{_ENDING}"
+        image.parent.mkdir(exist_ok=True)
+        if names is not None:
+            stored = nib.load(case.image)
+            nib.save(nib.Nifti1Image(np.asanyarray(stored.dataobj), stored.affine), image)  # type: ignore[attr-defined]
+        elif case.image.name.endswith(_ENDING):
+            place(case.image, image)
         else:
-            nib.save(nib.load(case.image), out / "imagesTr" / f"{case.id}_0000{_ENDING}")
+            nib.save(nib.load(case.image), image)
     card = {
         "channel_names": {"0": "image"},
         "labels": {**dataset.labels, "ignore": ignore},
@@ -95,6 +105,10 @@ def write_nnunet(folder: Path, method: str, seed: int, round_: int, out: Path) -
     }
     write_json(out / "dataset.json", card)
     return out
+
+
+def _named(image: str, names: Mapping[str, str] | None) -> str:
+    return str(image) if names is None else names[str(image)]
 
 
 def _region(row: dict[Any, Any]) -> dict[str, Any]:
@@ -108,7 +122,7 @@ def _region(row: dict[Any, Any]) -> dict[str, Any]:
 
 def _asked(folder: Path, method: str, seed: int) -> pd.DataFrame:
     table = read_table(folder, "queries")
-    own = table[(table["method"] == method) & (table["seed"] == seed)]
+    own: pd.DataFrame = table[(table["method"] == method) & (table["seed"] == seed)]
     if own.empty:
         known = ", ".join(sorted({f"{m} {s}" for m, s in zip(table["method"], table["seed"], strict=True)}))
         raise RefereeError(f"{folder} holds no query of {method} with seed {seed}; it has {known}")

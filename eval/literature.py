@@ -50,7 +50,8 @@ def read_published(setting: str) -> pd.DataFrame:
     if not setting or not path.is_file():
         return pd.DataFrame(columns=["paper", "table", "dataset", "regime", "method", "metric", "mean", "sd"])
     table = pd.read_csv(path)
-    return table[(table["dataset"] == dataset) & (table["regime"] == regime)].reset_index(drop=True)
+    result: pd.DataFrame = table[(table["dataset"] == dataset) & (table["regime"] == regime)].reset_index(drop=True)
+    return result
 
 
 def beside(setting: str, numbers: Numbers) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -79,14 +80,16 @@ def measured(metrics: Iterable[str], numbers: Numbers) -> pd.DataFrame:
     parts = [_values(metric, numbers).rename("ours").rename_axis("method").reset_index() for metric in metrics]
     named = [part.assign(metric=metric) for metric, part in zip(metrics, parts, strict=True)]
     found = pd.concat(named) if named else pd.DataFrame(columns=["metric", "method", "ours"])
-    return found[found["ours"].notna()].reset_index(drop=True)[["metric", "method", "ours"]]
+    result: pd.DataFrame = found[found["ours"].notna()].reset_index(drop=True)[["metric", "method", "ours"]]
+    return result
 
 
 def _values(metric: str, numbers: Numbers) -> pd.Series:
     """A metric by method."""
     for table in (numbers.summary, numbers.fits):
         if metric in table:
-            return table.set_index("method")[metric].astype(float)
+            result: pd.Series = table.set_index("method")[metric].astype(float)
+            return result
     if metric == "share_for_full":
         return share_for_full(numbers.rounds)
     match = _METRIC.fullmatch(metric)
@@ -99,19 +102,24 @@ def _values(metric: str, numbers: Numbers) -> pd.Series:
         return pd.Series(dtype=float)
     values = rows.rename(columns={match["measure"]: "value"})
     if match["percentile"]:
-        return values.groupby("method")["value"].agg(lambda found: tail(found, float(match["percentile"])))
+        result = values.groupby("method")["value"].agg(lambda found: tail(found, float(match["percentile"])))
+        return result
     by_class = values.groupby(["method", "seed", "round", "class"])["value"].mean()  # as the mean Dice of a round
-    return by_class.groupby(["method", "seed", "round"]).mean().groupby("method").mean()
+    result = by_class.groupby(["method", "seed", "round"]).mean().groupby("method").mean()
+    return result
 
 
 def _rounds_meant(cases: pd.DataFrame, match: re.Match[str]) -> pd.DataFrame:
     if match["when"] == "cycles":
-        return cases[cases["round"] > 0]
+        result: pd.DataFrame = cases[cases["round"] > 0]
+        return result
     if match["when"] == "final":
         last = cases.groupby(["method", "seed"])["round"].transform("max")
         own = only_methods(cases)["round"].max()
-        return cases[(cases["round"] == last) & ((last == own) | (cases["method"] == FULL_DATA))]
-    return cases[(cases["round"] == int(match["round"])) & (cases["method"] != FULL_DATA)]
+        result = cases[(cases["round"] == last) & ((last == own) | (cases["method"] == FULL_DATA))]
+        return result
+    result = cases[(cases["round"] == int(match["round"])) & (cases["method"] != FULL_DATA)]
+    return result
 
 
 def share_for_full(rounds: pd.DataFrame) -> pd.Series:

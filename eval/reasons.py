@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ def keep_pictures(client: LabelClient, regions: Sequence[Mapping[str, Any]], fol
             write_bytes(folder / f"{region['query']}.png", picture)
 
 
-def reasons_of(folder: Path, pictures: bool) -> list[dict[str, Any]]:
-    """Method, picture (as a data address, or None) and sentence of the last round's first regions of every cell."""
+def reasons_of(folder: Path, pictures: bool, name: Callable[[str], str] = str) -> list[dict[str, Any]]:
+    """Method, picture (as a data address, or None) and sentence of the last round's first regions of every cell.
+
+    `name` gives what an image is called there.
+    """
     found = []
     for cell in sorted((folder / "cells").glob("*")):
         steps = (read_json(cell / "state.json") or {}).get("steps", {})
@@ -39,14 +42,14 @@ def reasons_of(folder: Path, pictures: bool) -> list[dict[str, Any]]:
             shown = None
             if pictures and path.is_file():
                 shown = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-            found.append({"cell": cell.name, "round": rounds[-1], "picture": shown, "sentence": sentence(region)})
+            found.append({"cell": cell.name, "round": rounds[-1], "picture": shown, "sentence": sentence(region, name)})
     return found
 
 
-def sentence(region: Mapping[str, Any]) -> str:
+def sentence(region: Mapping[str, Any], name: Callable[[str], str] = str) -> str:
     """One line about a region: rank, place, score, predicted classes, runner-up, as far as the server said them."""
     reason = region.get("reason") or {}
-    parts = [f"{region['image']} at {tuple(region['start'])}, rank {reason.get('rank', '?')}"]
+    parts = [f"{name(region['image'])} at {tuple(region['start'])}, rank {reason.get('rank', '?')}"]
     if reason.get("uncertainty"):
         parts.append(f"{reason['uncertainty'].replace('_', ' ')} {region['score']:.3f}")
     for key in ("area", "stream", "class"):
@@ -57,5 +60,5 @@ def sentence(region: Mapping[str, Any]) -> str:
         parts.append("predicted " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in predicted.items()))
     runner_up = reason.get("runner_up")
     if runner_up:
-        parts.append(f"next best {runner_up['image']} with {runner_up['score']:.3f}")
+        parts.append(f"next best {name(runner_up['image'])} with {runner_up['score']:.3f}")
     return "; ".join(parts)

@@ -8,15 +8,24 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
+from numpy.typing import NDArray
 
 from eval.dataset import Dataset, read_dataset, read_volume
+from eval.deidentify import (
+    FOLDER,
+    Hidden,
+    check_without_ids,
+    hidden_of,
+    manifest_without_ids,
+    write_tables_without_ids,
+)
 from eval.errors import RefereeError
 from eval.figures import Picture, learning_curves, penalty_matrix, region_pictures, to_png, to_svg
 from eval.files import read_json, write_bytes, write_text
@@ -35,25 +44,48 @@ _LONG = 25  # rows of a table that is folded away
 _PICTURES = 4  # regions drawn of every method
 
 
-def write_report(folder: Path, *, pictures: bool = True, others: Mapping[str, pd.DataFrame] | None = None) -> Path:
+def write_report(
+    folder: Path,
+    *,
+    pictures: bool = True,
+    others: Mapping[str, pd.DataFrame] | None = None,
+    deidentify: bool = False,
+) -> Path:
     """Write report.html, learning_curves.png and tables/ into a run's folder and give the report's path.
 
-    `others` holds the rounds of the runs reported together, this one included, for correlations between settings.
+    `others` holds the rounds of the runs reported together, this one included, for correlations between settings. With
+    `deidentify` all of it, and the run's tables, go into a folder of their own that may be handed on.
 
     Raises:
         RefereeError: no run in the folder, or no finished round yet.
     """
+    if deidentify:
+        study = _study_of(folder)
+        hidden = hidden_of(folder, *([str(study.data)] if study else []))
+        out = folder / FOLDER
+        write_tables_without_ids(folder, out, hidden)
+        path = _write(folder, out, pictures, others, hidden)
+        check_without_ids(out, hidden)
+        return path
+    return _write(folder, folder, pictures, others, None)
+
+
+def _write(
+    folder: Path, out: Path, pictures: bool, others: Mapping[str, pd.DataFrame] | None, hidden: Hidden | None
+) -> Path:
+    """Reads the run in `folder` and writes its report into `out`."""
     rounds, queries = read_table(folder, "rounds"), read_table(folder, "queries", required=False)
     manifest = _manifest(folder)
     classes = [name for name, value in manifest["data"]["labels"].items() if value != 0]
     curves = learning_curves(rounds, ["mean_dice"], ["regions", "foreground_voxels"])
-    write_bytes(folder / "learning_curves.png", to_png(curves))
+    write_bytes(out / "learning_curves.png", to_png(curves))
     per_class = {f"dice_{name}": f"Dice of {name}" for name in classes}
-    shown = _pictures(folder, queries) if pictures else {}
+    name = hidden.name if hidden else str
+    shown = _pictures(folder, queries, name) if pictures else {}
     study = _study_of(folder)
     cases, pseudo, readers = read_table(folder, "cases"), _pseudo(study, queries), _readers(study, folder)
     findings = find(rounds, cases, _described(study), others, pseudo, readers)
-    write_findings(folder / "tables", findings, summarise(rounds))
+    write_findings(out / "tables", findings, summarise(rounds))
     known = [c for c in COSTS if c in rounds and rounds[c].notna().all() and c not in ("regions", "foreground_voxels")]
     drawn = {
         "costs": learning_curves(rounds, ["mean_dice"], known) if known else None,
@@ -64,8 +96,8 @@ def write_report(folder: Path, *, pictures: bool = True, others: Mapping[str, pd
         loader=PackageLoader("eval"), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     html = environment.get_template("report.html.j2").render(
-        manifest=manifest,
-        about=study.about if study else "",
+        manifest=manifest_without_ids(manifest, hidden) if hidden else manifest,
+        about=_about(study, hidden),
         drawn={name: _inline(to_svg(figure), "image/svg+xml") for name, figure in drawn.items() if figure},
         findings=[
             {"id": n, "heading": HEADINGS[n], "note": NOTES.get(n, ""), "rows": cells(t), "folded": len(t) > _LONG}
@@ -79,12 +111,12 @@ def write_report(folder: Path, *, pictures: bool = True, others: Mapping[str, pd
         distance=_inline(to_svg(learning_curves(rounds, ["mean_hd95"], ["regions"])), "image/svg+xml"),
         pictures={method: _inline(to_png(region_pictures(sheet), 110), "image/png") for method, sheet in shown.items()},
         asked=_asked(queries, classes),
-        reasons=reasons_of(folder, pictures),
+        reasons=reasons_of(folder, pictures, name),
         classes=classes,
         seconds=seconds(rounds).to_dict("records"),
         by_round=_by_round(rounds),
     )
-    path = folder / "report.html"
+    path = out / "report.html"
     write_text(path, html)
     return path
 
@@ -121,6 +153,11 @@ def _study_of(folder: Path) -> Study | None:
     """The run's study; None where only the tables were kept."""
     path = folder / "study.yaml"
     return load_study(path) if path.is_file() else None
+
+
+def _about(study: Study | None, hidden: Hidden | None) -> str:
+    about = study.about if study else ""
+    return hidden.text(about) if hidden else about
 
 
 def _described(study: Study | None) -> Described:
@@ -208,7 +245,7 @@ def _asked(queries: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]
     return rows
 
 
-def _pictures(folder: Path, queries: pd.DataFrame) -> dict[str, list[Picture]]:
+def _pictures(folder: Path, queries: pd.DataFrame, name: Callable[[str], str]) -> dict[str, list[Picture]]:
     """Last regions of every method's first seed, drawn on the scans; nothing where the scans are not at hand."""
     study = _study_of(folder)
     dataset = _dataset_of(study)
@@ -217,12 +254,12 @@ def _pictures(folder: Path, queries: pd.DataFrame) -> dict[str, list[Picture]]:
     sheets = {}
     for method, own in queries.groupby("method", sort=False):
         rows = own[own["seed"] == own["seed"].min()].sort_values("round").tail(_PICTURES)
-        sheets[str(method)] = [_picture(row, dataset, study) for row in rows.to_dict("records")]
+        sheets[str(method)] = [_picture(row, dataset, study, name) for row in rows.to_dict("records")]
     return sheets
 
 
-def _picture(row: Mapping[Any, Any], dataset: Dataset, study: Study) -> Picture:
-    case = next(c for c in dataset.cases if c.id == row["image"])
+def _picture(row: Mapping[Any, Any], dataset: Dataset, study: Study, name: Callable[[str], str]) -> Picture:
+    case = next(c for c in dataset.cases if c.id == str(row["image"]))
     image_xyz, affine = read_volume(case.image)
     label_xyz = read_volume(case.label)[0].astype(np.uint8)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -232,7 +269,7 @@ def _picture(row: Mapping[Any, Any], dataset: Dataset, study: Study) -> Picture:
     index = int(start[normal] + size[normal] // 2)
     u, v = (axis for axis in range(3) if axis != normal)
     return Picture(
-        title=f"{row['image']}\nround {row['round']}, {'xyz'[normal]} = {index}",
+        title=f"{name(case.id)}\nround {row['round']}, {'xyz'[normal]} = {index}",
         image_xy=np.take(image_xyz, index, axis=normal),
         label_xy=np.take(label_xyz, index, axis=normal),
         corner=(float(start[u]) - 0.5, float(start[v]) - 0.5),
@@ -241,7 +278,7 @@ def _picture(row: Mapping[Any, Any], dataset: Dataset, study: Study) -> Picture:
     )
 
 
-def _normal(thickness: np.ndarray) -> int:
+def _normal(thickness: NDArray[Any]) -> int:
     """Axis with the smallest value, the last of them on ties."""
     return int(np.flatnonzero(thickness == thickness.min())[-1])
 

@@ -25,6 +25,7 @@ from eval.files import read_json, write_json
 
 PROJECT = Path(__file__).resolve().parents[1]
 APP = PROJECT / "apps" / "activelearning"
+_APP_FOLDERS = ("model", "logs", "bin")
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -92,22 +93,16 @@ class ServerProcess:
         if self.port is not None and not _is_free(self.port):
             raise RefereeError(f"port {self.port} is in use by another program; choose another or stop that one")
         self.port = self.port or free_port()
+        for name in _APP_FOLDERS:
+            # Upstream makes them too, and fails where two servers that start at once do so for the first time.
+            (APP / name).mkdir(exist_ok=True)
         self.studies.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP)]
-        command += ["--studies", str(self.studies), "--host", "127.0.0.1", "--port", str(self.port)]
+        arguments = ["start_server", "--app", str(APP), "--studies", str(self.studies)]
+        arguments += ["--host", "127.0.0.1", "--port", str(self.port)]
         for name, value in self.conf.items():
-            command += ["--conf", name, str(value)]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                cwd=self.log.parent,
-                start_new_session=True,
-            )
+            arguments += ["--conf", name, str(value)]
+        self.process = self._launch(arguments)
         write_json(self.note, {"group": self.process.pid, "started": psutil.Process(self.process.pid).create_time()})
         try:
             self._wait(seconds)
@@ -129,6 +124,18 @@ class ServerProcess:
             return "(no log)"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return " | ".join(lines[-n:]) or "(empty log)"
+
+    def _launch(self, arguments: list[str]) -> subprocess.Popen[bytes]:
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "monailabel.main", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                cwd=self.log.parent,
+                start_new_session=True,
+            )
 
     def _environment(self) -> dict[str, str]:
         env = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(self.threads))}

@@ -49,7 +49,8 @@ def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
 
 def only_methods(rounds: pd.DataFrame) -> pd.DataFrame:
     """The rows of query methods, which can be ranked and compared; the full-data line is neither."""
-    return rounds[rounds["method"] != FULL_DATA]
+    result: pd.DataFrame = rounds[rounds["method"] != FULL_DATA]
+    return result
 
 
 def full_line(rounds: pd.DataFrame, value: str) -> float | None:
@@ -71,7 +72,8 @@ def mean_curves(rounds: pd.DataFrame, value: str, cost: str) -> dict[str, pd.Dat
 def seconds(rounds: pd.DataFrame) -> pd.DataFrame:
     """Seconds of every step in a run's mean round, one row a method."""
     steps = [name for name in rounds.columns if name.endswith("_s")]
-    return rounds.groupby("method", sort=False)[steps].mean().reset_index()
+    result: pd.DataFrame = rounds.groupby("method", sort=False)[steps].mean().reset_index()
+    return result
 
 
 def plain_table(summary: pd.DataFrame) -> str:

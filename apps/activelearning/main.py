@@ -38,6 +38,7 @@ from lib.inference import QueryRegionTask, SegmentationTask
 from lib.ledger import QueryLedger
 from lib.listening import check_listening
 from lib.measures import Measures
+from lib.mending import mend
 from lib.methods import listed, resolve
 from lib.models import ModelStore
 from lib.moments_cache import MomentsCache
@@ -153,9 +154,13 @@ class PatchwiseApp(MONAILabelApp):
                 self.store.connect()
             except SPEAKING as error:
                 _end(str(error))
-        repaired = self.store.annotations.repair({i: self.store.image_path(i) for i in self.store.list_images()})
-        if repaired:
-            logger.warning("labels of %s were rebuilt from the raw answers after an interruption", ", ".join(repaired))
+        images = {image: self.store.image_path(image) for image in self.store.list_images()}
+        models = [segmenter.store for segmenter in self.segmenters.values()]
+        try:
+            for sentence in mend(self.store.annotations, images, models):
+                logger.warning("%s", sentence)
+        except SPEAKING as error:
+            _end(str(error))
         super().on_init_complete()
         self.ledger.stay_open()
         install(self)

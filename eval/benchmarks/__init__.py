@@ -32,4 +32,6 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "nnunet": _lazily("eval.benchmarks.nnunet"),
     "rounds": _lazily("eval.benchmarks.rounds"),
     "latency": _lazily("eval.benchmarks.latency"),
+    "load": _lazily("eval.benchmarks.load"),
+    "large": _lazily("eval.benchmarks.large"),
 }

@@ -118,8 +118,10 @@ def prepare(url: str, labels: dict[str, bytes]) -> None:
 class Annotators:
     """Eight clients in threads, and one that polls /info; all of them end with the block."""
 
-    def __init__(self, url: str, labels: dict[str, bytes], times: Times, method: str) -> None:
+    def __init__(self, url: str, labels: dict[str, bytes], times: Times, method: str, waits: bool = False) -> None:
         self.url, self.labels, self.times, self.method = url, labels, times, method
+        # Whether there may be nothing to ask for now and then: the next batch is being prepared.
+        self._waits = waits
         self._think = float(os.environ.get("THINK", 1))
         self._over = threading.Event()
         self._failed: list[str] = []
@@ -150,6 +152,14 @@ class Annotators:
         self.start(asks)
         for thread in self._people:
             thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Nothing was refused so far.
+
+        Raises:
+            RuntimeError: a request was refused.
+        """
         if self._failed:
             raise RuntimeError(self._failed[0])
 
@@ -168,9 +178,12 @@ class Annotators:
     def _region(self, http: httpx.Client, me: str, rng: np.random.Generator) -> None:
         self._over.wait(self._think * float(rng.uniform(0, 1)))
         began = time.perf_counter()
-        reply = http.post(f"/activelearning/{self.method}", json={"client_id": me}).raise_for_status()
+        reply = http.post(f"/activelearning/{self.method}", json={"client_id": me})
         self.times.note("next region", began)
-        (region,) = reply.json()["regions"]
+        if self._waits and reply.status_code == 409:
+            self._over.wait(2)
+            return
+        (region,) = reply.raise_for_status().json()["regions"]
         began = time.perf_counter()
         http.get("/datastore/image", params={"image": region["image"]}).raise_for_status()
         self.times.note("download", began)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from monai.transforms import (
     RandZoomd,
     SpatialPadd,
 )
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eval.benchmarks import Row
@@ -49,7 +51,7 @@ def run() -> Iterator[Row]:
     yield data_row(recipe, images, labels)
 
 
-def step_row(bundle: Bundle, recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]) -> Row:
+def step_row(bundle: Bundle, recipe: Recipe, images: list[NDArray[Any]], labels: list[NDArray[Any]]) -> Row:
     """A whole step, data included, of the same network: this project's trainer against the usual one."""
     mine, plain = our_batches(recipe, images, labels), monai_batches(recipe, images, labels)
     half = autocast_type(torch.device("cpu"))
@@ -65,14 +67,14 @@ def step_row(bundle: Bundle, recipe: Recipe, images: list[np.ndarray], labels: l
     )
 
 
-def data_row(recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]) -> Row:
+def data_row(recipe: Recipe, images: list[NDArray[Any]], labels: list[NDArray[Any]]) -> Row:
     """The batch alone: crops and augmentation."""
     ours, plain = our_batches(recipe, images, labels), monai_batches(recipe, images, labels)
     return ratio("batch of augmented crops", ours, plain, 1.0, 9, 9)
 
 
 def our_batches(
-    recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray]
+    recipe: Recipe, images: list[NDArray[Any]], labels: list[NDArray[Any]]
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     cases = [
         TrainingCase(str(i), torch.from_numpy(image)[None], torch.from_numpy(label))
@@ -82,7 +84,7 @@ def our_batches(
 
 
 def monai_batches(
-    recipe: Recipe, images: list[np.ndarray], labels: list[np.ndarray], seed: int = 0
+    recipe: Recipe, images: list[NDArray[Any]], labels: list[NDArray[Any]], seed: int = 0
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """The same kinds of change, as a MONAI training script would write them."""
     keys, mode = ("image", "label"), ("bilinear", "nearest")

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ _WHOLE_VOLUME = 1 / 3
 
 
 def region_costs(
-    label_xyz: NDArray[np.integer],
+    label_xyz: NDArray[np.integer[Any]],
     spacing: Sequence[float],
     *,
     unit: str = "patch",
@@ -55,14 +56,14 @@ def region_costs(
     }
 
 
-def foreground_slices(label_xyz: NDArray[np.integer], *, axis: int = 2, whole: bool = False) -> float:
+def foreground_slices(label_xyz: NDArray[np.integer[Any]], *, axis: int = 2, whole: bool = False) -> float:
     """Slices along `axis` with a foreground voxel; a `whole` volume counts a third of them (Chlebus et al. 2022)."""
     others = tuple(a for a in range(3) if a != axis)
     found = int(np.count_nonzero((label_xyz > 0).any(axis=others)))
     return found * _WHOLE_VOLUME if whole else float(found)
 
 
-def border_length(label_xyz: NDArray[np.integer], spacing: Sequence[float], *, axis: int = 2) -> float:
+def border_length(label_xyz: NDArray[np.integer[Any]], spacing: Sequence[float], *, axis: int = 2) -> float:
     """Length in mm of all lines between voxels of different classes, drawn in the slices along `axis`.
 
     A change from voxel to voxel along one in-plane axis is a line as long as a voxel on the other; the region's own

@@ -87,7 +87,8 @@ def foreground_efficiency(
         )
 
     def curve(t: NDArray[np.float64], gamma: float) -> NDArray[np.float64]:
-        return full_dice - a * np.exp(-gamma * (t - x0))
+        result: NDArray[np.float64] = full_dice - a * np.exp(-gamma * (t - x0))
+        return result
 
     limits = {"bounds": (0.0, 1e6)} if bounded else {}
     with warnings.catch_warnings():
@@ -129,7 +130,8 @@ def paired_wins(
     table = pd.DataFrame(rows, columns=["winner", "loser", "budget", "p"])
     if holm:
         table["p"] = holm_adjust(table["p"].to_numpy())
-    return table[table["p"] < alpha].reset_index(drop=True)
+    result: pd.DataFrame = table[table["p"] < alpha].reset_index(drop=True)
+    return result
 
 
 def pairwise_penalty(
@@ -160,7 +162,8 @@ def mean_ranks(scores: pd.DataFrame, decimals: int | None = None) -> pd.Series:
     `decimals` rounds first, as the published figures do. Settings where a method has no score are left out for it.
     """
     table = scores if decimals is None else scores.round(decimals)
-    return table.rank(axis=1, ascending=False, method="min").mean(axis=0)
+    result: pd.Series = table.rank(axis=1, ascending=False, method="min").mean(axis=0)
+    return result
 
 
 def kendall(first: ArrayLike, second: ArrayLike) -> Kendall:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import nibabel as nib
 import numpy as np
@@ -140,3 +141,13 @@ def test_a_folder_without_a_ledger_is_refused(tmp_path, capsys):
         audit(tmp_path)
     assert main(["audit", str(tmp_path)]) == 2
     assert "ledger" in capsys.readouterr().err
+
+
+def test_an_answer_that_the_ledger_has_lost_is_found(studies):
+    raw = studies.ledger.answer(studies.answers[1]).raw
+    with sqlite3.connect(studies.ledger.path) as ledger:
+        ledger.execute("DELETE FROM answered WHERE answer = ?", (studies.answers[1],))
+        ledger.execute("DELETE FROM answers WHERE id = ?", (studies.answers[1],))
+    problems = {row["problem"] for row in audit(studies.folder).problems}
+    number = studies.answers[1]
+    assert f"answer {number} ({raw}) is not in the ledger; a start of the server records it again" in problems

@@ -125,3 +125,13 @@ def test_a_stranger_with_the_same_number_is_left_alone(fake, tmp_path):
 def test_free_ports_can_be_bound():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))
+
+
+def test_folders_that_upstream_would_make_are_there_before_it_looks(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.server.APP", tmp_path / "app")
+    (tmp_path / "app").mkdir()
+    server = fake(conf={"dies": "now"})
+    for _ in range(2):
+        with pytest.raises(RefereeError):
+            server.start()
+        assert sorted(path.name for path in (tmp_path / "app").iterdir()) == ["bin", "logs", "model"]

@@ -209,3 +209,17 @@ def test_only_the_file_the_ledger_knows_is_read(tmp_path, kind):
     if kind == "changed":
         write(labels.path("a"), np.full(SHAPE, 2, np.uint8))
     assert labels.read("a", (7, 5, 4) if kind == "other shape" else SHAPE, sha256) is None
+
+
+@pytest.mark.parametrize("left", [0, 1, -5])
+def test_a_label_that_was_cut_short_is_made_again_and_no_other(tmp_path, left):
+    world = World(tmp_path)
+    query = world.ask(Region("a", (1, 1, 1), (3, 2, 2)), "one")
+    world.save(np.ones(SHAPE, np.uint8), query)
+    path = tmp_path / "final" / "a.nii.gz"
+    whole, images = path.read_bytes(), {"a": tmp_path / "a.nii.gz"}
+    assert world.annotations.repair(images) == []
+    path.write_bytes(whole[:left])
+    assert world.annotations.repair(images) == ["a"]
+    assert path.read_bytes() == whole
+    assert world.annotations.repair(images) == []

@@ -3,6 +3,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+import warnings
+
 import numpy as np
 import pytest
 
@@ -155,6 +157,19 @@ def test_empty_label_makes_an_empty_segmentation():
 def test_label_of_another_shape_is_refused():
     with pytest.raises(LabelError, match=r"\(1, 1, 1\)"):
         write_segmentation(np.zeros((1, 1, 1), np.uint8), CLASSES, series(), 1)
+
+
+def test_patient_facts_that_no_segmentation_may_hold_are_left_out():
+    slices = series()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for item in slices:
+            item.PatientBirthDate, item.PatientSex, item.StudyTime = "spring 1950", "female", "noon"
+    item = write_segmentation(label(), CLASSES, slices, 1)
+    assert not item.PatientBirthDate
+    assert not item.PatientSex
+    assert not item.StudyTime
+    assert item.PatientID == "case_1"
 
 
 def test_headers_may_lack_what_may_be_empty():

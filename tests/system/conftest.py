@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from eval.server import ServerProcess
+from tests.system.realm import GuardedServer, guarded_server
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = "segmentation_dynunet_3d"
@@ -112,3 +113,12 @@ def start_server(phantoms: Path) -> Iterator[Start]:
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[GuardedServer]:
+    """A server with MONAI Label's authentication on, on two images."""
+    folder = tmp_path_factory.mktemp("guarded")
+    fill(folder / "secret_project", phantoms, 2)
+    with guarded_server(folder / "secret_project", {"models": BUNDLE}, folder / "log") as server:
+        yield server

@@ -7,90 +7,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import httpx
-import jwt
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
-from eval.server import ServerProcess
 from tests.browser import CHROMIUM, Browser
-from tests.system.conftest import BUNDLE, fill
-
-KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-ROLES = {"ann": ["monailabel-user", "monailabel-annotator"], "guest": []}
+from tests.system.realm import GuardedServer
 
 
-class Realm(BaseHTTPRequestHandler):
-    """As much of an OpenID realm as MONAI Label asks for; every user's password is their name."""
-
-    def do_GET(self) -> None:
-        public = KEY.public_key().public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        base = f"http://{self.headers['Host']}"
-        self._answer(200, {"public_key": base64.b64encode(public).decode(), "token_endpoint": f"{base}/token"})
-
-    def do_POST(self) -> None:
-        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        user, password = form["username"][0], form["password"][0]
-        if user not in ROLES or password != user:
-            self._answer(401, {"error": "invalid_grant"})
-            return
-        claims = {"preferred_username": user, "realm_access": {"roles": ROLES[user]}, "exp": time.time() + 300}
-        self._answer(200, {"access_token": jwt.encode(claims, KEY, algorithm="RS256"), "token_type": "bearer"})
-
-    def _answer(self, status: int, content: dict) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None:
-        pass
-
-
-class GuardedServer(ServerProcess):
-    """Counts as started when it refuses who is not signed in."""
-
-    def _wait(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{self.url}/info/", timeout=30).status_code == 401:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        raise AssertionError(self.last_lines())
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("guarded")
-    fill(folder / "secret_project", phantoms, 2)
-    realm = ThreadingHTTPServer(("127.0.0.1", 0), Realm)
-    threading.Thread(target=realm.serve_forever, daemon=True).start()
-    env = {
-        "MONAI_LABEL_AUTH_ENABLE": "true",
-        "MONAI_LABEL_AUTH_REALM_URI": f"http://127.0.0.1:{realm.server_port}",
-    }
-    server = GuardedServer(folder / "secret_project", {"models": BUNDLE}, log=folder / "log", threads=1, env=env)
-    server.start()
-    yield server.url
-    server.stop()
-    realm.shutdown()
+@pytest.fixture
+def url(guarded: GuardedServer) -> str:
+    return guarded.url
 
 
 def token(url: str, user: str) -> dict[str, str]:

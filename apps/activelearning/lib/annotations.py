@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib.agreement import class_agreement
+from lib.file_facts import FileFacts, Stamped
 from lib.files import atomic_path, file_digest
 from lib.frames import check_frame_segment
 from lib.images import EXTENSIONS, ImageError, image_geometry, load_label
@@ -64,6 +65,7 @@ class Annotations:
         self.labels = MergedLabels(merged, state / "locks")
         self.classes = classes
         self.ledger = ledger
+        self._digests = FileFacts[str](ledger, ":label", file_digest, str)
 
     def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
         """Takes a submission in; the number of the answer.
@@ -207,9 +209,12 @@ class Annotations:
         return None if len(found) == len(ids) else found
 
     def repair(self, image_paths: Mapping[str, Path]) -> list[str]:
-        """Rebuilds labels that a kill left behind the ledger, and those that were deleted; the images concerned."""
-        deleted = [i for i in self.ledger.answered_images() if not (self.merged / f"{i}.nii.gz").is_file()]
-        behind = [image for image in sorted({*self.ledger.unmerged(), *deleted}) if image in image_paths]
+        """Rebuilds labels that a kill left behind the ledger, and those that were deleted or changed; the images."""
+        kept = {image: self.labels.path(image) for image in self.ledger.answered_images()}
+        there = {image: Stamped.of(path) for image, path in kept.items() if path.is_file()}
+        digests, expected = self._digests.of(there), self.ledger.merged_digests()
+        damaged = [image for image in kept if image not in there or digests[image] != expected.get(image)]
+        behind = [image for image in sorted({*self.ledger.unmerged(), *damaged}) if image in image_paths]
         for image in behind:
             self.rebuild(image, *image_geometry(image_paths[image]))
         return behind

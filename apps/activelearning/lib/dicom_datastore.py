@@ -24,6 +24,7 @@ from lib.errors import PacsError, refuse
 from lib.images import ImageError, load_label
 from lib.ledger import QueryLedger
 from lib.partial_labels import LabelError
+from lib.patient_logs import keep_patients_out, told
 from lib.seg_import import OWN, SegImporter
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class DicomDatastore(PartialLabelDatastore):
         store_segmentations: bool = True,
     ) -> None:
         super().__init__(folder, classes, ledger)
+        keep_patients_out()
         self.pacs = pacs
         self.mirror = SeriesMirror(pacs, folder, ledger, settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER)
         self.importer = SegImporter(pacs, self, folder / STATE_FOLDER / "segmentations")
@@ -173,8 +175,8 @@ class DicomDatastore(PartialLabelDatastore):
                 self._troubles[name] = str(error)
             except Exception as error:
                 # A thread that ends would leave the pool as it is for good, and nobody would know.
-                logger.exception("looking for %s failed", name)
-                self._troubles[name] = f"looking for {name} failed ({type(error).__name__}: {error}); see the log"
+                self._troubles[name] = f"looking for {name} failed: {told(error)}"
+                logger.error("%s", self._troubles[name])
             waiting.wait(self.poll_seconds)
             waiting.clear()
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, SegmentationStorage, generate_uid
+from pydicom.valuerep import DA, TM
 
 from lib.dicom_series import FLIP, series_grid
 from lib.frames import FRAME_SEGMENT
@@ -243,6 +244,14 @@ def _complete(header: Dataset) -> Dataset:
     for keyword in ("StudyDate", "StudyTime", "ReferringPhysicianName"):
         if keyword not in header:
             setattr(header, keyword, None)
+    # Archives hold dates that are none, and words for the sex; a segmentation cannot be written with them.
+    for keyword, kind in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
+        try:
+            kind(header.get(keyword) or "")
+        except ValueError:
+            setattr(header, keyword, None)
+    if header.PatientSex not in ("M", "F", "O"):
+        header.PatientSex = None
     return header
 
 

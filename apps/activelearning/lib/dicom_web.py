@@ -22,6 +22,7 @@ from pydicom.uid import UID
 from requests.adapters import HTTPAdapter
 
 from lib.errors import PacsError
+from lib.patient_logs import told
 
 # Seconds to wait for a connection and for the next bytes; without, a server that hangs would hold its caller forever.
 _TIMEOUT = (5.0, 120.0)
@@ -154,7 +155,9 @@ class Pacs:
         except requests.ConnectionError as error:
             raise PacsError(f"{where} cannot be reached: start it, or check the address given as --studies") from error
         except (requests.RequestException, ValueError, KeyError, AttributeError) as error:
-            raise PacsError(f"{where} answers something that is no DICOMweb ({error}); check the address") from error
+            raise PacsError(
+                f"{where} answers something that is no DICOMweb ({told(error)}); check the address"
+            ) from error
 
 
 class _Patient(HTTPAdapter):

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -35,6 +37,21 @@ SPEAKING = (ImageError, LabelError, LedgerError, MethodError, OptionError, PacsE
 def status_of(error: Exception) -> int:
     """The status of an error in `SPEAKING`: 4xx, or 503 where another server is missing."""
     return int(getattr(error, "status", 400))
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def storage_problem(error: Exception) -> str | None:
+    """What to tell somebody whose request failed because the disk takes nothing; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    said = str(error) if isinstance(error, sqlite3.OperationalError) else ""
+    if number in _NO_ROOM or "full" in said:
+        return "the server's disk is full, so nothing was changed or only a part; free space there and send this again"
+    if number in _NO_WRITING or "readonly" in said or "unable to open" in said or "disk I/O" in said:
+        return f"the server cannot write to its studies folder ({error}); make it writable and send this again"
+    return None
 
 
 def refuse(sentence: str, status: int = 400) -> NoReturn:

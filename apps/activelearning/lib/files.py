@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+UNFINISHED = ".tmp-"
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary file is removed and `target` stays what it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=f"-{target.name}", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=f"-{target.name}", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -37,6 +40,20 @@ def atomic_path(target: Path) -> Iterator[Path]:
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, hours: float) -> int:
+    """Removes what writers that were killed left below `folder` more than `hours` ago; how many files."""
+    old, removed = time.time() - 3600 * hours, 0
+    for path in folder.rglob(f"{UNFINISHED}*"):
+        try:
+            if path.is_file() and path.stat().st_mtime < old:
+                path.unlink()
+                removed += 1
+        except FileNotFoundError:
+            # Its writer was only slow.
+            continue
+    return removed
 
 
 def write_atomic(target: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -12,6 +12,7 @@ import logging
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from lib.cues import cue_in_batch
 from lib.errors import refuse, speaking_errors
 from lib.frames import FRAME_SEGMENT, frames
-from lib.images import image_geometry, load_image
+from lib.images import image_geometry, load_image, save_label
 from lib.label_map import label_map
 from lib.ledger import QueryLedger
 from lib.markups import roi_document
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 FRAME_LABEL = {FRAME_SEGMENT: 1}
 MARKUPS = "markups"
 FORMATS = ("segment", MARKUPS)
+# By the last suffix of an image's name.
+_NIFTI = {".gz": ".nii.gz", ".nii": ".nii"}
 
 
 class SegmentationTask(InferTask):
@@ -154,6 +157,13 @@ def _write_json(document: dict[str, Any]) -> str:
 
 def write_result(label_xyz: NDArray[np.uint8], affine: NDArray[np.float64], request: dict[str, Any]) -> str:
     """Writes a result file as the client wants it (`result_extension`), on the stored grid."""
+    ending = str(request.get("result_extension") or _NIFTI.get(Path(request["image"]).suffix, ""))
+    if ending in _NIFTI.values() and request.get("result_write_to_file", True):
+        # MONAI's own writer fails on sagittal and coronal scans, whose affine it takes for one of two dimensions.
+        with tempfile.NamedTemporaryFile(suffix=ending, delete=False) as stream:
+            path = Path(stream.name)
+        save_label(path, label_xyz, affine)
+        return str(path)
     data = {
         "pred": label_xyz,
         "pred_meta_dict": {"affine": affine},
@@ -161,5 +171,5 @@ def write_result(label_xyz: NDArray[np.uint8], affine: NDArray[np.float64], requ
         **{k: v for k, v in request.items() if k.startswith("result_")},
     }
     data["result_dtype"] = np.uint8
-    path, _ = Writer(label="pred", nibabel=True)(data)
-    return str(path)
+    written, _ = Writer(label="pred")(data)
+    return str(written)

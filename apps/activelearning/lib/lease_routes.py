@@ -55,7 +55,7 @@ def lease_routes(patchwise: PatchwiseApp) -> APIRouter:
             return _told(ledger.release(wanted.query, client, wanted.reason))
 
     @router.post("/activelearning/skip", summary="Never ask about a region again")
-    async def skip(params: dict[str, Any] | None = None, user: User = _USER) -> dict[str, Any]:
+    async def skip(params: dict[str, Any] | None = None, user: User = _ANNOTATOR) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, patchwise)
         with speaking_errors():
             return _told(ledger.skip(wanted.query, client, wanted.reason))

@@ -54,6 +54,8 @@ class QueryLedger(Answers, Overview):
                 known = connection.execute(
                     "SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)
                 ).fetchall()
+        if known:
+            self.write_down([{"query": max(row["id"] for row in known)}])
         return [to_query(row) for row in known]
 
     def batch(self, batch: str) -> list[Query]:

@@ -14,12 +14,13 @@ from typing import Any
 
 from lib.ledger_leases import Leases
 from lib.ledger_records import Agreement, Answer, to_region
+from lib.ledger_recovery import Recovery, entry_of, switch
 from lib.ledger_schema import UNCOUNTED
 from lib.ledger_store import LeaseError
 from lib.regions import Region
 
 
-class Answers(Leases):
+class Answers(Leases, Recovery):
     """Submissions of one studies folder; none is ever deleted."""
 
     def record_answer(
@@ -62,6 +63,8 @@ class Answers(Leases):
                     for a in agreements
                 ],
             )
+            entry = entry_of(connection, answer)
+        self.write_down([entry])
         return answer
 
     def withdraw(self, answer_id: int, client: str | None, reason: str | None = None) -> Answer:
@@ -84,20 +87,14 @@ class Answers(Leases):
 
     def _switch(self, answer_id: int, client: str | None, reason: str | None, active: bool) -> Answer:
         with self._transaction() as connection:
-            row = connection.execute("SELECT image, active FROM answers WHERE id = ?", (answer_id,)).fetchone()
+            row = connection.execute("SELECT raw, active FROM answers WHERE id = ?", (answer_id,)).fetchone()
             if row is None:
                 raise LeaseError(f"there is no answer {answer_id}; GET /patchwise/answers lists them", 404)
             if bool(row["active"]) == active:
                 raise LeaseError(f"answer {answer_id} " + ("is not withdrawn" if active else "is withdrawn already"))
-            connection.execute("UPDATE answers SET active = ? WHERE id = ?", (int(active), answer_id))
-            connection.execute(
-                "UPDATE queries SET status = ? WHERE id IN (SELECT query FROM answered WHERE answer = ?)"
-                " AND (? OR NOT EXISTS (SELECT 1 FROM answered JOIN answers ON answers.id = answered.answer"
-                " WHERE answered.query = queries.id AND answers.active = 1))",
-                ("answered" if active else "expired", answer_id, active),
-            )
-            connection.execute("UPDATE merged SET answer = 0 WHERE image = ?", (row["image"],))
+            switch(connection, answer_id, active)
             self._note(connection, "restored" if active else "withdrawn", client, answer=answer_id, note=reason)
+        self.write_down([{"switch": row["raw"], "active": active, "note": reason}])
         found = self.answer(answer_id)
         assert found is not None, "an answer is never deleted"
         return found
@@ -215,6 +212,11 @@ class Answers(Leases):
         with self._connect() as connection:
             row = connection.execute("SELECT answer, sha256 FROM merged WHERE image = ?", (image,)).fetchone()
         return (row["answer"], row["sha256"]) if row else (0, None)
+
+    def merged_digests(self) -> dict[str, str | None]:
+        """Digest that each image's label had when it was last written; None where it was not noted."""
+        with self._connect() as connection:
+            return dict(connection.execute("SELECT image, sha256 FROM merged").fetchall())
 
     def is_classwise(self, image: str) -> bool:
         """Whether an active submission of the image names the classes that were drawn."""

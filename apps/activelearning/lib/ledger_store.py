@@ -47,7 +47,7 @@ class LedgerStore:
         idle_minutes: longest time between two requests that counts as work.
 
     Raises:
-        LedgerError: the file belongs to a newer version.
+        LedgerError: the file belongs to a newer version or is damaged.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time, idle_minutes: float = 5) -> None:
@@ -56,8 +56,17 @@ class LedgerStore:
         self.idle_minutes = idle_minutes
         self._kept: sqlite3.Connection | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._transaction() as connection:
-            found = prepare(connection)
+        try:
+            with self._transaction() as connection:
+                found = prepare(connection)
+        except sqlite3.OperationalError:
+            # Locked, read-only, no room: nothing is wrong with what is in the file.
+            raise
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(
+                f"{path} is damaged ({error}); move it and the files {path.name}-wal and -shm away and start again: "
+                "the answers come back from journal.jsonl and the raw files"
+            ) from error
         if found > SCHEMA_VERSION:
             raise LedgerError(f"{path} was written by a newer version (schema {found}); update this program")
 
@@ -88,7 +97,9 @@ class LedgerStore:
             try:
                 yield connection
             except BaseException:
-                connection.execute("ROLLBACK")
+                # A full disk makes SQLite roll back by itself; that must not hide what happened.
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.files import read_json, write_atomic, write_json
+from lib.files import file_digest, read_json, write_atomic, write_json
 from lib.posterior import Ensemble
 from lib.training.learned_loss import LossHead, fresh_head
 from lib.training.plan import Plan
 from lib.training.recipe import Bundle, Recipe
 
 KEPT_TRAININGS = 2
+_FACTS = "facts.json"
 QUERY_DROPOUT = 0.1
 
 
@@ -70,8 +72,16 @@ class ModelStore:
             write_atomic(self.head_path(digest, member), lambda stream: torch.save(dict(head), stream))
         write_atomic(self.member_path(digest, member), lambda stream: torch.save(dict(weights), stream))
 
+    def finished_members(self, digest: str, members: int) -> list[int]:
+        """Members of a training that are on disk and whole."""
+        return [member for member in range(members) if zipfile.is_zipfile(self.member_path(digest, member))]
+
     def publish(self, digest: str, facts: Mapping[str, Any]) -> Model:
         """Makes a training the current one and removes all but the newest few."""
+        folder = self.folder / digest[:16]
+        files = {path.name: file_digest(path) for path in sorted(folder.glob("member_*.pt"))}
+        # What `repair` needs to make this training the current one again, should a newer one be damaged.
+        write_json(folder / _FACTS, {"facts": {"digest": digest, **facts}, "files": files})
         write_json(self.folder / "current.json", {"digest": digest, **facts})
         for old in self._folders()[KEPT_TRAININGS:]:
             if old.name != digest[:16]:
@@ -82,6 +92,25 @@ class ModelStore:
         """The newest finished training, or None before the first."""
         facts = read_json(self.folder / "current.json")
         return Model(facts["digest"], self.folder / facts["digest"][:16], facts) if facts else None
+
+    def repair(self) -> str | None:
+        """Goes back to the newest whole training where the current one is damaged; what was done, in a sentence.
+
+        For the start of a server: every checkpoint of the current training is read and compared with its digest.
+        """
+        pointer = self.folder / "current.json"
+        if not pointer.is_file():
+            return None
+        model = _tolerant(pointer)
+        if model and _is_whole(self.folder / str(model.get("digest"))[:16]):
+            return None
+        for folder in self._folders():
+            if (folder / _FACTS).is_file() and _is_whole(folder):
+                facts = _tolerant(folder / _FACTS)["facts"]
+                write_json(pointer, facts)
+                return f"{self.bundle}: the current model is damaged; that of round {facts['round']} is used again"
+        pointer.unlink()
+        return f"{self.bundle}: the only model is damaged and was set aside; train again"
 
     def load(self, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
         """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
@@ -110,6 +139,25 @@ class ModelStore:
         """Folders of trainings, newest first."""
         folders = [path for path in self.folder.iterdir() if path.is_dir()]
         return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _tolerant(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that may be missing or cut short; empty then."""
+    try:
+        found = read_json(path)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every checkpoint of a finished training is what was published."""
+    files = _tolerant(folder / _FACTS).get("files")
+    if files is None:
+        # Trained before digests were noted: what was cut short lacks the end of its archive.
+        members = list(folder.glob("member_*.pt"))
+        return bool(members) and all(zipfile.is_zipfile(path) for path in members)
+    return all((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in files.items())
 
 
 def trained_bundle(model: Model | None, bundle: Bundle) -> Bundle:

@@ -21,15 +21,19 @@ from tqdm import tqdm
 
 from lib.datastore import PartialLabelDatastore
 from lib.files import text_digest, write_atomic
-from lib.images import load_image
+from lib.images import Volume, load_image
+from lib.large_images import is_large, streamed_moments
 from lib.models import Model
 from lib.posterior import DEEP_ENSEMBLE, Ensemble, PosteriorSpec
+from lib.slabs import SlabbedMoments, has_slabs, save_slabs
 from lib.summary_file import SummaryFile
 from lib.uncertainty import Moments
 
 logger = logging.getLogger(__name__)
 
 QUERY_OVERLAP = 0.25
+
+_Write = Callable[[BinaryIO], None]
 
 
 class MomentsCache:
@@ -66,7 +70,10 @@ class MomentsCache:
         Raises:
             FileNotFoundError: not scored with this model.
         """
-        with np.load(self.path(model, image, spec)) as arrays:
+        path = self.path(model, image, spec)
+        if has_slabs(path):
+            return SlabbedMoments(path)
+        with np.load(path) as arrays:
             return Moments.from_arrays(dict(arrays))
 
     def fill(
@@ -90,10 +97,9 @@ class MomentsCache:
             # Dropout and views follow from the image alone, whatever the order in which the pool is scored.
             seed = int(digests[image][:8], 16)
             with loaded.lock:
-                moments = Moments.from_members(loaded.members(volume, QUERY_OVERLAP, spec, seed))
-                moments.loss = loaded.learning_loss(volume)
-            arrays = moments.to_arrays()
-            write_atomic(self.path(model, image, spec), partial(_save, arrays))
+                write_atomic(
+                    self.path(model, image, spec), _writer(loaded, volume, spec, seed, len(model.facts["classes"]))
+                )
             report(done, len(missing))
         self._prune(model)
         return len(missing)
@@ -109,6 +115,17 @@ class MomentsCache:
 @lru_cache(maxsize=1 << 16)
 def _name(digest: str, spec: PosteriorSpec) -> str:
     return f"{text_digest(digest, asdict(spec), QUERY_OVERLAP)[:32]}.npz"
+
+
+def _writer(ensemble: Ensemble, volume: Volume, spec: PosteriorSpec, seed: int, classes: int) -> _Write:
+    """What writes an image's moments to a file: at once, or slab by slab where they would fill the memory."""
+    loss = ensemble.learning_loss(volume)
+    if is_large(1 + classes, volume.shape):
+        slabs = streamed_moments(ensemble, volume, QUERY_OVERLAP, spec, seed, 1 + classes)
+        return partial(save_slabs, slabs, loss)
+    moments = Moments.from_members(ensemble.members(volume, QUERY_OVERLAP, spec, seed))
+    moments.loss = loss
+    return partial(_save, moments.to_arrays())
 
 
 def _save(arrays: Mapping[str, Any], stream: BinaryIO) -> None:

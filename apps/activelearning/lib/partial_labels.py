@@ -43,7 +43,8 @@ def values_in(label_xyz: LabelMap) -> list[int]:
     seen[words[:1].view(np.uint8)] = True
     seen[words[1:][words[1:] != words[:-1]].view(np.uint8)] = True
     seen[flat[whole:]] = True
-    return np.flatnonzero(seen).tolist()
+    result: list[int] = np.flatnonzero(seen).tolist()
+    return result
 
 
 def check_values(label_xyz: LabelMap, classes: Mapping[str, int], allow_unlabelled: bool = True) -> None:

@@ -35,7 +35,7 @@ from lib.selectors.noise import beta_at, power, softrank
 from lib.selectors.peaks import ranked_slices
 from lib.selectors.random_regions import BACKGROUND
 from lib.summaries import Head, Summary, SummaryStore, best_of_pool, remembered, summary_key, taken_digest
-from lib.uncertainty import SCORE_MAPS, Moments
+from lib.uncertainty import Moments, score_map_of
 from lib.units import unit_grid, volume_mean
 
 
@@ -140,7 +140,7 @@ def image_candidates(
 def score_map(ask: Ask, moments: Moments) -> NDArray[np.float32]:
     """The method's uncertainty at every voxel, (X, Y, Z)."""
     assert ask.method.uncertainty is not None, "a method that ranks has an uncertainty"
-    return SCORE_MAPS[ask.method.uncertainty](moments)
+    return score_map_of(ask.method.uncertainty, moments)
 
 
 def utility_of(ask: Ask, grid: NDArray[np.float32], image: PoolImage) -> NDArray[np.floating]:
@@ -214,8 +214,8 @@ def _pool_streams(
 
 def _streams(ask: Ask, image: PoolImage, moments: Moments, limits: Mapping[int, int]) -> dict[int, list[Candidate]]:
     size, stride, score = ask.box_size(image), ask.stride, score_map(ask, moments)
-    maps = {s: score if s == ALL else score * moments.mean_of(s) for s in limits}
-    grids = {s: unit_grid(m, size, stride) for s, m in maps.items()}
+    # A map a class would be too much of a large image at once.
+    grids = {s: unit_grid(score if s == ALL else score * moments.mean_of(s), size, stride) for s in limits}
     utilities: dict[int, NDArray[np.floating]] = dict(grids)
     if ask.option("schedule") != "none":
         beta = _beta(ask)

@@ -134,7 +134,7 @@ class Ensemble:
             return
         for number, network in enumerate(self.networks if spec.ensemble else self.networks[:1]):
             for pass_ in range(max(1, spec.passes)):
-                with _dropout(network, spec.dropout if spec.passes else None, seed + 1000 * number + pass_):
+                with dropout(network, spec.dropout if spec.passes else None, seed + 1000 * number + pass_):
                     yield from self._views(network, image, volume.shape, overlap, spec, seed)
 
     def _views(
@@ -231,7 +231,7 @@ class Ensemble:
 
 
 @contextmanager
-def _dropout(network: nn.Module, rate: float | None, seed: int) -> Iterator[None]:
+def dropout(network: nn.Module, rate: float | None, seed: int) -> Iterator[None]:
     """Dropout switched on at `rate` inside of the block, drawn from `seed`; None changes nothing."""
     layers = [m for m in network.modules() if isinstance(m, nn.Dropout | nn.Dropout2d | nn.Dropout3d)]
     if rate is None:

@@ -69,7 +69,7 @@ class Proposals:
         try:
             with np.load(self._path(query_id)) as arrays:
                 return str(arrays["model"])
-        except FileNotFoundError:
+        except (FileNotFoundError, zipfile.BadZipFile):
             return None
 
     def listed(self) -> set[int]:

@@ -26,7 +26,7 @@ from lib.ledger_records import Query
 from lib.methods import QueryMethod
 from lib.regions import Region
 from lib.thumbnails import RGB, thumbnail
-from lib.uncertainty import SCORE_MAPS
+from lib.uncertainty import SCORE_MAPS, score_map_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,4 +101,4 @@ def _save(rgb: RGB, stream: BinaryIO) -> None:
 def _score_map(method: QueryMethod, evidence: object, image: str) -> NDArray[np.floating] | None:
     if method.uncertainty not in SCORE_MAPS or not isinstance(evidence, ModelEvidence):
         return None
-    return SCORE_MAPS[method.uncertainty](evidence.moments(image))
+    return score_map_of(method.uncertainty, evidence.moments(image))

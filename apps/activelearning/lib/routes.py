@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sqlite3
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +28,20 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.clients import IdentifiedClients
-from lib.errors import SPEAKING, refuse, speaking_errors, status_of
+from lib.errors import SPEAKING, refuse, speaking_errors, status_of, storage_problem
 from lib.lease_routes import answer_routes, lease_routes, times
 from lib.off_loop import Threads, prefer_answers
 from lib.options import AppOptions, found_wrong
 from lib.page_routes import page_routes
 from lib.request_checks import CheckedRequests
 from lib.task_routes import infer_routes, task_routes
-from lib.tokens import accept_signed_tokens
+from lib.tokens import accept_signed_tokens, unanswered
 from lib.upstream_routes import datastore_routes, other_routes, session_routes
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
+
+logger = logging.getLogger(__name__)
 
 
 class SpeakingErrors:
@@ -66,11 +70,15 @@ class SpeakingErrors:
             sentence = f"the server behind this one refused it with {told}; check user, password and address"
             await _answer(401 if told in (400, 401) else 503, sentence)(scope, receive, send)
         except requests.RequestException as error:
-            await _answer(503, f"another server does not answer ({type(error).__name__}); try again")(
-                scope, receive, send
-            )
+            await _answer(*unanswered(error))(scope, receive, send)
         except json.JSONDecodeError as error:
             await _answer(400, f"params must be a JSON object; it is not readable: {error}")(scope, receive, send)
+        except (OSError, sqlite3.OperationalError) as error:
+            sentence = storage_problem(error)
+            if sentence is None:
+                raise
+            logger.error("%s %s: %s", scope.get("method"), scope.get("path"), error)
+            await _answer(507, sentence)(scope, receive, send)
 
 
 def _answer(status: int, sentence: str) -> JSONResponse:
@@ -97,11 +105,16 @@ def install(patchwise: PatchwiseApp) -> None:
     from monailabel.app import app
 
     accept_signed_tokens()
-    own = [routes, lease_routes, answer_routes, page_routes]
-    guarding = [datastore_routes, session_routes, infer_routes, task_routes, other_routes]
     # Uploads of a form wait on disk, not in memory, before a route has them.
     MultiPartParser.spool_max_size = 2**16
-    _install(app, [make(patchwise) for make in [*own, *guarding]], patchwise.options)
+    _install(app, routers(patchwise), patchwise.options)
+
+
+def routers(patchwise: PatchwiseApp) -> list[APIRouter]:
+    """Every route that this project adds to upstream's, or puts in front of one of them."""
+    own = [routes, lease_routes, answer_routes, page_routes]
+    guarding = [datastore_routes, session_routes, infer_routes, task_routes, other_routes]
+    return [make(patchwise) for make in (*own, *guarding)]
 
 
 def _install(app: FastAPI, routers: Sequence[APIRouter], options: AppOptions) -> None:

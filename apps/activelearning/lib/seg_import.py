@@ -25,6 +25,7 @@ from lib.images import ImageError, save_label
 from lib.ledger import QueryLedger
 from lib.ledger_records import Query
 from lib.partial_labels import LabelError
+from lib.patient_logs import told
 
 if TYPE_CHECKING:
     from lib.dicom_datastore import DicomDatastore
@@ -119,8 +120,8 @@ class SegImporter:
             return
         except Exception as error:
             # Whatever is wrong with one object, the others still have to come in.
-            logger.exception("segmentation %s of %s cannot be read", instance, image)
-            self.note(instance, LEFT, image, f"it cannot be read ({type(error).__name__}: {error}); store it again")
+            logger.error("segmentation %s of %s cannot be read: %s", instance, image, told(error))
+            self.note(instance, LEFT, image, f"it cannot be read ({told(error)}); store it again")
             return
         logger.info("segmentation %s of %s became answer %d", instance, image, answer)
         self.note(instance, IMPORTED, image, "", answer)

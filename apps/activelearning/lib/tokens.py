@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
 
 import jwt
+import requests
 from monailabel.config import settings
 from monailabel.endpoints.user import auth
 
@@ -24,4 +26,31 @@ def accept_signed_tokens() -> None:
     MONAI Label names none, which PyJWT refuses since 2.0: every token would be answered with 401.
     """
     if settings.MONAI_LABEL_AUTH_ENABLE:
-        auth.jwt = SimpleNamespace(decode=partial(jwt.decode, algorithms=ALGORITHMS))
+        auth.jwt = SimpleNamespace(decode=decode)
+
+
+def decode(token: str, key: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Claims of a token that is signed, ends some day, and names a user and a list of roles.
+
+    Raises:
+        jwt.InvalidTokenError: it does not; MONAI Label answers with 401, where a missing claim would end it with 500.
+    """
+    wanted: Any = {**options, "require": ["exp"]}
+    claims: dict[str, Any] = jwt.decode(token, key, algorithms=ALGORITHMS, options=wanted)
+    if not isinstance(claims.get(settings.MONAI_LABEL_AUTH_TOKEN_USERNAME), str):
+        raise jwt.InvalidTokenError(f"the token has no {settings.MONAI_LABEL_AUTH_TOKEN_USERNAME}")
+    roles: Any = claims
+    for step in settings.MONAI_LABEL_AUTH_TOKEN_ROLES.split("#"):
+        roles = roles.get(step) if isinstance(roles, dict) else None
+    if not (isinstance(roles, list) and all(isinstance(role, str) for role in roles)):
+        raise jwt.InvalidTokenError(f"the token has no list of roles at {settings.MONAI_LABEL_AUTH_TOKEN_ROLES}")
+    return claims
+
+
+def unanswered(error: requests.RequestException) -> tuple[int, str]:
+    """Status and sentence for another server that refused user and password, or did not answer as it should."""
+    if error.response is not None and error.response.status_code in (400, 401):
+        return 401, "user and password were not accepted"
+    asked = getattr(error.request, "url", None)
+    name = urlsplit(asked).netloc if asked else "that this request needs"
+    return 503, f"the server {name} does not answer as it should; ask its administrator"

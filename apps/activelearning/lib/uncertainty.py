@@ -11,6 +11,7 @@ Axes: m members, c classes (background included), x y z voxels. Natural logarith
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +149,10 @@ class Moments:
             moments.loss = np.asarray(arrays["learning_loss"], np.float32)
         return moments
 
+    def whole(self, read: Callable[[Moments], NDArray[Any]]) -> NDArray[Any]:
+        """The map (X, Y, Z) that `read` makes of moments voxel by voxel; of moments on disk, a part at a time."""
+        return read(self)
+
     def learning_loss(self) -> Array:
         """Loss (X, Y, Z) that the members' heads predict; it comes with the moments, not from the probabilities.
 
@@ -223,7 +228,8 @@ class Moments:
         index = (slice(None), *box)
         total = sum(p[index] for p in self._held) if self._held else self._ready()[0][index]
         winners = np.asarray(total).argmax(axis=0)
-        return np.bincount(winners.ravel(), minlength=self.shape[0]) / max(winners.size, 1)
+        result: NDArray[np.float64] = np.bincount(winners.ravel(), minlength=self.shape[0]) / max(winners.size, 1)
+        return result
 
     def predicted(self) -> NDArray[np.intp]:
         """Most probable class (X, Y, Z), argmax_c mean; the lowest class among equals."""
@@ -272,6 +278,13 @@ UNCERTAINTIES: dict[str, Callable[[Moments], Array]] = {
 
 SCORE_MAPS: dict[str, Callable[[Moments], Array]] = {**UNCERTAINTIES, "learning_loss": Moments.learning_loss}
 """Every map that units can be ranked by."""
+
+
+def score_map_of(name: str, moments: Moments) -> Array:
+    """The map (X, Y, Z) of that name, whether the moments are in memory or on disk."""
+    if name == "learning_loss":
+        return moments.learning_loss()
+    return moments.whole(UNCERTAINTIES[name])
 
 
 def class_weighted(moments: Moments, weights_c: ArrayLike) -> Array:

@@ -163,11 +163,11 @@ def other_routes(patchwise: PatchwiseApp) -> APIRouter:
     router = APIRouter()
 
     @router.put("/model/{model}", tags=["Model"], summary="Refused: networks come from trainings")
-    async def upload_model(model: str, user: User = ANNOTATOR) -> None:
+    async def upload_model(model: str, user: User = ADMIN) -> None:
         refuse("weights are not taken from requests; a network comes from POST /train/{bundle} on this server", 403)
 
     @router.delete("/model/{model}", tags=["Model"], summary="Refused: the folder keeps its networks")
-    async def delete_model(model: str, user: User = ANNOTATOR) -> None:
+    async def delete_model(model: str, user: User = ADMIN) -> None:
         refuse("networks are not deleted by requests; train anew, or remove the folder under .patchwise/models", 403)
 
     @router.post("/reload", include_in_schema=False)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ def image_limits(n_per_image: int, ratio: float, classes: Sequence[int]) -> dict
 
 
 def pick_streams(
-    grids: Mapping[int, NDArray[np.floating]],
+    grids: Mapping[int, NDArray[np.floating[Any]]],
     size: Sequence[int],
     stride: Sequence[int],
     taken: Sequence[Box],

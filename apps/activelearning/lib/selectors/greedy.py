@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from lib.regions import Box, Triple, triple
 ScoredBox = tuple[Triple, float]
 
 
-def forbid(grid: NDArray[np.floating], size: Sequence[int], stride: Sequence[int], boxes: Iterable[Box]) -> None:
+def forbid(grid: NDArray[np.floating[Any]], size: Sequence[int], stride: Sequence[int], boxes: Iterable[Box]) -> None:
     """Set to -inf, in place, every position of `grid` whose box of `size` shares a voxel with one of `boxes`.
 
     Position i starts at voxel i * stride; it meets (t, d) where t - size < i * stride < t + d on every axis.
@@ -32,8 +33,8 @@ def forbid(grid: NDArray[np.floating], size: Sequence[int], stride: Sequence[int
 
 
 def open_grid(
-    grid: NDArray[np.floating], size: Sequence[int], stride: Sequence[int], taken: Iterable[Box]
-) -> NDArray[np.floating]:
+    grid: NDArray[np.floating[Any]], size: Sequence[int], stride: Sequence[int], taken: Iterable[Box]
+) -> NDArray[np.floating[Any]]:
     """Copy of `grid` in which only free positions are above -inf.
 
     A score of -inf (the logarithm of nothing) stays choosable, last; NaN never is.
@@ -53,7 +54,7 @@ class BoxQueue:
     """
 
     def __init__(
-        self, grid: NDArray[np.floating], size: Sequence[int], stride: Sequence[int], taken: Iterable[Box]
+        self, grid: NDArray[np.floating[Any]], size: Sequence[int], stride: Sequence[int], taken: Iterable[Box]
     ) -> None:
         self._grid = grid
         self._size, self._stride = triple(size), triple(stride, "stride")
@@ -77,7 +78,7 @@ class BoxQueue:
 
 
 def best_boxes(
-    grid: NDArray[np.floating],
+    grid: NDArray[np.floating[Any]],
     size: Sequence[int],
     stride: Sequence[int] = (1, 1, 1),
     taken: Iterable[Box] = (),
@@ -100,7 +101,7 @@ def best_boxes(
 
 
 def best_boxes_over(
-    grids: Sequence[NDArray[np.floating]],
+    grids: Sequence[NDArray[np.floating[Any]]],
     size: Sequence[int],
     stride: Sequence[int],
     taken: Sequence[Iterable[Box]],

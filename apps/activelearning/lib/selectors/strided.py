@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ def strided_blocks(
     budget: int,
     rng: np.random.Generator,
     *,
-    scores: Mapping[str, NDArray[np.floating]] | None = None,
+    scores: Mapping[str, NDArray[np.floating[Any]]] | None = None,
     pseudo: Mapping[str, NDArray[np.bool_]] | None = None,
     avoid_pseudo: bool = True,
 ) -> list[Block]:

@@ -72,7 +72,8 @@ class _Coverage:
             np.maximum(rise, 0, out=rise)
             # In double precision each row is summed alike however many are evaluated together.
             found[a : a + _ROWS] = rise.astype(np.float64).sum(axis=1)
-        return found + self.own[rows]
+        result: NDArray[np.float64] = found + self.own[rows]
+        return result
 
     def take(self, row: int) -> None:
         """Cover queries by `row`."""

@@ -93,7 +93,8 @@ def fisher_diagonal(gradients: ArrayLike, published: bool = False) -> Array:
     `published` gives the square of the first sample, which is what ALUNET's code uses.
     """
     g = np.asarray(gradients, dtype=np.float64)
-    return np.square(g[0]) if published else np.square(g).mean(axis=0)
+    result: NDArray[np.float64] = np.square(g[0]) if published else np.square(g).mean(axis=0)
+    return result
 
 
 def cosine_similarity(candidates: ArrayLike, queries: ArrayLike) -> Array:

@@ -91,7 +91,7 @@ class FolderTraining:
         everyone = [sorted(labels)] * self.members
         job = Job(bundle.folder, store.folder, len(classes), recipe, digest, self.seed, 0, everyone, plan=plan)
         layout = Layout.of(self.members, [str(choose_device(self.options.device))], torch.get_num_threads(), 1)
-        pending = [m for m in range(self.members) if not store.member_path(digest, m).is_file()]
+        pending = sorted(set(range(self.members)) - set(store.finished_members(digest, self.members)))
         train_members(job, cases, pending, layout, self.output / "job", _report)
         facts = {
             "round": 0,

@@ -278,7 +278,7 @@ class EnsembleTrainTask(TrainTask):
 
     def _train_members(self, job: Job, cases: list[TrainingCase], devices: list[str]) -> None:
         members = len(job.splits)
-        done = [member for member in range(members) if self.store.member_path(job.digest, member).is_file()]
+        done = self.store.finished_members(job.digest, members)
         if done:
             logger.info("members %s of %d are trained already", ", ".join(str(m + 1) for m in done), members)
         threads = self.options.threads or torch.get_num_threads()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,8 +272,8 @@ class _Member:
         write_atomic(path, lambda stream: torch.save(state, stream))
 
     def load(self, path: Path | None) -> int:
-        """Takes up the state in `path`; how many steps it holds, 0 where there is none."""
-        if path is None or not path.is_file():
+        """Takes up the state in `path`; how many steps it holds, 0 where there is none or it was cut short."""
+        if path is None or not zipfile.is_zipfile(path):
             return 0
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.network.load_state_dict(state["network"])

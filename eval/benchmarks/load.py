@@ -1,0 +1,163 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""`python -m eval bench load`: half an hour of annotators, trainings and scorings on one server; then a pool of 10,000.
+
+Environment: MINUTES (30), IMAGES (2000), MANY (10000), THINK (4 seconds between two steps of an annotator). Memory and
+file handles are those of the server's own process: trainings and scorings end and give theirs back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+
+from eval.benchmarks import Row
+from eval.benchmarks.latency import ANNOTATORS, CLASSES, Annotators, Times, make_pool, submit
+from eval.benchmarks.rounds import BUNDLE
+from eval.benchmarks.timing import row
+from eval.client import LabelClient
+from eval.server import ServerProcess
+
+GROWTH_BAR = 1.05
+START_BAR, NEXT_BAR = 10.0, 0.200
+_SAMPLE_SECONDS = 5.0
+_BATCH = 200
+
+
+@dataclass
+class Samples:
+    """What the server's process held, every few seconds: (seconds, bytes, open files, threads)."""
+
+    taken: list[tuple[float, int, int, int]] = field(default_factory=list)
+
+    def watch(self, pid: int, over: threading.Event) -> None:
+        """Samples until told to stop."""
+        process, began = psutil.Process(pid), time.monotonic()
+        while not over.wait(_SAMPLE_SECONDS):
+            memory = process.memory_info().rss
+            self.taken.append((time.monotonic() - began, memory, process.num_fds(), process.num_threads()))
+
+    def growth(self, column: int) -> tuple[float, float]:
+        """Median of the last tenth of the time and of the second tenth: start-up fills caches, which is no leak."""
+        values = np.array(self.taken)
+        seconds = values[:, 0] / values[-1, 0]
+        early, late = (seconds >= 0.1) & (seconds < 0.2), seconds >= 0.9
+        return float(np.median(values[late, column])), float(np.median(values[early, column]))
+
+
+def run() -> Iterator[Row]:
+    """Rows of latencies, memory and handles, and of a start with 10,000 images."""
+    minutes = float(os.environ.get("MINUTES", 30))
+    images, many = int(os.environ.get("IMAGES", 2000)), int(os.environ.get("MANY", 10_000))
+    os.environ.setdefault("THINK", "4")
+    with tempfile.TemporaryDirectory() as name:
+        yield from _under_load(Path(name), images, minutes)
+    with tempfile.TemporaryDirectory() as name:
+        yield from _large_pool(Path(name), many)
+
+
+def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
+    labels = make_pool(folder, images)
+    train = {"members": 2, "steps": 100, "patch": [24, 24, 24], "threads": 1}
+    conf = {"auto_rounds": "true", "auto_train": json.dumps(train), "batch": _BATCH, "stop_batches": 50, "threads": 1}
+    server = ServerProcess(folder / "studies", conf, log=folder / "server.log", threads=1)
+    server.start()
+    times, samples, over = Times(), Samples(), threading.Event()
+    assert server.process
+    watch = threading.Thread(target=samples.watch, args=(server.process.pid, over), daemon=True)
+    try:
+        _first_round(server.url, labels)
+        watch.start()
+        with Annotators(server.url, labels, times, "power_pe", waits=True) as people:
+            people.start(1_000_000)
+            over.wait(60 * minutes)
+        people.check()
+        facts = httpx.get(f"{server.url}/info/", timeout=60).json()["patchwise"]
+    finally:
+        over.set()
+        server.stop()
+    where = f", {minutes:g} minutes, {images} images, {ANNOTATORS} annotators, rounds"
+    yield from times.rows(where)
+    memory, handles = samples.growth(1), samples.growth(2)
+    yield {**_growth(f"memory at the end against the start{where}", *memory, "MiB"), "round": facts["model"]["round"]}
+    yield {**_growth(f"open files at the end against the start{where}", *handles, "files"), **facts["queries"]}
+
+
+def _growth(name: str, late: float, early: float, unit: str) -> Row:
+    """A row whose ratio is what was allowed to what was found."""
+    scale = 2**20 if unit == "MiB" else 1
+    return {**row(name, late / scale, GROWTH_BAR * early / scale, 1.0), "unit": unit}
+
+
+def _first_round(url: str, labels: dict[str, bytes]) -> None:
+    """A model and its scores, so that everybody is asked by uncertainty from the beginning."""
+    client = LabelClient(url)
+    for image in list(labels)[:4]:
+        client.save(image, labels[image], {"whole": True, "label_info": CLASSES})
+    deadline = time.monotonic() + 600
+    while not (client.info()["patchwise"]["queries"].get("proposed") and client.info()["patchwise"]["model"]):
+        if time.monotonic() > deadline:
+            raise RuntimeError("no batch was planned within ten minutes")
+        time.sleep(2)
+    client.close()
+
+
+def _large_pool(folder: Path, images: int) -> Iterator[Row]:
+    labels = make_pool(folder, images)
+    server = ServerProcess(folder / "studies", {"members": 1, "threads": 1}, log=folder / "server.log", threads=1)
+    # A new folder is read once; what a hospital waits for is every start after that.
+    starts = []
+    for _ in range(4):
+        began = time.perf_counter()
+        server.start()
+        starts.append(time.perf_counter() - began)
+        _wait_until_read(server.url)
+        if len(starts) < 4:
+            server.stop()
+    try:
+        client = LabelClient(server.url)
+        for image in list(labels)[:4]:
+            client.save(image, labels[image], {"whole": True, "label_info": CLASSES})
+        client.train(BUNDLE, {"steps": 20})
+        client.score("predictive_entropy", {})
+        client.close()
+        times = {method: list(_asked(server.url, labels, method)) for method in ("random", "power_pe")}
+    finally:
+        server.stop()
+    yield {
+        **row(f"start, {images} images", float(np.median(starts[1:])), START_BAR, 1.0),
+        "first_s": round(starts[0], 2),
+    }
+    for method, taken in times.items():
+        yield row(f"next region by {method}, {images} images: p95", float(np.percentile(taken, 95)), NEXT_BAR, 1.0)
+
+
+def _wait_until_read(url: str) -> None:
+    """Until a first region is found, which needs the grid of every image."""
+    httpx.post(f"{url}/activelearning/random", json={"client_id": "first"}, timeout=600).raise_for_status()
+
+
+def _asked(url: str, labels: dict[str, bytes], method: str) -> Iterator[float]:
+    """Seconds of each next region while one annotator works, after a first one that fills caches."""
+    with httpx.Client(base_url=url, timeout=600) as http:
+        http.post(f"/activelearning/{method}", json={"client_id": "first"}).raise_for_status()
+        for _ in range(60):
+            began = time.perf_counter()
+            reply = http.post(f"/activelearning/{method}", json={"client_id": "ann"}).raise_for_status()
+            yield time.perf_counter() - began
+            (region,) = reply.json()["regions"]
+            image = region["image"]
+            submit(http, image, labels[image], {"queries": [region["query"]], "client_id": "ann"})

@@ -111,14 +111,14 @@ def _values(metric: str, numbers: Numbers) -> pd.Series:
 
 def _rounds_meant(cases: pd.DataFrame, match: re.Match[str]) -> pd.DataFrame:
     if match["when"] == "cycles":
-        result: pd.DataFrame = cases[cases["round"] > 0]
-        return result
-    if match["when"] == "final":
+        meant = cases["round"] > 0
+    elif match["when"] == "final":
         last = cases.groupby(["method", "seed"])["round"].transform("max")
         own = only_methods(cases)["round"].max()
-        result = cases[(cases["round"] == last) & ((last == own) | (cases["method"] == FULL_DATA))]
-        return result
-    result = cases[(cases["round"] == int(match["round"])) & (cases["method"] != FULL_DATA)]
+        meant = (cases["round"] == last) & ((last == own) | (cases["method"] == FULL_DATA))
+    else:
+        meant = (cases["round"] == int(match["round"])) & (cases["method"] != FULL_DATA)
+    result: pd.DataFrame = cases[meant]
     return result
 
 

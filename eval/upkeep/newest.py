@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from packaging.utils import canonicalize_name
 from eval.upkeep.licences import ROOT, required
 
 FILES = ("requirements.txt", "requirements-dev.txt")
+KEPT = ("torch", "torchvision")
 _FAST = "not slow and not dicom and not system"
 _LOWER = (">=", ">", "~=")  # bounds that a newer version keeps; ~= is one and a cap
 _UNRESOLVED = (
@@ -59,6 +60,17 @@ def loosened(requirements: Iterable[str], kept: Iterable[str] = ()) -> list[str]
             marker = f"; {wanted.marker}" if wanted.marker else ""
             line = f"{wanted.name}{extras}{','.join(floors)}{marker}"
         found.append(line)
+    return found
+
+
+def without_builds(lock: Iterable[str], kept: Iterable[str] = KEPT) -> list[str]:
+    """Lines of a lock file without `kept` packages and what only their GPU builds need."""
+    left_out = (*kept, "triton")
+    found = []
+    for line in lock:
+        name = line.split("==")[0].split("[")[0].strip()
+        if "==" in line and name not in left_out and not name.startswith(("nvidia-", "cuda-")):
+            found.append(line.strip())
     return found
 
 
@@ -119,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the environment, runs the tests in it and says what broke; for the exit code see the module."""
     options = _parser().parse_args(arguments)
     asked = [line for name in FILES for line in required(ROOT / name)]
-    kept = () if options.torch == "newest" else ("torch", "torchvision")
+    kept = () if options.torch == "newest" else KEPT
     python = options.folder / "bin" / "python"
-    reason = _install(options.folder, loosened(asked, kept), options.minutes * 60)
+    reason = _install(options.folder, loosened(asked, kept), kept, options.minutes * 60)
     if reason:
         sys.stdout.write((json.dumps({"unresolved": reason}) if options.json else reason) + "\n")
         return 2
@@ -151,19 +163,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _install(folder: Path, requirements: Sequence[str], seconds: float) -> str | None:
-    """Makes an environment with the requirements; why that is impossible, or None."""
+def _install(folder: Path, requirements: Sequence[str], kept: Collection[str], seconds: float) -> str | None:
+    """Makes an environment with the requirements; why that is impossible, or None.
+
+    uv resolves, as pip tries versions in turn for hours where newer ones exclude each other. The packages in `kept` are
+    installed by pip as `make install` does, with whatever build of them it knows.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", *requirements]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    pinned = [line for line in requirements if canonicalize_name(Requirement(line).name) in kept]
+    with tempfile.TemporaryDirectory(prefix="patchwise-") as made:
+        asked, lock = Path(made) / "asked.txt", Path(made) / "lock.txt"
+        asked.write_text("\n".join(requirements), encoding="utf-8")
+        uv = [str(folder / "bin" / "uv"), "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
+        reason = (
+            _failed([*pip, "uv"], seconds)
+            or _failed([*uv, "--native-tls", str(asked), "--output-file", str(lock)], seconds)
+            or (_failed([*pip, *pinned], seconds) if pinned else None)
+        )
+        if reason is None:
+            rest = without_builds(lock.read_text(encoding="utf-8").splitlines()) if kept else [f"-r{lock}"]
+            reason = _failed([*pip, "--no-deps", *rest], seconds)
+    return reason
+
+
+def _failed(command: Sequence[str], seconds: float) -> str | None:
+    """Runs a program; why it failed, or None."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"pip found no set of newest versions in {seconds / 60:g} minutes; cap the package that it tries in turn"
+        return f"no environment within {seconds / 60:g} minutes: {' '.join(command[:5])} did not end"
     if done.returncode == 0:
         return None
-    names = ", ".join(unresolved(done.stdout + done.stderr))
-    last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-    return f"no set of newest versions: {names} could not be resolved" if names else f"pip failed: {last}"
+    said = done.stdout + done.stderr
+    names = ", ".join(unresolved(said))
+    last = (said.strip().splitlines() or ["it says nothing"])[-1]
+    told = " ".join(line.strip(" \u2502\u2570\u2500\u25b6\u00d7") for line in said.splitlines() if "ecause" in line)
+    return f"no set of newest versions: {f'{names} could not be resolved' if names else told or last}"
 
 
 def _versions(python: Path) -> dict[str, str]:

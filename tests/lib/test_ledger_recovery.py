@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lib.annotations import Annotations
 from lib.ledger import QueryLedger
 from lib.ledger_records import Asked
+from lib.ledger_store import LedgerError
 from lib.regions import Region
 from tests.eval.answered import CLASSES, SHAPE, Studies, geometry
 
@@ -195,3 +196,17 @@ def test_whatever_happened_after_any_copy_and_a_torn_last_line_nothing_answered_
     set_back(studies, copy)
     recover(studies)
     assert content(studies.ledger) == before
+
+
+def test_a_damaged_file_is_told_with_what_to_do(tmp_path):
+    studies = Studies(tmp_path / "studies")
+    path = studies.ledger.path
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(path.read_bytes())
+    # The header stays, so that it opens; most of its pages are noise.
+    for start in range(4096, len(content) - 4096, 4096):
+        content[start : start + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match=r"(?s)ledger.sqlite is damaged .* the answers come back from journal.jsonl"):
+        recover(studies)

@@ -212,3 +212,90 @@ def test_drawing_class_by_class_is_drawing_all_at_once(truth, before, start):
     for c in (1, 2):
         by_class.add(np.where(truth == c, truth, 0).astype(np.uint8), [box], [c])
     np.testing.assert_array_equal(by_class.merged(), at_once.merged())
+
+
+@pytest.mark.parametrize("classes", [0, 64])
+def test_class_by_class_works_with_up_to_63_classes(classes):
+    with pytest.raises(LabelError, match=f"up to 63 classes, found {classes}"):
+        ClasswiseLabels(SHAPE, classes)
+
+
+def test_63_classes_are_told_apart():
+    state = ClasswiseLabels((1, 1, 2), 63)
+    nothing, box = np.zeros((1, 1, 2), np.uint8), Region("case", (0, 0, 0), (1, 1, 1))
+    state.add(nothing, [box], range(2, 64))
+    assert state.merged().tolist() == [[[UNLABELLED, UNLABELLED]]]
+    codes = {}
+    assert state.encoded(codes).tolist() == [[[64, UNLABELLED]]]
+    assert possible_classes(codes, 63) == [[True, True] + [False] * 62]
+    state.add(nothing, [box], [1])
+    assert state.merged().tolist() == [[[0, UNLABELLED]]]
+
+
+def test_more_combinations_than_values_are_refused():
+    state = ClasswiseLabels((1, 1, 1), 63)
+    state.add(np.zeros((1, 1, 1), np.uint8), [Region("case", (0, 0, 0), (1, 1, 1))], [1])
+    full = {1 << 20 | number: 64 + number for number in range(190)}
+    assert state.encoded(dict(full)).tolist() == [[[254]]]
+    with pytest.raises(LabelError, match="more than 191 combinations"):
+        state.encoded({**full, 1 << 21: 254})
+
+
+def test_label_maps_have_the_type_and_memory_order_of_nifti_files():
+    label = unlabelled((2, 3, 4))
+    assert label.dtype == np.uint8
+    assert label.flags.f_contiguous
+    assert (label == 255).all()
+    answer, whole = np.ones((2, 3, 4), np.uint8, order="F"), Region("case", (0, 0, 0), (2, 3, 4))
+    for copied in (
+        merge(label, answer, [whole]),
+        remap_by_name(answer, None, CLASSES),
+        remap_by_name(answer, [{"name": "anterior", "idx": 1}], CLASSES),
+        remap_by_name(answer, [{"name": "posterior", "idx": 1}], CLASSES),
+    ):
+        assert copied.dtype == np.uint8
+        assert copied is not answer
+        assert not np.shares_memory(copied, answer)
+    assert merge(label, answer, [whole]).flags.f_contiguous
+    assert remap_by_name(answer, None, CLASSES).flags.f_contiguous
+    assert remap_by_name(answer, [{"name": "anterior", "idx": 1}], CLASSES).flags.f_contiguous
+
+
+@pytest.mark.parametrize("name", ["background", "Background", "query_region"])
+def test_segments_that_are_no_class_become_background_by_name(name):
+    submitted = np.array([0, 1, 254], np.uint8).reshape(-1, 1, 1)
+    info = [{"name": "anterior", "idx": 1}, {"name": name, "idx": 254}]
+    assert remap_by_name(submitted, info, CLASSES).ravel().tolist() == [0, 1, 0]
+
+
+def test_every_segment_without_a_class_is_named_with_what_to_do():
+    submitted = np.array([0, 1, 2], np.uint8).reshape(-1, 1, 1)
+    info = [{"name": "tumour", "idx": 1}, {"name": "cyst", "idx": 2}]
+    with pytest.raises(LabelError) as refused:
+        remap_by_name(submitted, info, CLASSES)
+    assert str(refused.value) == (
+        "segments 1 (tumour), 2 (cyst) are no class of this project; known classes are anterior, posterior: "
+        "rename or remove the segments and submit again"
+    )
+    with pytest.raises(LabelError) as refused:
+        settle_values(np.full((1, 1, 1), 2, np.uint8), LEFT_OUT)
+    assert str(refused.value).endswith(
+        "its place among the exported segments): delete the segment that was left out (background or scribbles) and "
+        "submit again"
+    )
+
+
+def test_a_project_of_one_class_is_drawn_class_by_class_too():
+    state = ClasswiseLabels((1, 1, 2), 1)
+    state.add(np.array([[[1, 0]]], np.uint8), [Region("case", (0, 0, 0), (1, 1, 2))], [1])
+    assert state.merged().tolist() == [[[1, 0]]]
+
+
+def test_a_class_drawn_over_what_was_ruled_out_keeps_its_value_in_the_code():
+    state = ClasswiseLabels((1, 1, 2), 2)
+    both = [Region("case", (0, 0, 0), (1, 1, 2))]
+    state.add(np.zeros((1, 1, 2), np.uint8), both, [1])
+    state.add(np.array([[[2, 255]]], np.uint8), both, [2])
+    codes = {}
+    assert state.encoded(codes).tolist() == [[[2, 3]]]
+    assert codes == {0b01: 3}

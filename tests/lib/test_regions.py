@@ -85,3 +85,7 @@ def test_millimetres_become_voxels_and_never_none():
 def test_what_is_no_box_is_refused(start, size):
     with pytest.raises(ValueError, match=r"case|three whole numbers"):
         Region("case", start, size)
+
+
+def test_voxels_of_a_region():
+    assert Region("case", (1, 2, 3), (4, 5, 6)).voxels == 120

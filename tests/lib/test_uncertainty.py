@@ -206,3 +206,16 @@ def test_members_as_tensors_give_the_moments_of_members_as_arrays():
     for name, expected in arrays.to_arrays().items():
         np.testing.assert_array_equal(tensors.to_arrays()[name], expected)
     np.testing.assert_array_equal(tensors.mutual_information(), arrays.mutual_information())
+
+
+def test_stored_moments_are_whole_and_may_carry_a_predicted_loss() -> None:
+    arrays = Moments.from_members(members()).to_arrays()
+    with pytest.raises(ValueError, match="members predict no loss"):
+        Moments.from_arrays(arrays).learning_loss()
+    loss = np.arange(60, dtype=np.float32).reshape(5, 4, 3)
+    np.testing.assert_array_equal(Moments.from_arrays({**arrays, "learning_loss": loss}).learning_loss(), loss)
+    with pytest.raises(ValueError, match=r"lack \['entropy'\]: delete this cache entry"):
+        Moments.from_arrays({name: array for name, array in arrays.items() if name != "entropy"})
+    for name in ("spread", "entropy"):
+        with pytest.raises(ValueError, match="disagree in shape"):
+            Moments.from_arrays({**arrays, name: arrays[name][..., :1]})

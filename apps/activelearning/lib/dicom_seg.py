@@ -20,6 +20,7 @@ from pydicom.valuerep import DA, TM
 from lib.dicom_series import FLIP, series_grid
 from lib.frames import FRAME_SEGMENT
 from lib.partial_labels import BACKGROUND, UNLABELLED, LabelError, LabelMap
+from lib.patient_logs import told
 from lib.regions import Region, Triple
 
 WRITER = "Patchwise label server"
@@ -90,8 +91,7 @@ def read_segmentation(
         raise
     except Exception as error:
         # Any attribute of an object that somebody stored may be missing, of another type, or out of range.
-        told = " ".join(str(error).split())[:200]
-        raise LabelError(f"the segmentation is damaged ({type(error).__name__}: {told}); store it again") from error
+        raise LabelError(f"the segmentation is damaged ({told(error)}); store it again") from error
 
 
 def _read(

@@ -186,3 +186,9 @@ def test_measures_match_the_burmeister_reference(shared):
                 directed = case["hd95_max_of_directed_percentiles"][c]
                 assert surfaces.hausdorff(95) == pytest.approx(directed, abs=1e-5)
                 assert surfaces.hausdorff(95, pooled=True) == pytest.approx(case["hd_0.95"][c], abs=1e-5)
+
+
+def test_a_negative_tolerance_is_refused():
+    mask = np.ones((2, 2, 2), bool)
+    with pytest.raises(ValueError, match="tolerance -1 mm is negative"):
+        Surfaces.between(mask, mask, (1, 1, 1)).dice(-1)

@@ -128,3 +128,9 @@ def test_setting_effect_matches_nnactive(shared):
         effect = setting_effect(list(golden["values"][:, m]))
         assert effect.tau == pytest.approx(float(golden["corr"][m]))
         assert effect.p == pytest.approx(float(golden["pval"][m]))
+
+
+@pytest.mark.parametrize(("fractions", "dices"), [([0.1], [0.5]), ([0.1, 0.2], [0.5]), ([[0.1, 0.2]], [[0.5, 0.6]])])
+def test_efficiency_of_less_than_two_points_is_refused(fractions, dices):
+    with pytest.raises(ValueError, match=r"needs two or more \(fraction, Dice\) pairs"):
+        foreground_efficiency(fractions, dices, 0.9)

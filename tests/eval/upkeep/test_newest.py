@@ -6,12 +6,14 @@
 """Newest versions: requirements loosened, pip's and pytest's words read, and what the command makes of them."""
 
 import json
+import sys
 
 import pytest
 
 from eval.upkeep import newest
-from eval.upkeep.newest import Moved, failed, loosened, main, moved, passed, to_text, unresolved
+from eval.upkeep.newest import Moved, failed, loosened, main, moved, passed, to_text, unresolved, without_builds
 
+UV = "  \u00d7 No solution found:\n  \u2570\u2500\u25b6 Because a==2 needs b<1 and you require b>=2, no."
 JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
 <testcase classname="tests.lib.test_units" name="test_fine"/>
 <testcase classname="tests.lib.test_units" name="test_odd[1]"><failure message="assert">trace</failure></testcase>
@@ -44,6 +46,39 @@ def test_versions_beyond_what_is_asked_for_come_first():
         Moved("pandas", ">=2.0", "2.3.1", False),
         Moved("PyYAML", "any", "6.1", False),
     ]
+
+
+def test_a_lock_file_loses_torch_and_its_gpu_libraries():
+    lock = ["# made", "numpy==2.4.0", "nvidia-cublas==13.1", "torch==2.13.0", "torchvision==0.28.0", "triton==3.7", ""]
+    assert without_builds([*lock, "cuda-bindings==13", "dask[distributed]==3", "torchmetrics==1"]) == [
+        "numpy==2.4.0",
+        "dask[distributed]==3",
+        "torchmetrics==1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("pass", None),
+        (
+            f"import sys; sys.exit({UV!r})",
+            "no set of newest versions: Because a==2 needs b<1 and you require b>=2, no.",
+        ),
+        (
+            "import sys; sys.exit('ERROR: No matching distribution found for c>9')",
+            "no set of newest versions: c>9 could not be resolved",
+        ),
+        ("import sys; sys.exit(3)", "no set of newest versions: it says nothing"),
+    ],
+)
+def test_why_a_step_failed_is_a_sentence(code, expected):
+    assert newest._failed([sys.executable, "-c", code], 60) == expected
+
+
+def test_a_step_without_an_end_is_named():
+    found = newest._failed([sys.executable, "-c", "import time; time.sleep(30)"], 0.3)
+    assert found.startswith("no environment within 0.005 minutes: ")
 
 
 def test_pip_names_what_it_cannot_resolve():
@@ -93,7 +128,7 @@ def made(monkeypatch):
         monkeypatch.setattr(newest, "required", lambda path: ["numpy==1.26.4", "torch==2.13.0"])
         monkeypatch.setattr(newest, "FILES", ("requirements.txt",))
 
-        def install(folder, requirements, seconds):
+        def install(folder, requirements, kept, seconds):
             asked["requirements"] = requirements
             return reason
 

@@ -166,7 +166,7 @@ def usim(
         fisher = fisher_diagonal(g[sample], published)
         used = _draw_parameters(fisher, parameters, rng)
         query_set = rng.choice(len(u), size, replace=True, p=p)
-        damping = 0.0 if published else 1e-8 * float(fisher.mean())
+        damping = 0.0 if published else 1e-8 * (float(fisher.mean()) or 1.0)
         similarity = fisher_similarity(g[:, used], g[np.ix_(query_set, used)], fisher[used], damping)
     way = optimizer or ("lazy" if len(u) < 1000 else "stochastic")
     indices, gains = flqmi(similarity, k, eta, way, rng)

@@ -1,0 +1,149 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Whether tests notice wrong code: mutmut changes ledger, partial labels and selectors one line at a time.
+
+Exit code 0: in every group at least 85 % of the changes made a test fail; 1: fewer; 2: mutmut did not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from eval.files import write_json
+from eval.upkeep.licences import ROOT
+
+BAR = 0.85
+# What mutmut calls a change that a test noticed; one that hangs or breaks the process was noticed too.
+NOTICED = frozenset({"killed", "timeout", "suspicious", "segfault", "caught by type check"})
+_NOT_RUN = frozenset({"skipped", "not checked", "check was interrupted by user"})
+_RESULT = re.compile(r"^\s*(?P<name>\S+): (?P<status>.+?)\s*$")
+
+
+class Group(NamedTuple):
+    """Modules that are changed, and the tests that have to notice; paths below `lib` and `tests`."""
+
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+GROUPS = {
+    "partial_labels": Group(("partial_labels.py",), ("lib/test_partial_labels.py",)),
+    "selectors": Group(("selectors/*.py",), ("lib/selectors",)),
+    "ledger": Group(
+        ("ledger*.py", "journal.py"),
+        (
+            "lib/test_ledger.py",
+            "lib/test_ledger_leases.py",
+            "lib/test_ledger_overview.py",
+            "lib/test_ledger_recovery.py",
+            "lib/test_journal.py",
+            "lib/test_annotations.py",
+        ),
+    ),
+}
+
+
+def settings(group: Group) -> str:
+    """pyproject.toml of a folder in which `lib` lies at the top, where mutmut finds modules by their names."""
+    modules = [f"lib/{module}" for module in group.modules]
+    tests = [f"tests/{test}" for test in group.tests]
+    return (
+        '[tool.pytest.ini_options]\npythonpath = ["."]\naddopts = "--strict-markers -p no:cacheprovider"\n'
+        'markers = ["slow: minutes", "system: a server", "dicom: an archive"]\n\n'
+        f'[tool.mutmut]\nsource_paths = ["lib"]\nalso_copy = ["eval"]\nonly_mutate = {json.dumps(modules)}\n'
+        f"pytest_add_cli_args_test_selection = {json.dumps(tests)}\n"
+    )
+
+
+def lay_out(group: Group, folder: Path) -> None:
+    """A folder with copies of `lib`, `eval` and `tests`; what was there is replaced."""
+    shutil.rmtree(folder, ignore_errors=True)
+    leave = shutil.ignore_patterns("__pycache__", "results")
+    for source in (ROOT / "apps" / "activelearning" / "lib", ROOT / "eval", ROOT / "tests"):
+        shutil.copytree(source, folder / source.name, ignore=leave)
+    (folder / "pyproject.toml").write_text(settings(group), encoding="utf-8")
+
+
+def statuses(results: str) -> dict[str, str]:
+    """Status of every change, of what `mutmut results --all true` prints."""
+    lines = map(_RESULT.match, results.splitlines())
+    return {line["name"]: line["status"] for line in lines if line and "__mutmut_" in line["name"]}
+
+
+def summary(found: Mapping[str, str]) -> dict[str, float | int]:
+    """Changes, how many were noticed, and the share; those that were not tried are left out.
+
+    A change in code that no test reaches counts as not noticed.
+    """
+    counts = Counter(status for status in found.values() if status not in _NOT_RUN)
+    tried, noticed = sum(counts.values()), sum(counts[status] for status in NOTICED)
+    return {"changes": tried, "noticed": noticed, "share": round(noticed / tried, 4) if tried else 0.0}
+
+
+def by_module(found: Mapping[str, str]) -> dict[str, dict[str, float | int]]:
+    """`summary` of every module."""
+    modules: dict[str, dict[str, str]] = {}
+    for name, status in found.items():
+        # A change is named module.x_function__mutmut_3, with more in the place of x_ for methods.
+        modules.setdefault(name.rsplit(".", 1)[0], {})[name] = status
+    return {module: summary(own) for module, own in sorted(modules.items())}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the groups and writes what was found; for the exit code see the module."""
+    options = _parser().parse_args(arguments)
+    unknown = sorted(set(options.groups) - set(GROUPS))
+    if unknown:
+        raise SystemExit(f"no group {unknown[0]}; there are {', '.join(GROUPS)}")
+    facts, low = {}, []
+    for name in options.groups or GROUPS:
+        folder = (options.out / name).resolve()
+        lay_out(GROUPS[name], folder)
+        found = statuses(_mutmut(folder, options.processes))
+        if not found:
+            sys.stdout.write(f"{name}: mutmut tried nothing; its words are in {folder}/mutmut.log\n")
+            return 2
+        facts[name] = {
+            **summary(found),
+            "modules": by_module(found),
+            "not_noticed": sorted(change for change, status in found.items() if status not in NOTICED | _NOT_RUN),
+        }
+        row = summary(found)
+        sys.stdout.write(f"{name:<16} {row['noticed']:>6} of {row['changes']:>6} noticed: {100 * row['share']:.1f} %\n")
+        low += [name] if row["share"] < BAR else []
+        write_json(options.out / "mutation.json", facts)
+    return 1 if low else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.upkeep.mutation", description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutation", help="copies, logs and mutation.json")
+    parser.add_argument("--processes", type=int, default=2)
+    return parser
+
+
+def _mutmut(folder: Path, processes: int) -> str:
+    """What mutmut found in a folder; its progress goes to mutmut.log."""
+    mutmut = [sys.executable, "-m", "mutmut"]
+    with open(folder / "mutmut.log", "w", encoding="utf-8") as log:
+        run = [*mutmut, "run", "--max-children", str(processes)]
+        subprocess.run(run, cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=False)
+    asked = [*mutmut, "results", "--all", "true"]
+    return subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=False).stdout
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

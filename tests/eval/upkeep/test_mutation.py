@@ -1,0 +1,79 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Mutation testing: where it runs, how its words are read, and what counts as noticed."""
+
+import json
+
+import pytest
+
+from eval.upkeep import mutation
+from eval.upkeep.mutation import GROUPS, ROOT, Group, by_module, lay_out, main, settings, statuses, summary
+
+RESULTS = """
+    lib.ledger.x_ask__mutmut_1: killed
+    lib.ledger.x_ask__mutmut_2: survived
+    lib.ledger.xǁLedgerǁlease__mutmut_1: timeout
+    lib.ledger.xǁLedgerǁlease__mutmut_2: no tests
+    lib.journal.x_write__mutmut_1: killed
+    lib.journal.x_write__mutmut_2: not checked
+done in 3 s: fine
+"""
+FOUND = {
+    "lib.ledger.x_ask__mutmut_1": "killed",
+    "lib.ledger.x_ask__mutmut_2": "survived",
+    "lib.ledger.xǁLedgerǁlease__mutmut_1": "timeout",
+    "lib.ledger.xǁLedgerǁlease__mutmut_2": "no tests",
+    "lib.journal.x_write__mutmut_1": "killed",
+    "lib.journal.x_write__mutmut_2": "not checked",
+}
+
+
+def test_results_are_read():
+    assert statuses(RESULTS) == FOUND
+
+
+def test_what_no_test_reaches_is_not_noticed_and_what_was_not_tried_is_left_out():
+    assert summary(FOUND) == {"changes": 5, "noticed": 3, "share": 0.6}
+    assert by_module(FOUND) == {
+        "lib.journal": {"changes": 1, "noticed": 1, "share": 1.0},
+        "lib.ledger": {"changes": 4, "noticed": 2, "share": 0.5},
+    }
+    assert summary({}) == {"changes": 0, "noticed": 0, "share": 0.0}
+
+
+def test_every_group_names_modules_and_tests_that_are_there():
+    lib, tests = ROOT / "apps" / "activelearning" / "lib", ROOT / "tests"
+    for group in GROUPS.values():
+        assert all(list(lib.glob(module)) for module in group.modules)
+        assert all((tests / test).exists() for test in group.tests)
+
+
+def test_the_folder_has_lib_at_the_top(tmp_path):
+    lay_out(GROUPS["selectors"], tmp_path / "there")
+    assert (tmp_path / "there" / "lib" / "selectors" / "greedy.py").is_file()
+    assert (tmp_path / "there" / "tests" / "lib" / "selectors").is_dir()
+    said = (tmp_path / "there" / "pyproject.toml").read_text().splitlines()
+    assert 'only_mutate = ["lib/selectors/*.py"]' in said
+    assert 'pytest_add_cli_args_test_selection = ["tests/lib/selectors"]' in said
+    assert settings(Group(("a.py",), ("lib/a",))).count("lib/a.py") == 1
+
+
+@pytest.mark.parametrize(("survivors", "code"), [(15, 0), (16, 1)])
+def test_fewer_than_85_percent_fail(survivors, code, tmp_path, monkeypatch, capsys):
+    lines = [f"lib.a.x_f__mutmut_{n}: {'survived' if n < survivors else 'killed'}" for n in range(100)]
+    monkeypatch.setattr(mutation, "lay_out", lambda group, folder: None)
+    monkeypatch.setattr(mutation, "_mutmut", lambda folder, processes: "\n".join(lines))
+    assert main(["selectors", "--out", str(tmp_path)]) == code
+    assert f"of    100 noticed: {100 - survivors:.1f} %" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "mutation.json").read_text())
+    assert len(facts["selectors"]["not_noticed"]) == survivors
+
+
+def test_a_run_that_tried_nothing_is_no_success(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mutation, "lay_out", lambda group, folder: None)
+    monkeypatch.setattr(mutation, "_mutmut", lambda folder, processes: "could not collect tests")
+    assert main(["ledger", "--out", str(tmp_path)]) == 2
+    assert "ledger: mutmut tried nothing" in capsys.readouterr().out

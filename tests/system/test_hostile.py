@@ -181,9 +181,9 @@ def test_what_is_not_there(client: Client, method: str, path: str, sentence: str
 
 
 REFUSED = [
-    ("PUT", f"/model/{BUNDLE}", {"files": {"file": ("a.pt", b"weights")}}, 403, r"weights are not taken from requests"),
-    ("DELETE", f"/model/{BUNDLE}", {}, 403, r"networks are not deleted by requests"),
-    ("POST", "/reload", {}, 403, r"the app is not loaded again while it runs; restart the server"),
+    ("PUT", f"/model/{BUNDLE}", {"files": {"file": ("a.pt", b"weights")}}, 409, r"weights are not taken from requests"),
+    ("DELETE", f"/model/{BUNDLE}", {}, 409, r"networks are not deleted by requests"),
+    ("POST", "/reload", {}, 409, r"the app is not loaded again while it runs; restart the server"),
     ("GET", "/logs/?lines=-1", {}, 422, r"request query.lines: Input should be greater than or equal to 1, found '-1'"),
     ("GET", "/logs/?lines=99999999999", {}, 422, r"less than or equal to 100000"),
     ("GET", "/datastore/dataset?limit_cases=-5", {}, 422, r"greater than or equal to 0"),

@@ -65,10 +65,6 @@ class SpeakingErrors:
             await _answer(400, error.msg)(scope, receive, send)
         except SPEAKING as error:
             await _answer(status_of(error), str(error))(scope, receive, send)
-        except requests.HTTPError as error:
-            told = error.response.status_code if error.response is not None else 500
-            sentence = f"the server behind this one refused it with {told}; check user, password and address"
-            await _answer(401 if told in (400, 401) else 503, sentence)(scope, receive, send)
         except requests.RequestException as error:
             await _answer(*unanswered(error))(scope, receive, send)
         except json.JSONDecodeError as error:

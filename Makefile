@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs
+# Files of tests that run side by side.
+JOBS ?= 2
 STUDY ?= eval/studies/demo.yaml
 
 .PHONY: demo test test-slow system-test-dicom faults lint bench bench-nnunet fuzz quality phantoms study install clean
@@ -13,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not dicom"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not dicom"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -72,7 +72,7 @@ class PatchwiseApp(MONAILabelApp):
             self.options = parse_options(dict(conf or {}))
             root = _root(studies, self.options)
             folder = self.options.bundles or BUNDLES
-            written = [root, Path(settings.MONAI_LABEL_SESSION_PATH)] if settings.MONAI_LABEL_SESSION_PATH else [root]
+            written = [root, Path(settings.MONAI_LABEL_SESSION_PATH or Path.home() / ".cache" / "monailabel")]
             self.bundles = {name: Bundle(trusted_bundle(folder, name, written)) for name in self.options.models}
             first = next(iter(self.bundles.values()))
             self.classes = resolve_classes(self.options.labels, root, first.metadata)

@@ -150,7 +150,7 @@ def fuzz_openapi(asker: Asker, wanted: int, number: int) -> Tally:
     schema: Any = schemathesis.openapi.from_url(f"{asker.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     tally, at_rest = Tally("OpenAPI"), resident_mib(asker.process)
-    modes = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
+    modes: tuple[Any, ...] = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
     share = -(-wanted // len(operations))
     for place, operation in enumerate(operations):
         drawn = st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in modes))

@@ -324,3 +324,15 @@ def test_a_newer_file_is_refused_and_left_alone(version_1):
     with pytest.raises(LedgerError, match=r"newer version \(schema 99\)"):
         QueryLedger(version_1)
     assert columns(version_1) == before
+
+
+def test_a_file_of_version_2_forgets_no_merged_label(tmp_path, ledger, clock):
+    path = tmp_path / "old.sqlite"
+    QueryLedger(path, clock).mark_merged("a", 3, "00")
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE merged DROP COLUMN sha256")
+        connection.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
+    migrated = QueryLedger(path, clock)
+    assert columns(path) == columns(ledger.path)
+    # Without a digest the label on disk is made again before it is trusted.
+    assert migrated.merged("a") == (3, None)

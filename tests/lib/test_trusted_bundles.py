@@ -52,6 +52,7 @@ def bundles(tmp_path: Path) -> Path:
 
 def test_a_bundle_of_the_folder_is_taken(bundles: Path):
     assert trusted_bundle(bundles, "mine", [bundles.parent / "studies"]) == (bundles / "mine").resolve()
+    assert trusted_bundle(bundles, "missing", []) == (bundles / "missing").resolve()
 
 
 def test_the_own_bundles_are_trusted(tmp_path: Path):

@@ -239,5 +239,5 @@ def test_signing_in_with_a_wrong_password_is_refused_in_a_sentence(guarded: Guar
 
 def test_a_running_app_is_not_loaded_a_second_time(guarded: GuardedServer) -> None:
     answer = httpx.post(f"{guarded.url}/reload", headers={"Authorization": f"Bearer {signed('admin')}"})
-    assert answer.status_code == 403
+    assert answer.status_code == 409
     assert answer.json()["detail"].startswith("the app is not loaded again while it runs")

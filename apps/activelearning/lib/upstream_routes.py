@@ -164,15 +164,15 @@ def other_routes(patchwise: PatchwiseApp) -> APIRouter:
 
     @router.put("/model/{model}", tags=["Model"], summary="Refused: networks come from trainings")
     async def upload_model(model: str, user: User = ADMIN) -> None:
-        refuse("weights are not taken from requests; a network comes from POST /train/{bundle} on this server", 403)
+        refuse("weights are not taken from requests; a network comes from POST /train/{bundle} on this server", 409)
 
     @router.delete("/model/{model}", tags=["Model"], summary="Refused: the folder keeps its networks")
     async def delete_model(model: str, user: User = ADMIN) -> None:
-        refuse("networks are not deleted by requests; train anew, or remove the folder under .patchwise/models", 403)
+        refuse("networks are not deleted by requests; train anew, or remove the folder under .patchwise/models", 409)
 
     @router.post("/reload", include_in_schema=False)
     async def reload(user: User = ADMIN) -> None:
-        refuse("the app is not loaded again while it runs; restart the server", 403)
+        refuse("the app is not loaded again while it runs; restart the server", 409)
 
     @router.get("/logs/", tags=["Others"], summary="Last lines of the log")
     async def logs(

@@ -29,7 +29,7 @@ from lib.training.trainer import autocast_type
 from lib.uncertainty import Moments
 
 # Above this, sums of an image and what they are made of would take several times as much memory.
-LARGE_BYTES = 1 << 30
+LARGE_BYTES = 1 << 28
 # What logits, probabilities, sums and what is carried over from layer to layer may take together.
 WORKING_BYTES = 3 << 30
 _FLOAT = 4

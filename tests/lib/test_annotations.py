@@ -54,6 +54,7 @@ class World:
         return query.id
 
     def save(self, label_xyz, query, client="ann", **info):
+        self.annotations.ledger.lease([query], client, 60)
         with tempfile.TemporaryDirectory() as folder:
             sent = write(Path(folder) / "label.nii.gz", label_xyz)
             told = {"queries": [query], "label_info": INFO, "client_id": client, **info}

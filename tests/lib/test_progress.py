@@ -98,6 +98,7 @@ def predict(proposals, label_xyz, image="a"):
 
 
 def submit(store, tmp_path, label_xyz, queries, image="a", client="ann", **info):
+    store.ledger.lease(queries, client, 60)
     path = tmp_path / "sent.nii.gz"
     nib.save(nib.Nifti1Image(label_xyz.astype(np.uint8), np.eye(4)), path)
     store.save_label(image, str(path), "final", {"queries": queries, "label_info": INFO, "client_id": client, **info})

@@ -191,4 +191,4 @@ def test_measures_match_the_burmeister_reference(shared):
 def test_a_negative_tolerance_is_refused():
     mask = np.ones((2, 2, 2), bool)
     with pytest.raises(ValueError, match="tolerance -1 mm is negative"):
-        Surfaces.between(mask, mask, (1, 1, 1)).dice(-1)
+        Surfaces.between(mask, mask, spacing=(1, 1, 1)).dice(-1)

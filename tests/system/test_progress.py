@@ -96,19 +96,22 @@ def test_a_failed_training_is_told_and_annotation_goes_on(client: Client, studie
         assert client.submit(region["image"], queries=[region["query"]], client_id="ben").status_code == 200
     assert client.submit(planned[2]["image"], queries=[planned[2]["query"]], client_id="ben").status_code == 200
     label = next((studies / "labels" / "final").glob("*.nii.gz"))
-    whole = label.read_bytes()
     label.write_bytes(b"not a label any more")
+    # A training would make the label anew, but for a raw answer that is not what was submitted.
+    raw = next((studies / ".patchwise" / "raw" / label.name.removesuffix(".nii.gz")).iterdir())
+    whole = raw.read_bytes()
+    raw.write_bytes(whole[:-1])
     found = wait_for(client, lambda p: p["failures"] and p["failures"][0]["retry_at"])
     (failure,) = found["failures"]
     assert failure["what"] == "training"
-    assert label.name in failure["sentence"]
+    assert raw.name in failure["sentence"]
     assert failure["retry_at"] > failure["at"]
     told = client.http.get("/info/").json()["patchwise"]
-    assert label.name in told["rounds"]["failure"]["sentence"]
+    assert raw.name in told["rounds"]["failure"]["sentence"]
     assert told["model"]["round"] == 1
     # The last good model stays in use: it chooses for who asks meanwhile.
     assert client.ask("power_pe", client_id="ben").json()["regions"][0]["round"] == 2
-    label.write_bytes(whole)
+    raw.write_bytes(whole)
     found = wait_for(client, lambda p: p["work"]["model"]["round"] == 2 and not p["failures"])
     assert client.http.get("/info/").json()["patchwise"]["rounds"]["failure"] is None
 

@@ -143,6 +143,25 @@ def _write_forever(path, run):
         ledger.record_answer(f"im{run}.{i}", f"{i}", "0", {}, "ann", [(query.id, query.region)])
 
 
+def _open(path, barrier):
+    barrier.wait()
+    QueryLedger(path)
+
+
+def test_processes_that_make_the_ledger_at_once_all_open_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for turn in range(30):
+        path, barrier = tmp_path / f"{turn}.sqlite", context.Barrier(4)
+        processes = [context.Process(target=_open, args=(path, barrier)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+        with sqlite3.connect(path) as connection:
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_a_writer_killed_at_any_instant_leaves_whole_records(tmp_path):
     path = tmp_path / "ledger.sqlite"
     context = multiprocessing.get_context("spawn")
@@ -150,11 +169,13 @@ def test_a_writer_killed_at_any_instant_leaves_whole_records(tmp_path):
         process = context.Process(target=_write_forever, args=(path, round_))
         process.start()
         deadline = time.time() + 60
-        while not path.exists() or QueryLedger(path).counts().get("answered", 0) < 5 * (round_ + 1):
-            assert time.time() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        try:
+            while not path.exists() or QueryLedger(path).counts().get("answered", 0) < 5 * (round_ + 1):
+                assert time.time() < deadline
+                time.sleep(0.01)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
         ledger = QueryLedger(path)
         counts = ledger.counts()
         assert counts.get("open", 0) + counts.get("proposed", 0) <= round_ + 1

@@ -16,6 +16,7 @@ from typing import Any
 
 from lib.ledger_records import Query, to_query
 from lib.ledger_schema import SCHEMA_VERSION, prepare
+from lib.sqlite_files import log_ahead
 
 BUSY_SECONDS = 30.0
 
@@ -57,6 +58,8 @@ class LedgerStore:
         self._kept: sqlite3.Connection | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            with self._connect() as connection:
+                log_ahead(connection, BUSY_SECONDS)
             with self._transaction() as connection:
                 found = prepare(connection)
         except sqlite3.OperationalError:
@@ -84,7 +87,6 @@ class LedgerStore:
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         connection.row_factory = sqlite3.Row
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
             yield connection
         finally:

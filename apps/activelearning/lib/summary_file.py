@@ -17,6 +17,7 @@ from typing import Any
 
 from lib.pool import Candidate
 from lib.regions import triple
+from lib.sqlite_files import log_ahead
 from lib.summaries import Head, Summary
 
 _SCHEMA = """
@@ -45,7 +46,7 @@ class SummaryFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Closed by whichever thread lets go of this object last.
         connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
+        log_ahead(connection, 30)
         # A cache: after a power failure it is made again.
         connection.execute("PRAGMA synchronous=OFF")
         connection.execute(_SCHEMA)

@@ -180,7 +180,7 @@ class Annotators:
         began = time.perf_counter()
         reply = http.post(f"/activelearning/{self.method}", json={"client_id": me})
         self.times.note("next region", began)
-        if self._waits and reply.status_code == 409:
+        if self._waits and (reply.status_code == 409 or not reply.raise_for_status().json()):
             self._over.wait(2)
             return
         (region,) = reply.raise_for_status().json()["regions"]

@@ -71,7 +71,7 @@ def run() -> Iterator[Row]:
 
 def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
     labels = make_pool(folder, images)
-    train = {"members": 2, "steps": 100, "patch": [24, 24, 24], "threads": 1}
+    train = {"members": 2, "steps": 100, "patch": [24, 24, 24]}
     conf = {"auto_rounds": "true", "auto_train": json.dumps(train), "batch": _BATCH, "stop_batches": 50, "threads": 1}
     server = ServerProcess(folder / "studies", conf, log=folder / "server.log", threads=1)
     server.start()
@@ -107,6 +107,8 @@ def _first_round(url: str, labels: dict[str, bytes]) -> None:
     client = LabelClient(url)
     for image in list(labels)[:4]:
         client.save(image, labels[image], {"whole": True, "label_info": CLASSES})
+    # From here on rounds run by themselves: scored and planned now, trained when the batch is answered.
+    client.train(BUNDLE, {"steps": 20})
     deadline = time.monotonic() + 600
     while not (client.info()["patchwise"]["queries"].get("proposed") and client.info()["patchwise"]["model"]):
         if time.monotonic() > deadline:

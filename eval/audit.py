@@ -101,7 +101,7 @@ def _check_all(found: Audit, studies: Path, annotations: Annotations) -> None:
     for image in answered:
         named |= _check_raw(found, annotations, image)
         _check_label(found, studies, annotations, image)
-    _check_journal(found, studies / LEDGER.with_name("journal.jsonl"), named)
+    _check_journal(found, studies, named)
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         extension = next((e for e in EXTENSIONS if file.name.endswith(e)), None)
         if extension and not file.name.startswith(".") and file.name[: -len(extension)] not in answered:
@@ -127,10 +127,12 @@ def _check_raw(found: Audit, annotations: Annotations, image: str) -> set[str]:
     return {answer.raw for answer in answers}
 
 
-def _check_journal(found: Audit, path: Path, named: set[str]) -> None:
-    """Answers that the ledger has lost; its copy lies elsewhere, so that the journal is named here."""
+def _check_journal(found: Audit, studies: Path, named: set[str]) -> None:
+    """Answers that the ledger has lost; it is a copy that is read here, and the journal lies beside the original."""
     from lib.journal import Journal
+    from lib.ledger_store import JOURNAL
 
+    path = studies / LEDGER.with_name(JOURNAL)
     lost = {entry["answer"]["raw"]: entry["answer"]["id"] for entry in Journal(path).entries() if "answer" in entry}
     for raw in sorted(lost.keys() - named):
         found.wrong(path, f"answer {lost[raw]} ({raw}) is not in the ledger; a start of the server records it again")

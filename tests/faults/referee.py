@@ -18,22 +18,8 @@ import pandas as pd
 import yaml
 
 from eval.server import stop_leftover
-from tests.faults.world import BUNDLE
-from tests.system.conftest import ROOT
+from tests.system.conftest import ROOT, TINY_STUDY
 
-STUDY = {
-    "name": "tiny",
-    "split": {"test_fraction": 0.25},
-    "bundle": BUNDLE,
-    "unit": "patch",
-    "size": [12, 12, 12],
-    "starting_budget": {"method": "starting_budget", "batch": 6},
-    "rounds": 2,
-    "batch": 4,
-    "methods": ["power_pe"],
-    "seeds": [1],
-    "train": {"members": 2, "steps": 12, "patch": [16, 16, 16]},
-}
 TABLES = ("rounds", "cases", "queries")
 
 
@@ -49,7 +35,7 @@ class BackgroundStudy:
         folder.mkdir()
         self.folder, self.runs, self.kills = folder, 0, 0
         self.study = folder / "tiny.yaml"
-        self.study.write_text(yaml.safe_dump({**STUDY, "data": str(data)}))
+        self.study.write_text(yaml.safe_dump({**TINY_STUDY, "data": str(data)}))
         process = self._start("run", str(self.study), "--out", str(folder / "reference"))
         assert process.wait(timeout=600) == 0
         self.process = self._next()

@@ -186,18 +186,24 @@ class World:
             (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
         process.wait()
 
-    def child(self, kind: str, request: dict[str, Any], path: str) -> psutil.Process | None:
+    def child(self, kind: str, request: dict[str, Any], path: str) -> psutil.Process:
         """The process of a training or scoring; started unless one runs."""
-        for _ in range(2):
+        if kind == "scoring" and self.http.get("/info/").json()["patchwise"]["model"] is None:
+            self.restore_models()
+        deadline, asked = time.monotonic() + 30, False
+        while time.monotonic() < deadline:
             for process in psutil.Process(self.pid).children(recursive=True):
-                try:
+                with suppress(psutil.NoSuchProcess):
                     if kind in process.cmdline():
                         return process
-                except psutil.NoSuchProcess:
-                    continue
-            self.http.post(path, json=request)
-            time.sleep(0.3)
-        return None
+            if not asked:
+                reply = self.http.post(path, json=request)
+                # Another one that was left behind by a killed server may still be at work.
+                asked = reply.status_code == 200
+            time.sleep(0.1)
+        raise AssertionError(
+            f"no {kind} to kill within half a minute; the server said {reply.status_code} {reply.text}"
+        )
 
     @contextmanager
     def full(self) -> Iterator[None]:

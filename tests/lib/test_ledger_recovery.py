@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lib.annotations import Annotations
 from lib.ledger import QueryLedger
 from lib.ledger_records import Asked
-from lib.ledger_store import LedgerError
+from lib.ledger_store import LedgerError, damaged
 from lib.regions import Region
 from tests.eval.answered import CLASSES, SHAPE, Studies, geometry
 
@@ -211,3 +211,17 @@ def test_a_damaged_file_is_told_with_what_to_do(tmp_path):
     path.write_bytes(content)
     with pytest.raises(LedgerError, match=r"(?s)ledger.sqlite is damaged .* the answers come back from journal.jsonl"):
         recover(studies)
+
+
+def test_a_repeated_request_adds_no_line(tmp_path):
+    studies = Studies(tmp_path / "studies")
+    query = ask(studies, (1, 2, 3))
+    lines = studies.ledger.journal.path.read_bytes()
+    assert ask(studies, (1, 2, 3)) == query
+    assert studies.ledger.journal.path.read_bytes() == lines
+
+
+def test_damage_is_told_in_one_line(tmp_path):
+    sentence = str(damaged(tmp_path / "ledger.sqlite", "*** in database main ***\nPage 3: never used"))
+    assert "\n" not in sentence
+    assert "ledger.sqlite is damaged (*** in database main *** Page 3: never used); move it and the files" in sentence

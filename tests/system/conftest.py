@@ -23,6 +23,20 @@ from tests.system.realm import GuardedServer, guarded_server
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = "segmentation_dynunet_3d"
+# A study of seconds; where its data lies is for the test to say.
+TINY_STUDY = {
+    "name": "tiny",
+    "split": {"test_fraction": 0.25},
+    "bundle": BUNDLE,
+    "unit": "patch",
+    "size": [12, 12, 12],
+    "starting_budget": {"method": "starting_budget", "batch": 6},
+    "rounds": 2,
+    "batch": 4,
+    "methods": ["power_pe"],
+    "seeds": [1],
+    "train": {"members": 2, "steps": 12, "patch": [16, 16, 16]},
+}
 CLASSES = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 
 

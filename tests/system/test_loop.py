@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.system.conftest import BUNDLE, ROOT
+from tests.system.conftest import ROOT, TINY_STUDY
 
 SECONDS = ["score_s", "query_s", "annotate_s", "train_s", "test_s"]
 
@@ -31,21 +31,7 @@ SECONDS = ["score_s", "query_s", "annotate_s", "train_s", "test_s"]
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     path = tmp_path_factory.mktemp("study") / "tiny.yaml"
-    content = {
-        "name": "tiny",
-        "data": str(phantoms),
-        "split": {"test_fraction": 0.25},
-        "bundle": BUNDLE,
-        "unit": "patch",
-        "size": [12, 12, 12],
-        "starting_budget": {"method": "starting_budget", "batch": 6},
-        "rounds": 2,
-        "batch": 4,
-        "methods": ["power_pe"],
-        "seeds": [1],
-        "train": {"members": 2, "steps": 12, "patch": [16, 16, 16]},
-    }
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump({**TINY_STUDY, "data": str(phantoms)}))
     return path
 
 

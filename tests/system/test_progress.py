@@ -87,6 +87,8 @@ def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
         ("ann", 3, 3000),
         (HOSTILE, 3, 3000),
     }
+    # The batch is there before the planning that made it has been looked at.
+    wait_for(client, lambda p: p["work"]["step"] == "wait")
     assert client.http.get("/info/").json()["patchwise"]["rounds"] == {"step": "wait", "failure": None}
 
 

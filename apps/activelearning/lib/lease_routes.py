@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends
-from monailabel.config import settings
-from monailabel.endpoints.user.auth import RBAC, User
+from fastapi import APIRouter
+from monailabel.endpoints.user.auth import User
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from lib.agreement import summarise
 from lib.errors import refuse, speaking_errors
 from lib.ledger_records import Answer, Query, iso
 from lib.options import problems
+from lib.roles import ANNOTATOR, USER
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
-
-_USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
-_ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 
 
 class _Request(BaseModel):
@@ -43,19 +40,19 @@ def lease_routes(patchwise: PatchwiseApp) -> APIRouter:
     ledger = patchwise.ledger
 
     @router.post("/activelearning/renew", summary="A new lease for a region")
-    async def renew(params: dict[str, Any] | None = None, user: User = _USER) -> dict[str, Any]:
+    async def renew(params: dict[str, Any] | None = None, user: User = USER) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, patchwise)
         with speaking_errors():
             return _told(ledger.renew(wanted.query, client))
 
     @router.post("/activelearning/release", summary="Give a region back to the pool")
-    async def release(params: dict[str, Any] | None = None, user: User = _USER) -> dict[str, Any]:
+    async def release(params: dict[str, Any] | None = None, user: User = USER) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, patchwise)
         with speaking_errors():
             return _told(ledger.release(wanted.query, client, wanted.reason))
 
     @router.post("/activelearning/skip", summary="Never ask about a region again")
-    async def skip(params: dict[str, Any] | None = None, user: User = _ANNOTATOR) -> dict[str, Any]:
+    async def skip(params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, patchwise)
         with speaking_errors():
             return _told(ledger.skip(wanted.query, client, wanted.reason))
@@ -69,22 +66,22 @@ def answer_routes(patchwise: PatchwiseApp) -> APIRouter:
     ledger, store = patchwise.ledger, patchwise.store
 
     @router.get("/answers", summary="Submissions of an image, or of all, withdrawn ones too")
-    async def answers(image: str | None = None, user: User = _USER) -> list[dict[str, Any]]:
+    async def answers(image: str | None = None, user: User = USER) -> list[dict[str, Any]]:
         images = ledger.answered_images(withdrawn=True) if image is None else [image]
         return [_answer(answer) for name in images for answer in ledger.answers(name, withdrawn=True)]
 
     @router.post("/answers/{answer_id}/withdraw", summary="Take an answer out of the label")
-    async def withdraw(answer_id: int, params: dict[str, Any] | None = None, user: User = _ANNOTATOR) -> dict[str, Any]:
+    async def withdraw(answer_id: int, params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
         wanted, client = _parse(_Request, params, patchwise)
         return _answer(store.withdraw_answer(answer_id, client, wanted.reason))
 
     @router.post("/answers/{answer_id}/restore", summary="Put a withdrawn answer back")
-    async def restore(answer_id: int, params: dict[str, Any] | None = None, user: User = _ANNOTATOR) -> dict[str, Any]:
+    async def restore(answer_id: int, params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
         wanted, client = _parse(_Request, params, patchwise)
         return _answer(store.restore_answer(answer_id, client, wanted.reason))
 
     @router.get("/agreement", summary="Dice between two annotators of one region")
-    async def agreement(user: User = _USER) -> dict[str, Any]:
+    async def agreement(user: User = USER) -> dict[str, Any]:
         pairs = ledger.agreements()
         return {"classes": summarise(pairs, patchwise.classes), "pairs": pairs}
 

@@ -30,7 +30,7 @@ class QueryLedger(Answers, Overview):
         A request that was repeated because its answer got lost therefore gets the same regions. Of the regions at the
         places `twice` a second reading is recorded too, which `second_readings` offers to other clients.
         """
-        now = self.clock()
+        now, highest = self.clock(), 0
         with self._transaction() as connection:
             known = connection.execute("SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)).fetchall()
             if not known:
@@ -54,8 +54,9 @@ class QueryLedger(Answers, Overview):
                 known = connection.execute(
                     "SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)
                 ).fetchall()
-        if known:
-            self.write_down([{"query": max(row["id"] for row in known)}])
+                highest = max((row["id"] for row in known), default=0)
+        if highest:
+            self.write_down([{"query": highest}])
         return [to_query(row) for row in known]
 
     def batch(self, batch: str) -> list[Query]:

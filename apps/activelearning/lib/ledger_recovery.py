@@ -16,7 +16,7 @@ from typing import Any
 
 from lib.files import file_digest
 from lib.journal import Journal
-from lib.ledger_store import LedgerError, LedgerStore
+from lib.ledger_store import JOURNAL, LedgerStore, damaged
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Recovery(LedgerStore):
     @property
     def journal(self) -> Journal:
         """The journal's file lies beside the ledger's."""
-        return Journal(self.path.with_name("journal.jsonl"))
+        return Journal(self.path.with_name(JOURNAL))
 
     def recover(self, raw: Path) -> Recovered:
         """Brings ledger and journal to the same state; for the start of a server, before anything is asked or answered.
@@ -75,14 +75,15 @@ class Recovery(LedgerStore):
                     self._note(connection, "recovered", entry["answer"]["client"], answer=number)
                     found.answers.append(number)
             _reserve(connection, highest)
+            switched = _switched(connection)
             for row in connection.execute("SELECT id, raw FROM answers").fetchall():
-                steps = switches.get(row["raw"], [])
-                if len(steps) > _switched(connection, row["id"]):
-                    self._switch_again(connection, row["id"], steps)
+                steps = switches.get(row["raw"], [])[switched.get(row["id"], 0) :]
+                self._switch_again(connection, row["id"], steps)
+                if steps:
                     found.switched.append(row["id"])
             missing = [entry_of(connection, row["id"]) for name, row in known.items() if name not in answers]
             for row in connection.execute("SELECT id, raw, active FROM answers").fetchall():
-                lacking = _switched(connection, row["id"]) - len(switches.get(row["raw"], []))
+                lacking = switched.get(row["id"], 0) - len(switches.get(row["raw"], []))
                 missing += [{"switch": row["raw"], "active": bool(row["active"]), "note": None}] * lacking
         self.write_down(missing)
         return found
@@ -94,10 +95,7 @@ class Recovery(LedgerStore):
         except sqlite3.DatabaseError as error:
             found = str(error)
         if found != "ok":
-            raise LedgerError(
-                f"{self.path} is damaged ({found}); move it and the files {self.path.name}-wal and -shm away and start "
-                f"again: the answers come back from {self.journal.path.name} and the raw files"
-            )
+            raise damaged(self.path, found)
 
     def write_down(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Adds to the journal what has been committed; a disk that refuses is made up for at the next start."""
@@ -107,7 +105,7 @@ class Recovery(LedgerStore):
             logger.warning("%s: not written (%s); the ledger has it", self.journal.path, error)
 
     def _switch_again(self, connection: sqlite3.Connection, answer: int, steps: Sequence[Mapping[str, Any]]) -> None:
-        for step in steps[_switched(connection, answer) :]:
+        for step in steps:
             switch(connection, answer, bool(step["active"]))
             self._note(connection, _SWITCHES[bool(step["active"])], None, answer=answer, note=step.get("note"))
 
@@ -200,9 +198,10 @@ def _reserve(connection: sqlite3.Connection, highest: int) -> None:
         connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'queries'", (highest,))
 
 
-def _switched(connection: sqlite3.Connection, answer: int) -> int:
-    """How often an answer was withdrawn or restored."""
-    row = connection.execute(
-        "SELECT COUNT(*) FROM events WHERE answer = ? AND kind IN (?, ?)", (answer, *_SWITCHES)
-    ).fetchone()
-    return int(row[0])
+def _switched(connection: sqlite3.Connection) -> dict[int, int]:
+    """How often each answer was withdrawn or restored; those that never were are left out."""
+    return dict(
+        connection.execute(
+            "SELECT answer, COUNT(*) FROM events WHERE kind IN (?, ?) GROUP BY answer", _SWITCHES
+        ).fetchall()
+    )

@@ -19,12 +19,21 @@ from lib.ledger_schema import SCHEMA_VERSION, prepare
 from lib.sqlite_files import log_ahead
 
 BUSY_SECONDS = 30.0
+JOURNAL = "journal.jsonl"
 
 
 class LedgerError(RuntimeError):
     """The ledger cannot be used as asked; the message says why."""
 
     status = 400
+
+
+def damaged(path: Path, found: object) -> LedgerError:
+    """What to say of a file that SQLite cannot mend."""
+    return LedgerError(
+        f"{path} is damaged ({' '.join(str(found).split())}); move it and the files {path.name}-wal and -shm away and "
+        f"start again: the answers come back from {JOURNAL} and the raw files"
+    )
 
 
 class LeaseError(LedgerError):
@@ -66,10 +75,7 @@ class LedgerStore:
             # Locked, read-only, no room: nothing is wrong with what is in the file.
             raise
         except sqlite3.DatabaseError as error:
-            raise LedgerError(
-                f"{path} is damaged ({error}); move it and the files {path.name}-wal and -shm away and start again: "
-                "the answers come back from journal.jsonl and the raw files"
-            ) from error
+            raise damaged(path, error) from error
         if found > SCHEMA_VERSION:
             raise LedgerError(f"{path} was written by a newer version (schema {found}); update this program")
 

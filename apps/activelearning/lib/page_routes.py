@@ -13,16 +13,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
-from monailabel.config import settings
-from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.endpoints.user.auth import User
+
+from lib.roles import USER
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
 
 PAGE = Path(__file__).parent / "pages" / "progress.html"
-_USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 
 
 def page_routes(patchwise: PatchwiseApp) -> APIRouter:
@@ -41,7 +41,7 @@ def page_routes(patchwise: PatchwiseApp) -> APIRouter:
         return HTMLResponse(html, headers=headers)
 
     @router.get("/progress", summary="What the progress page shows")
-    async def progress(user: User = _USER) -> dict[str, Any]:
+    async def progress(user: User = USER) -> dict[str, Any]:
         # Label files are measured from the first look on, so that a server nobody looks at does not measure.
         patchwise.background.start()
         return patchwise.progress.report()

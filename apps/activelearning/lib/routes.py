@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import requests
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from monailabel.config import settings
 from monailabel.endpoints import datastore as upstream_datastore
 from monailabel.endpoints import train as upstream_train
-from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
@@ -34,6 +34,7 @@ from lib.off_loop import Threads, prefer_answers
 from lib.options import AppOptions, found_wrong
 from lib.page_routes import page_routes
 from lib.request_checks import CheckedRequests
+from lib.roles import ADMIN, USER
 from lib.task_routes import infer_routes, task_routes
 from lib.tokens import accept_signed_tokens, unanswered
 from lib.upstream_routes import datastore_routes, other_routes, session_routes
@@ -135,7 +136,7 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
         params: dict[str, Any] | None = None,
         run_sync: bool = False,
         enqueue: bool = False,
-        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN)),  # noqa: B008
+        user: User = ADMIN,
     ) -> Any:
         trainer = patchwise.trainers.get(model)
         if trainer is None:
@@ -147,7 +148,7 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
     @router.get("/patchwise/queries/{query_id}", tags=["Patchwise"], summary="A query and its reason")
     async def query(
         query_id: int,
-        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),  # noqa: B008
+        user: User = USER,
     ) -> dict[str, Any]:
         found = patchwise.ledger.query(query_id)
         if found is None:
@@ -160,7 +161,7 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
     @router.get("/patchwise/queries/{query_id}/picture.png", tags=["Patchwise"], summary="Image and score map")
     async def picture(
         query_id: int,
-        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),  # noqa: B008
+        user: User = USER,
     ) -> FileResponse:
         path = patchwise.reasons.picture(query_id)
         if path is None:
@@ -170,7 +171,7 @@ def routes(patchwise: PatchwiseApp) -> APIRouter:
     @router.get("/datastore/image", tags=["Datastore"], summary="Download an image; its regions count as opened")
     async def image(
         image: str,
-        user: User = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER)),  # noqa: B008
+        user: User = USER,
     ) -> Any:
         patchwise.opened(image)
         return upstream_datastore.download_image(image)

@@ -25,8 +25,9 @@ from lib.datastore import FINAL
 from lib.errors import refuse, speaking_errors
 from lib.images import EXTENSIONS, check_image
 from lib.request_checks import check_plain_name
+from lib.roles import ADMIN, ANNOTATOR, USER
 from lib.uncertainty import SCORE_MAPS
-from lib.upstream_routes import ADMIN, ANNOTATOR, USER, cleaned, received
+from lib.upstream_routes import cleaned, received
 
 if TYPE_CHECKING:
     from main import PatchwiseApp

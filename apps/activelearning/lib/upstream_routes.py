@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Depends, File, Form, Query, UploadFile
+from fastapi import APIRouter, File, Form, Query, UploadFile
 from fastapi.background import BackgroundTasks
 from monailabel.config import settings
 from monailabel.endpoints import datastore as upstream_datastore
 from monailabel.endpoints import logs as upstream_logs
 from monailabel.endpoints import ohif as upstream_ohif
 from monailabel.endpoints import session as upstream_session
-from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.endpoints.user.auth import User
 from monailabel.utils.others.generic import file_checksum
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse
@@ -33,13 +33,11 @@ from lib.datastore import FINAL
 from lib.errors import refuse, speaking_errors
 from lib.images import EXTENSIONS, check_image
 from lib.request_checks import check_plain_name
+from lib.roles import ADMIN, ANNOTATOR, USER
 
 if TYPE_CHECKING:
     from main import PatchwiseApp
 
-USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
-ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
-ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 _CHECK_SUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MOST_FILES = 10_000
 

@@ -35,6 +35,7 @@ GROWTH_BAR = 1.05
 START_BAR, NEXT_BAR = 10.0, 0.200
 _SAMPLE_SECONDS = 5.0
 _BATCH = 200
+_ASKS = 60
 
 
 @dataclass
@@ -136,7 +137,9 @@ def _large_pool(folder: Path, images: int) -> Iterator[Row]:
         client.train(BUNDLE, {"steps": 20})
         client.score("predictive_entropy", {})
         client.close()
-        times = {method: list(_asked(server.url, labels, method)) for method in ("random", "power_pe")}
+        # A region may be all of an image, so a small pool would be used up.
+        asks = min(_ASKS, images // 4)
+        times = {method: list(_asked(server.url, labels, method, asks)) for method in ("random", "power_pe")}
     finally:
         server.stop()
     yield {
@@ -152,11 +155,11 @@ def _wait_until_read(url: str) -> None:
     httpx.post(f"{url}/activelearning/random", json={"client_id": "first"}, timeout=600).raise_for_status()
 
 
-def _asked(url: str, labels: dict[str, bytes], method: str) -> Iterator[float]:
+def _asked(url: str, labels: dict[str, bytes], method: str, asks: int) -> Iterator[float]:
     """Seconds of each next region while one annotator works, after a first one that fills caches."""
     with httpx.Client(base_url=url, timeout=600) as http:
         http.post(f"/activelearning/{method}", json={"client_id": "first"}).raise_for_status()
-        for _ in range(60):
+        for _ in range(asks):
             began = time.perf_counter()
             reply = http.post(f"/activelearning/{method}", json={"client_id": "ann"}).raise_for_status()
             yield time.perf_counter() - began

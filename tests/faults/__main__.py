@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.manifest import describe_machine, describe_versions
 from tests.faults.kinds import FAULTS, LONG_FAULTS, Fault
 from tests.faults.referee import BackgroundStudy
 from tests.faults.world import RESTART_SECONDS, World
@@ -47,6 +49,7 @@ def strike(world: World, faults: Sequence[Fault], rng: np.random.Generator) -> I
         yield {
             "number": number,
             "fault": fault.__name__,
+            "cold": world.server.was_cold,
             "restart_s": round(seconds, 2),
             "answers": len(world.told.answers) - before,
             "problems": problems,
@@ -55,6 +58,7 @@ def strike(world: World, faults: Sequence[Fault], rng: np.random.Generator) -> I
 
 def summary(rows: list[dict[str, Any]], world: World) -> dict[str, Any]:
     """Counts and the longest restart; `wrong_voxels` is of every label at the end."""
+    cold = [row["restart_s"] for row in rows if row["cold"]]
     return {
         "faults": len(rows),
         "kinds": dict(Counter(row["fault"] for row in rows)),
@@ -64,6 +68,8 @@ def summary(rows: list[dict[str, Any]], world: World) -> dict[str, Any]:
         "wrong_voxels": world.wrong_voxels(),
         "restart_s_median": round(float(np.median([row["restart_s"] for row in rows])), 2),
         "restart_s_longest": max(row["restart_s"] for row in rows),
+        "cold_restarts": len(cold),
+        "cold_restart_s_median": round(float(np.median(cold)), 2) if cold else None,
         "restart_s_bar": RESTART_SECONDS,
     }
 
@@ -76,13 +82,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--cold", type=int, default=5, help="every so-manyth start is that of a new process; 1: all")
     parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each fault, then a summary")
     options = parser.parse_args(arguments)
-    rows, rng = [], np.random.default_rng(options.seed)
+    # Whoever ends the run wants neither its server nor its file system left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+    began, rows, rng = time.monotonic(), [], np.random.default_rng(options.seed)
+    setting = {"images": options.images, "seed": options.seed, "cold": options.cold}
+    setting |= {"versions": describe_versions(), "hardware": describe_machine()}
     with tempfile.TemporaryDirectory() as name, open(options.out, "w") as out:
         folder = Path(name)
         images, labels = make_pool(folder / "phantoms", options.images)
-        world = World(folder / "world", images, labels, warm=False, pause=0.5, room="8g", trouble=3, standstill=60)
+        lasting = {"pause": 0.5, "trouble": 3.0, "standstill": 60.0}
+        world = World(folder / "world", images, labels, cold=options.cold, room="8g", **lasting)
         try:
             world.referee = BackgroundStudy(folder / "referee", folder / "phantoms")
             world.prepare()
@@ -91,6 +103,7 @@ def main(arguments: list[str]) -> int:
                 print(json.dumps(row), file=out, flush=True)
             study = world.referee.finish()
             found = {**summary(rows, world), "referee_kills": world.referee.kills, "referee_problems": study}
+            found |= {"minutes": round((time.monotonic() - began) / 60, 1), **setting}
             print(json.dumps({"summary": found}), file=out, flush=True)
         finally:
             world.close()

@@ -57,11 +57,18 @@ class Forked:
 
 
 class WarmServer(ServerProcess):
-    """A server that starts without waiting for its imports."""
+    """A server that starts without waiting for its imports, but for every `cold`th time (0: never)."""
 
     warm: subprocess.Popen[str] | None = None
+    cold = 0
+    starts = 0
+    was_cold = False
 
     def _launch(self, arguments: list[str]) -> Any:
+        self.starts += 1
+        self.was_cold = bool(self.cold) and self.starts % self.cold == 0
+        if self.was_cold:
+            return super()._launch(arguments)
         if self.warm is None:
             command = [sys.executable, str(FOLDER / "warm_monailabel.py")]
             with open(self.log, "ab") as log:
@@ -100,7 +107,8 @@ class World:
         labels: image -> file of its true label.
         images: image -> its file.
         annotators: how many work at once.
-        warm: servers start from a process that has imported everything.
+        cold: every so-manyth start is that of a new process, as in a hospital; the others come from a process that has
+            imported everything. 0: none.
         pause: seconds that an annotator rests between two requests.
         room: of the file system, as mount has it.
         trouble: longest time in seconds that a full disk and the like last.
@@ -114,7 +122,7 @@ class World:
         labels: dict[str, Path],
         *,
         annotators: int = 3,
-        warm: bool = True,
+        cold: int = 0,
         pause: float = 0.1,
         room: str = "400m",
         trouble: float = 1.0,
@@ -134,8 +142,8 @@ class World:
         (self.studies / "dataset.json").write_text(json.dumps({"labels": names}))
         self.clock = folder / "clock"
         env = {"STOPPED_CLOCK": str(self.clock), "PYTHONPATH": os.pathsep.join([str(APP), str(FOLDER / "clock")])}
-        kind = WarmServer if warm else ServerProcess
-        self.server = kind(self.studies, {"models": BUNDLE}, log=folder / "server" / "log", threads=1, env=env)
+        self.server = WarmServer(self.studies, {"models": BUNDLE}, log=folder / "server" / "log", threads=1, env=env)
+        self.server.cold = cold
         self.server.start()
         self.told, self.working, self.ended = Told(), threading.Event(), threading.Event()
         self.people = [
@@ -308,8 +316,7 @@ class World:
         for person in self.people:
             person.join(timeout=100)
         self.server.stop()
-        if isinstance(self.server, WarmServer):
-            self.server.close()
+        self.server.close()
         if self.mounted:
             subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
 

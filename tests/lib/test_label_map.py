@@ -61,3 +61,24 @@ def test_two_classes_cannot_hand_voxels_to_and_fro():
     given = probs((8, 8, 8), (1, DOUBTED, 0.5, 2))
     given[3][DOUBTED] = 0.1
     assert np.array_equal(label_map(given, 0.9), np.zeros((8, 8, 8)))
+
+
+def test_a_component_smaller_than_its_class_ever_is_goes_to_the_next_class():
+    given = probs((8, 8, 8), (1, SURE, 0.9, 0), (1, DOUBTED, 0.9, 2), (3, (slice(7, 8),) * 3, 0.9, 0))
+    kept = np.zeros((8, 8, 8))
+    kept[SURE] = 1
+    kept[7, 7, 7] = 3
+    # The block of 8 voxels is less than 9, and class 3 may be of any size.
+    taken = kept.copy()
+    taken[DOUBTED] = 2
+    assert np.array_equal(label_map(given, smallest={1: 9}), taken)
+    assert np.array_equal(label_map(given, smallest={1: 9, 2: 9}), kept)
+    kept[DOUBTED] = 1
+    assert np.array_equal(label_map(given, smallest={1: 8}), kept)
+
+
+def test_both_bars_hold_at_once():
+    given = probs((8, 8, 8), (1, SURE, 0.7, 0), (1, DOUBTED, 0.9, 0))
+    assert np.count_nonzero(label_map(given, 0.8, {1: 9})) == 0
+    assert np.count_nonzero(label_map(given, 0.8, {1: 8})) == 8
+    assert np.count_nonzero(label_map(given, 0.6, {1: 9})) == 27

@@ -24,7 +24,6 @@ from lib.cues import cue_in_batch
 from lib.errors import refuse, speaking_errors
 from lib.frames import FRAME_SEGMENT, frames
 from lib.images import image_geometry, load_image, save_label
-from lib.label_map import label_map
 from lib.ledger import QueryLedger
 from lib.markups import roi_document
 from lib.models import ModelStore, choose_device, trained_bundle
@@ -90,7 +89,7 @@ class SegmentationTask(InferTask):
             volume = load_image(request["image"])
             ensemble = self.ensemble()
             with ensemble.lock:
-                label_xyz = label_map(ensemble.mean(volume), ensemble.confidence)
+                label_xyz = ensemble.label_map(volume)
         names = dict(self.labels)
         facts = {"label_names": names, "latencies": {"total": round(time.time() - started, 3)}}
         return write_result(label_xyz, volume.affine, request), facts

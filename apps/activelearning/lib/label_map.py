@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -14,40 +16,53 @@ from scipy import ndimage
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
 
-def label_map(probs_cxyz: NDArray[np.floating], confidence: float = 0.0) -> NDArray[np.uint8]:
-    """Most probable class of every voxel (X, Y, Z), without components that the model is unsure of.
+def label_map(
+    probs_cxyz: NDArray[np.floating], confidence: float = 0.0, smallest: Mapping[int, float] | None = None
+) -> NDArray[np.uint8]:
+    """Most probable class of every voxel (X, Y, Z), without components that are too unsure or too small.
 
-    With `confidence` t > 0 a connected component K of a foreground class c (26 neighbours) is kept only if
+    A connected component K of a foreground class c (26 neighbours) is kept only if
 
-        1/|K| sum_{v in K} p_c(v) >= t,
+        1/|K| sum_{v in K} p_c(v) >= confidence    and    |K| >= smallest[c],
 
     otherwise its voxels go to the most probable class that they were not taken from, and are looked at again with what
     they join there. Background is always kept, so this ends.
 
     Crops that are drawn around a class show it far more often than images do, so the model expects it everywhere. Where
     it is not, such false alarms are small and unsure; where it is, components are large and sure.
+
+    Args:
+        probs_cxyz: (C, X, Y, Z), background first.
+        confidence: mean probability that a component needs; 0 for none.
+        smallest: voxels that a component of a class needs; classes that are not in it need none.
     """
+    smallest = smallest or {}
     label_xyz = np.asarray(probs_cxyz.argmax(axis=0)).astype(np.uint8)
-    if confidence <= 0:
+    looked_at = {c for c in range(1, len(probs_cxyz)) if confidence > 0 or smallest.get(c, 0) > 1}
+    if not looked_at:
         return label_xyz
     refused_cxyz = np.zeros(probs_cxyz.shape, dtype=bool)
-    pending = list(range(1, len(probs_cxyz)))
+    pending = sorted(looked_at)
     while pending:
         class_ = pending.pop()
-        doubted_xyz = _unsure(label_xyz == class_, probs_cxyz[class_], confidence)
+        doubted_xyz = _doubted(label_xyz == class_, probs_cxyz[class_], confidence, smallest.get(class_, 0))
         if doubted_xyz.any():
             refused_cxyz[class_] |= doubted_xyz
             left_cv = np.where(refused_cxyz[:, doubted_xyz], -1, probs_cxyz[:, doubted_xyz])
             label_xyz[doubted_xyz] = left_cv.argmax(axis=0)
-            joined = set(np.unique(label_xyz[doubted_xyz]).tolist()) - {0}
+            joined = set(np.unique(label_xyz[doubted_xyz]).tolist()) & looked_at
             pending += sorted(joined - set(pending))
     return label_xyz
 
 
-def _unsure(mask_xyz: NDArray[np.bool_], probs_xyz: NDArray[np.floating], confidence: float) -> NDArray[np.bool_]:
-    """Voxels of the components whose mean probability is below `confidence`."""
+def _doubted(
+    mask_xyz: NDArray[np.bool_], probs_xyz: NDArray[np.floating], confidence: float, smallest: float
+) -> NDArray[np.bool_]:
+    """Voxels of the components of mean probability below `confidence`, or of fewer voxels than `smallest`."""
     parts_xyz, count = ndimage.label(mask_xyz, _NEIGHBOURS)
     if not count:
         return np.zeros_like(mask_xyz)
-    sure = np.asarray(ndimage.mean(probs_xyz, parts_xyz, np.arange(1, count + 1)))
-    return np.asarray(np.concatenate([[False], sure < confidence])[parts_xyz])
+    doubted = np.bincount(parts_xyz.ravel(), minlength=count + 1) < smallest
+    doubted[1:] |= np.asarray(ndimage.mean(probs_xyz, parts_xyz, np.arange(1, count + 1))) < confidence
+    doubted[0] = False
+    return np.asarray(doubted[parts_xyz])

@@ -133,7 +133,9 @@ class ModelStore:
         spacing, grey = model.facts["spacing"], bundle.normalisation
         mirrored = recipe.mirror if recipe.mirror_predictions else ()
         crop, divisor, sure = recipe.patch, bundle.divisor, recipe.confidence
-        return Ensemble(networks, crop, divisor, spacing, device, heads, taps, grey, mirrored, sure)
+        known_mm3 = model.facts.get("smallest_mm3", {})
+        smallest_mm3 = {model.facts["classes"][name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
+        return Ensemble(networks, crop, divisor, spacing, device, heads, taps, grey, mirrored, sure, smallest_mm3)
 
     def _folders(self) -> list[Path]:
         """Folders of trainings, newest first."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lib.fast_convolution import OneDNN
 from lib.images import Volume
+from lib.label_map import label_map
 from lib.regions import Triple
 from lib.stacked import stacked
 from lib.training.cases import network_image, to_grid
@@ -86,6 +87,7 @@ class Ensemble:
         normalisation: of grey values; None is the z-score of each image.
         mirrored: axes whose mirror images `mean` takes in as well.
         confidence: how sure the members must be of a component that is shown (`lib.label_map`).
+        smallest_mm3: class value -> how large a component that is shown must be.
 
     Whoever runs the networks holds `lock`: hooks, dropout and modes of a network are one for all threads.
     """
@@ -102,8 +104,10 @@ class Ensemble:
         normalisation: Normalisation | None = None,
         mirrored: Sequence[int] = (),
         confidence: float = 0.0,
+        smallest_mm3: Mapping[int, float] | None = None,
     ) -> None:
         self.confidence = confidence
+        self.smallest_mm3 = dict(smallest_mm3 or {})
         self.lock = threading.Lock()
         self.heads = [head.to(device).eval() for head in heads]
         self.taps = list(taps)
@@ -163,6 +167,12 @@ class Ensemble:
                 logits, _ = view.inverse(found)
                 total = total + torch.softmax(to_grid(logits, volume.shape), dim=0)
         return cast("NDArray[np.float32]", (total / (len(self.networks) * len(chosen))).cpu().numpy())
+
+    def label_map(self, volume: Volume) -> NDArray[np.uint8]:
+        """The segmentation (X, Y, Z) on the stored grid, without what is too unsure or too small (`lib.label_map`)."""
+        voxel_mm3 = float(np.prod(volume.spacing))
+        smallest = {value: mm3 / voxel_mm3 for value, mm3 in self.smallest_mm3.items()}
+        return label_map(self.mean(volume), self.confidence, smallest)
 
     def learning_loss(self, volume: Volume) -> NDArray[np.float32] | None:
         """Predicted loss (X, Y, Z) on the stored grid, never negative; None for members without a head.

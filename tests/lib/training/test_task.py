@@ -15,6 +15,7 @@ import torch
 from fastapi import HTTPException
 
 from lib.files import write_json
+from lib.images import load_image
 from lib.training import task as task_module
 from tests.lib.training.studies import World
 
@@ -81,6 +82,31 @@ def test_what_is_known_of_classes_that_were_not_drawn_reaches_the_loss(world, tm
     assert job.sets == [[True, False, True]]
     assert cases[image].label_xyz.unique().tolist() == [1, 3]
     assert image in job.splits[0]
+
+
+def test_how_small_annotated_lesions_are_reaches_the_segmentation(world, tmp_path, monkeypatch):
+    folder = tmp_path / "upload"
+    folder.mkdir()
+    for image, side in zip(sorted(world.store.list_images()), (4, 0, 3), strict=True):
+        scan = load_image(world.store.image_path(image))
+        label = np.zeros(scan.shape, np.uint8)
+        label[:2] = 1
+        label[5 : 5 + side, 5 : 5 + side, 5 : 5 + side] = 2
+        nib.save(nib.Nifti1Image(label, scan.affine), folder / "label.nii.gz")
+        world.store.save_label(image, str(folder / "label.nii.gz"), "final", {"whole": True})
+    world.train(smallest=0.5)
+    voxel_mm3 = float(np.prod(scan.spacing))
+    # Every image holds class 1; of class 2 the third image, whose voxels `scan` has, holds the smallest: 3 x 3 x 3.
+    assert world.trainer.store.current().facts["smallest_mm3"] == pytest.approx({"posterior": 27 * voxel_mm3})
+    ensemble = world.segmenter.ensemble()
+    assert ensemble.smallest_mm3 == pytest.approx({2: 13.5 * voxel_mm3})
+    probs = np.zeros((3, *scan.shape), np.float32)
+    probs[0] = 0.4
+    probs[2, :1, :1, :13] = probs[2, 10:11, 10:11, 10:24] = probs[1, 20, 20, 20] = 0.6
+    monkeypatch.setattr(ensemble, "mean", lambda volume: probs)
+    assert np.bincount(ensemble.label_map(scan).ravel())[1:].tolist() == [1, 14]
+    world.train(smallest=0)
+    assert world.segmenter.ensemble().smallest_mm3 == {2: 0}
 
 
 def test_a_training_killed_inside_a_member_goes_on_from_its_checkpoint(folders, tmp_path, monkeypatch):

@@ -49,6 +49,12 @@ class Recipe(BaseModel):
     confidence: float = Field(
         default=0.0, ge=0, le=1, description="mean probability that a component of a segmentation needs; 0: none"
     )
+    smallest: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="size that a component of a class which some images lack needs, times the smallest annotated one",
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
     learning_loss: float = Field(default=0.0, ge=0, le=1000, description="weight of the head that predicts losses")
     learning_loss_margin: float = Field(default=1.0, ge=0, le=1000, description="margin of its ranking loss")

@@ -18,7 +18,6 @@ import torch
 from lib.classes import resolve_classes
 from lib.files import file_digest, text_digest
 from lib.images import EXTENSIONS, check_same_grid, load_image, load_label, save_label
-from lib.label_map import label_map
 from lib.models import ModelStore, choose_device
 from lib.options import AppOptions, OptionError
 from lib.partial_labels import check_values
@@ -26,6 +25,7 @@ from lib.training.cases import TrainingCase, network_image, network_label
 from lib.training.members import Job, Layout, train_members
 from lib.training.planner_store import PlanStore
 from lib.training.recipe import Bundle
+from lib.training.structures import SmallestStructures
 from lib.training.trainer import Progress
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,12 @@ class FolderTraining:
         bundle = plans.ensure(images, labels)
         spacing = bundle.plan.spacing if bundle.plan else None
         recipe = bundle.recipe(self.recipe)
-        cases = []
+        cases, structures = [], SmallestStructures(classes)
         for name, path in labels.items():
             volume, mask = load_image(images[name]), load_label(path)
             check_same_grid(mask, volume.shape, volume.affine, name)
             check_values(mask.array_xyz, classes)
+            structures.add(mask.array_xyz, mask.spacing)
             image_cxyz = network_image(volume, spacing, bundle.normalisation)
             cases.append(TrainingCase(name, image_cxyz, network_label(mask.array_xyz, volume.spacing, spacing)))
         inputs = {name: (file_digest(images[name]), file_digest(path)) for name, path in labels.items()}
@@ -101,6 +102,7 @@ class FolderTraining:
             "recipe": recipe.model_dump(mode="json"),
             "spacing": spacing,
             "plan": plan,
+            "smallest_mm3": structures.found_mm3(),
         }
         return store.publish(digest, facts).folder
 
@@ -143,7 +145,7 @@ class FolderInference:
         written = []
         for name, path in images.items():
             volume = load_image(path)
-            label_xyz = label_map(ensemble.mean(volume), ensemble.confidence)
+            label_xyz = ensemble.label_map(volume)
             written.append(self.output / f"{name}.nii.gz")
             save_label(written[-1], label_xyz, volume.affine)
             logger.info("segmented %s", name)

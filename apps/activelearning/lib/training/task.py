@@ -33,6 +33,7 @@ from lib.training.members import Job, Layout, train_members
 from lib.training.planner_store import PlanStore
 from lib.training.progress import Board
 from lib.training.recipe import Bundle, Recipe, RecipeError
+from lib.training.structures import SmallestStructures
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,8 @@ class EnsembleTrainTask(TrainTask):
             wanted = self._with_round(wanted, recipe, datastore, labels)
             digest = self._digest(wanted, recipe, datastore, labels)
             codes: dict[int, int] = {}
-            cases = [self._case(i, datastore, path, recipe, codes) for i, path in sorted(labels.items())]
+            known = SmallestStructures(self.classes)
+            cases = [self._case(i, datastore, path, recipe, codes, known) for i, path in sorted(labels.items())]
             voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
             if not voxels:
                 refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
@@ -178,6 +180,7 @@ class EnsembleTrainTask(TrainTask):
             "spacing": self.spacing,
             "plan": job.plan,
             "start": job.start,
+            "smallest_mm3": known.found_mm3(),
         }
         self.store.publish(digest, facts)
         stats = self._stats(digest, wanted, len(cases), time.time() - started)
@@ -220,7 +223,13 @@ class EnsembleTrainTask(TrainTask):
         return text_digest(self.bundle.fingerprint(), self.classes, options, inputs, start)
 
     def _case(
-        self, name: str, datastore: PartialLabelDatastore, label: Path, recipe: Recipe, codes: dict[int, int]
+        self,
+        name: str,
+        datastore: PartialLabelDatastore,
+        label: Path,
+        recipe: Recipe,
+        codes: dict[int, int],
+        structures: SmallestStructures,
     ) -> TrainingCase:
         volume, mask = load_image(datastore.image_path(name)), load_label(label)
         check_same_grid(mask, volume.shape, volume.affine, name)
@@ -228,6 +237,9 @@ class EnsembleTrainTask(TrainTask):
         spacing, grey = self.spacing, self.bundle.normalisation
         classwise = datastore.annotations.classwise(name, volume.shape)
         label_xyz = mask.array_xyz if classwise is None else classwise.encoded(codes)
+        if classwise is None:
+            # Where only some classes were drawn, a class that is missing may well be there.
+            structures.add(mask.array_xyz, volume.spacing)
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
         image_cxyz = network_image(volume, spacing, grey)

@@ -29,6 +29,7 @@ from lib.markups import roi_document
 from lib.models import ModelStore, choose_device, trained_bundle
 from lib.options import AppOptions
 from lib.posterior import Ensemble
+from lib.segmentation import segment
 from lib.training.recipe import Bundle
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class SegmentationTask(InferTask):
         self.store = store
         self.options = options
         self._loaded: tuple[str, Ensemble] | None = None
+        self._classes = 1 + len(classes)
         self._loading = threading.Lock()
 
     def is_valid(self) -> bool:
@@ -77,6 +79,7 @@ class SegmentationTask(InferTask):
             if self._loaded is None or self._loaded[0] != model.digest:
                 ensemble = self.store.load(model, self.bundle, choose_device(self.options.device))
                 self._loaded = (model.digest, ensemble)
+                self._classes = 1 + len(model.facts["classes"])
             return self._loaded[1]
 
     def trained_bundle(self) -> Bundle:
@@ -89,7 +92,7 @@ class SegmentationTask(InferTask):
             volume = load_image(request["image"])
             ensemble = self.ensemble()
             with ensemble.lock:
-                label_xyz = ensemble.label_map(volume)
+                label_xyz = segment(ensemble, volume, self._classes, self.store.folder)
         names = dict(self.labels)
         facts = {"label_names": names, "latencies": {"total": round(time.time() - started, 3)}}
         return write_result(label_xyz, volume.affine, request), facts

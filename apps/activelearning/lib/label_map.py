@@ -36,19 +36,28 @@ def label_map(
         confidence: mean probability that a component needs; 0 for none.
         smallest: voxels that a component of a class needs; classes that are not in it need none.
     """
-    smallest = smallest or {}
     label_xyz = np.asarray(probs_cxyz.argmax(axis=0)).astype(np.uint8)
+    return without_doubted(label_xyz, probs_cxyz, confidence, smallest or {})
+
+
+def without_doubted(
+    label_xyz: NDArray[np.uint8], probs_cxyz: NDArray[np.floating], confidence: float, smallest: Mapping[int, float]
+) -> NDArray[np.uint8]:
+    """`label_map` from the most probable classes on: `label_xyz` (X, Y, Z) is changed in place and handed back.
+
+    `probs_cxyz` may lie on disk: one class after the other is read, and all classes only of doubted voxels.
+    """
     looked_at = {c for c in range(1, len(probs_cxyz)) if confidence > 0 or smallest.get(c, 0) > 1}
-    if not looked_at:
-        return label_xyz
-    refused_cxyz = np.zeros(probs_cxyz.shape, dtype=bool)
+    refused: dict[int, NDArray[np.bool_]] = {}
     pending = sorted(looked_at)
     while pending:
         class_ = pending.pop()
         doubted_xyz = _doubted(label_xyz == class_, probs_cxyz[class_], confidence, smallest.get(class_, 0))
         if doubted_xyz.any():
-            refused_cxyz[class_] |= doubted_xyz
-            left_cv = np.where(refused_cxyz[:, doubted_xyz], -1, probs_cxyz[:, doubted_xyz])
+            refused[class_] = refused[class_] | doubted_xyz if class_ in refused else doubted_xyz
+            left_cv = probs_cxyz[:, doubted_xyz].astype(np.float32)
+            for other, refused_xyz in refused.items():
+                left_cv[other, refused_xyz[doubted_xyz]] = -1
             label_xyz[doubted_xyz] = left_cv.argmax(axis=0)
             joined = set(np.unique(label_xyz[doubted_xyz]).tolist()) & looked_at
             pending += sorted(joined - set(pending))
@@ -59,10 +68,13 @@ def _doubted(
     mask_xyz: NDArray[np.bool_], probs_xyz: NDArray[np.floating], confidence: float, smallest: float
 ) -> NDArray[np.bool_]:
     """Voxels of the components of mean probability below `confidence`, or of fewer voxels than `smallest`."""
-    parts_xyz, count = ndimage.label(mask_xyz, _NEIGHBOURS)
-    if not count:
-        return np.zeros_like(mask_xyz)
-    doubted = np.bincount(parts_xyz.ravel(), minlength=count + 1) < smallest
-    doubted[1:] |= np.asarray(ndimage.mean(probs_xyz, parts_xyz, np.arange(1, count + 1))) < confidence
-    doubted[0] = False
-    return np.asarray(doubted[parts_xyz])
+    doubted_xyz = np.zeros_like(mask_xyz)
+    # Components and their sums take many times the memory of a mask, so they are only made where the class is.
+    for box in ndimage.find_objects(mask_xyz.view(np.uint8)):
+        parts_xyz, count = ndimage.label(mask_xyz[box], _NEIGHBOURS)
+        doubted = np.bincount(parts_xyz.ravel(), minlength=count + 1) < smallest
+        if confidence > 0:
+            doubted[1:] |= np.asarray(ndimage.mean(probs_xyz[box], parts_xyz, np.arange(1, count + 1))) < confidence
+        doubted[0] = False
+        doubted_xyz[box] = doubted[parts_xyz]
+    return doubted_xyz

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from lib.fast_convolution import OneDNN
 from lib.images import Volume
-from lib.label_map import label_map
 from lib.regions import Triple
 from lib.stacked import stacked
 from lib.training.cases import network_image, to_grid
@@ -168,11 +167,9 @@ class Ensemble:
                 total = total + torch.softmax(to_grid(logits, volume.shape), dim=0)
         return cast("NDArray[np.float32]", (total / (len(self.networks) * len(chosen))).cpu().numpy())
 
-    def label_map(self, volume: Volume) -> NDArray[np.uint8]:
-        """The segmentation (X, Y, Z) on the stored grid, without what is too unsure or too small (`lib.label_map`)."""
-        voxel_mm3 = float(np.prod(volume.spacing))
-        smallest = {value: mm3 / voxel_mm3 for value, mm3 in self.smallest_mm3.items()}
-        return label_map(self.mean(volume), self.confidence, smallest)
+    def smallest_voxels(self, spacing: Sequence[float]) -> dict[int, float]:
+        """Class value -> voxels of `spacing` mm that a component needs."""
+        return {value: mm3 / float(np.prod(spacing)) for value, mm3 in self.smallest_mm3.items() if mm3}
 
     def learning_loss(self, volume: Volume) -> NDArray[np.float32] | None:
         """Predicted loss (X, Y, Z) on the stored grid, never negative; None for members without a head.

@@ -16,6 +16,7 @@ from fastapi import HTTPException
 
 from lib.files import write_json
 from lib.images import load_image
+from lib.segmentation import segment
 from lib.training import task as task_module
 from tests.lib.training.studies import World
 
@@ -103,8 +104,8 @@ def test_how_small_annotated_lesions_are_reaches_the_segmentation(world, tmp_pat
     probs = np.zeros((3, *scan.shape), np.float32)
     probs[0] = 0.4
     probs[2, :1, :1, :13] = probs[2, 10:11, 10:11, 10:24] = probs[1, 20, 20, 20] = 0.6
-    monkeypatch.setattr(ensemble, "mean", lambda volume: probs)
-    assert np.bincount(ensemble.label_map(scan).ravel())[1:].tolist() == [1, 14]
+    monkeypatch.setattr(ensemble, "mean", lambda volume, overlap: probs)
+    assert np.bincount(segment(ensemble, scan, 3, tmp_path).ravel())[1:].tolist() == [1, 14]
     world.train(smallest=0)
     assert world.segmenter.ensemble().smallest_mm3 == {2: 0}
 

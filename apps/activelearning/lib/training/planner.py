@@ -248,11 +248,12 @@ class _Search:
         cost = self._cost(found, largest)
         while cost > limit or (self.rules.positions and math.prod(found.size) > self.rules.positions):
             share = [n / w for n, w in zip(found.size, whole, strict=True)]
-            widest = max(range(len(share)), key=lambda a: (share[a], -a))
+            shrinkable = [a for a, (n, d) in enumerate(zip(found.size, found.divisor, strict=True)) if n > d]
+            if not shrinkable:
+                break
+            widest = max(shrinkable, key=lambda a: (share[a], -a))
             smaller: list[float] = list(found.size)
             smaller[widest] -= found.divisor[widest]
-            if smaller[widest] <= 0:
-                break
             step = ladder(smaller, spacing, levels, flat).divisor[widest]
             smaller[widest] = found.size[widest] - step
             found = ladder(smaller, spacing, levels, flat)

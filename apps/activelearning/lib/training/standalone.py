@@ -21,6 +21,7 @@ from lib.images import EXTENSIONS, check_same_grid, load_image, load_label, save
 from lib.models import ModelStore, choose_device
 from lib.options import AppOptions, OptionError
 from lib.partial_labels import check_values
+from lib.segmentation import segment
 from lib.training.cases import TrainingCase, network_image, network_label
 from lib.training.members import Job, Layout, train_members
 from lib.training.planner_store import PlanStore
@@ -145,7 +146,7 @@ class FolderInference:
         written = []
         for name, path in images.items():
             volume = load_image(path)
-            label_xyz = ensemble.label_map(volume)
+            label_xyz = segment(ensemble, volume, 1 + len(model.facts["classes"]), self.store.folder)
             written.append(self.output / f"{name}.nii.gz")
             save_label(written[-1], label_xyz, volume.affine)
             logger.info("segmented %s", name)

@@ -1,0 +1,72 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""What an ensemble says an image shows; a large image never has all of its probabilities in memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.images import ImageError, Volume
+from lib.label_map import label_map, without_doubted
+from lib.large_images import LARGE_BYTES, WORKING_BYTES, is_large, streamed_moments
+from lib.posterior import DEEP_ENSEMBLE, Ensemble
+
+OVERLAP = 0.5  # of the windows, as in `Ensemble.mean`
+
+
+def segment(
+    ensemble: Ensemble,
+    volume: Volume,
+    classes: int,
+    scratch: Path,
+    limit: int = LARGE_BYTES,
+    working_bytes: int = WORKING_BYTES,
+) -> NDArray[np.uint8]:
+    """Label map (X, Y, Z) of the mean of the members on the stored grid, by the rules of `lib.label_map`.
+
+    Above `limit` bytes of probabilities the image goes through the members in slabs (`lib.large_images`), and what the
+    rules need to know of the probabilities waits in half precision in a nameless file in `scratch`.
+
+    Args:
+        classes: those of the networks, background included.
+        scratch: folder with room for 2 bytes a class and voxel; only large images need any.
+
+    Raises:
+        ImageError: a large image, and mirror images of it are to be averaged.
+        OSError: no room in `scratch`.
+    """
+    smallest = ensemble.smallest_voxels(volume.spacing)
+    if not is_large(classes, volume.shape, limit):
+        return label_map(ensemble.mean(volume, OVERLAP), ensemble.confidence, smallest)
+    if ensemble.mirrored:
+        raise ImageError(f"{volume.path}: the image is too large for mirror_predictions; train without them")
+    ruled = ensemble.confidence > 0 or bool(smallest)
+    label_xyz = np.empty(volume.shape, np.uint8)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        probs_cxyz = _on_disk(file.fileno(), (classes, *volume.shape)) if ruled else None
+        for box, moments in streamed_moments(ensemble, volume, OVERLAP, DEEP_ENSEMBLE, 0, classes, working_bytes):
+            here = tuple(slice(*ends) for ends in box)
+            mean_cxyz = moments.mean
+            label_xyz[here] = mean_cxyz.argmax(axis=0)
+            if probs_cxyz is not None:
+                probs_cxyz[(slice(None), *here)] = mean_cxyz
+        if probs_cxyz is not None:
+            label_xyz = without_doubted(label_xyz, probs_cxyz, ensemble.confidence, smallest)
+            del probs_cxyz
+    return label_xyz
+
+
+def _on_disk(file: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
+    """An array in a file that has room for all of it: a mapped file that meets a full disk would end the process."""
+    size = int(np.prod(shape)) * np.dtype(np.float16).itemsize
+    os.posix_fallocate(file, 0, size)
+    with os.fdopen(os.dup(file), "r+b") as stream:
+        return np.memmap(stream, np.float16, "r+", shape=shape)

@@ -221,6 +221,18 @@ def test_a_repeated_request_adds_no_line(tmp_path):
     assert studies.ledger.journal.path.read_bytes() == lines
 
 
+def test_the_number_of_a_second_reading_is_not_given_again_either(tmp_path):
+    studies = Studies(tmp_path / "studies")
+    copy = copied(studies, tmp_path / "copy.sqlite")
+    asked = [Asked(Region("b", start, (1, 1, 1)), "patch", 0.5, {}) for start in ((1, 2, 3), (4, 2, 3))]
+    first, second = studies.ledger.ask("batch", "random", 0, asked, twice=[0, 1])
+    # A second reading of each comes after them.
+    assert list(studies.ledger.journal.entries())[-1] == {"query": second.id + 2}
+    set_back(studies, copy)
+    recover(studies)
+    assert ask(studies, (0, 0, 0)) == first.id + 4
+
+
 def test_damage_is_told_in_one_line(tmp_path):
     sentence = str(damaged(tmp_path / "ledger.sqlite", "*** in database main ***\nPage 3: never used"))
     assert "\n" not in sentence

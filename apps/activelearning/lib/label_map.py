@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
 
 def label_map(
@@ -71,7 +71,7 @@ def _doubted(
     doubted_xyz = np.zeros_like(mask_xyz)
     # Components and their sums take many times the memory of a mask, so they are only made where the class is.
     for box in ndimage.find_objects(mask_xyz.view(np.uint8)):
-        parts_xyz, count = ndimage.label(mask_xyz[box], _NEIGHBOURS)
+        parts_xyz, count = ndimage.label(mask_xyz[box], NEIGHBOURS)
         doubted = np.bincount(parts_xyz.ravel(), minlength=count + 1) < smallest
         if confidence > 0:
             doubted[1:] |= np.asarray(ndimage.mean(probs_xyz[box], parts_xyz, np.arange(1, count + 1))) < confidence

@@ -54,7 +54,8 @@ class QueryLedger(Answers, Overview):
                 known = connection.execute(
                     "SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)
                 ).fetchall()
-                highest = max((row["id"] for row in known), default=0)
+                # Second readings have numbers too, which the rows of the batch itself do not show.
+                highest = int(connection.execute("SELECT COALESCE(MAX(id), 0) FROM queries").fetchone()[0])
         if highest:
             self.write_down([{"query": highest}])
         return [to_query(row) for row in known]

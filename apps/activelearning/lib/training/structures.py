@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from lib.label_map import NEIGHBOURS
 from lib.partial_labels import UNLABELLED, LabelMap
-
-_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
 
 class SmallestStructures:
@@ -58,8 +57,8 @@ def _smallest_whole(label_xyz: LabelMap, box: tuple[slice, ...], value: int) -> 
     """Voxels of the smallest component of `value` in `box` that touches no unlabelled voxel; 0 where there is none."""
     around = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)
     near_xyz: NDArray[np.uint8] = label_xyz[around]
-    parts_xyz, count = ndimage.label(near_xyz == value, _NEIGHBOURS)
+    parts_xyz, count = ndimage.label(near_xyz == value, NEIGHBOURS)
     voxels = np.bincount(parts_xyz.ravel(), minlength=count + 1)
-    open_xyz = ndimage.binary_dilation(near_xyz == UNLABELLED, _NEIGHBOURS)
+    open_xyz = ndimage.binary_dilation(near_xyz == UNLABELLED, NEIGHBOURS)
     whole = np.setdiff1d(np.arange(1, count + 1), parts_xyz[open_xyz])
     return int(voxels[whole].min()) if whole.size else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eval.benchmarks.fuzz_http import Asker, fuzz_bodies, fuzz_openapi, fuzz_uploads
+from eval.benchmarks.fuzz_http import Asker, fuzz_bodies, fuzz_openapi, fuzz_uploads, send
 from eval.benchmarks.fuzz_tally import Tally
 from tests.system.conftest import Start, fill
 
@@ -41,6 +41,15 @@ def test_bodies_of_any_bytes(asker: Asker) -> None:
 
 def test_damaged_uploads(asker: Asker) -> None:
     check(fuzz_uploads(asker, 150, 22), 150)
+
+
+def test_numbers_that_json_lacks_are_sent_and_refused(asker: Asker) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    operation = schemathesis.openapi.from_url(f"{asker.url}/openapi.json")["/activelearning/{strategy}"]["POST"]
+    named = {"path_parameters": {"strategy": "random"}, "media_type": "application/json"}
+    answers = [send(operation.Case(**named, body={"batch": batch})) for batch in (float("nan"), float("-inf"))]
+    assert [answer.status_code // 100 for answer in answers] == [4, 4]
+    assert all(isinstance(answer.json()["detail"], str) for answer in answers)
 
 
 def test_every_operation_of_the_description(asker: Asker) -> None:

@@ -83,8 +83,8 @@ def drive(tally: Tally, cases: SearchStrategy[Any], wanted: int, number: int, on
         @given(cases)
         def ask(case: Any) -> None:
             if tally.cases < until:
-                tally.cases += 1
                 one(case)
+                tally.cases += 1  # not one that hypothesis gives up half drawn
 
         with quiet():
             ask()

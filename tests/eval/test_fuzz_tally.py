@@ -1,0 +1,48 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Counting what was drawn at random."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from eval.benchmarks.fuzz_tally import MOST_MIB, Tally, drive
+
+
+def test_a_case_counts_once_it_has_ended():
+    tally, ended = Tally("numbers"), []
+
+    def one(number: int) -> None:
+        assume(number % 2)
+        ended.append(number)
+
+    drive(tally, st.integers(0, 9), 60, 3, one)
+    assert tally.cases == len(ended) == 60
+    assert {number % 2 for number in ended} == {1}
+
+
+def test_the_same_number_draws_the_same_cases():
+    drawn: list[list[int]] = [[], [], []]
+    for numbers, number in zip(drawn, (4, 4, 5), strict=True):
+        drive(Tally("numbers"), st.integers(), 20, number, numbers.append)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("grown", "failed"), [(MOST_MIB, 0), (MOST_MIB + 1, 1)])
+def test_growth_by_more_than_is_left_to_chance_fails(grown: float, failed: int):
+    tally = Tally("memory", memory_mib=grown)
+    tally.check_memory()
+    assert (tally.failed, tally.outcomes["memory"]) == (failed, failed)
+
+
+def test_failures_alike_are_counted_but_shown_once():
+    tally = Tally("alike")
+    for detail in ("a", "a", "b"):
+        tally.fail("server error", {}, detail)
+    assert tally.failed == 3
+    assert [failure["detail"] for failure in tally.failures] == ["a", "b"]

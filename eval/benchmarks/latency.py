@@ -179,10 +179,10 @@ class Annotators:
         self._over.wait(self._think * float(rng.uniform(0, 1)))
         began = time.perf_counter()
         reply = http.post(f"/activelearning/{self.method}", json={"client_id": me})
-        self.times.note("next region", began)
         if self._waits and (reply.status_code == 409 or not reply.raise_for_status().json()):
-            self._over.wait(2)
+            self._over.wait(2)  # an answer without a region is quick and would only make the figure look better
             return
+        self.times.note("next region", began)
         (region,) = reply.raise_for_status().json()["regions"]
         began = time.perf_counter()
         http.get("/datastore/image", params={"image": region["image"]}).raise_for_status()

@@ -161,6 +161,28 @@ def test_what_comes_after_a_round_leaves_waiting_second_readings_out(ledger):
     assert ledger.after_round(0) == (2, 1)
 
 
+def test_a_batch_is_done_whatever_was_asked_beside_it(ledger):
+    first, second = ask(ledger, "b", [0, 2], round_=1, twice=[1])
+    ledger.lease([first, second], "ann", 60)
+    ask(ledger, "c", [4, 6, 8], round_=1)
+    assert (ledger.after_round(0), ledger.after_round(0, "b")) == ((5, 0), (2, 0))
+    answer(ledger, first, "ann")
+    answer(ledger, second, "ann")
+    assert (ledger.after_round(0), ledger.after_round(0, "b")) == ((3, 2), (0, 2))
+    (again,) = [query.id for query in ledger.second_readings("ben", 1)]
+    ledger.lease([again], "ben", 60)
+    assert ledger.after_round(0, "b") == (1, 2)
+
+
+def test_the_first_batch_of_a_size_is_found_among_later_rounds(ledger):
+    ask(ledger, "z", [0, 2, 4], round_=0)
+    ask(ledger, "y", [6], round_=1, twice=[0])
+    ask(ledger, "x", [8, 10], round_=1)
+    ask(ledger, "w", [12, 14], round_=2)
+    assert [ledger.first_batch(round_, 2) for round_ in (-1, 0, 1, 2)] == ["z", "x", "w", None]
+    assert [ledger.first_batch(0, regions) for regions in (1, 3)] == ["y", None]
+
+
 def test_a_planned_region_is_handed_out_before_one_that_came_back(ledger):
     (back,) = ask(ledger, "b", [0], method="random")
     ledger.lease([back], "ann", 60)

@@ -54,11 +54,13 @@ def wait_for(client: Client, ready: Callable[[dict[str, Any]], Any], seconds: fl
     raise AssertionError(f"not reached: {json.dumps(found, indent=1)[:4000]}")
 
 
-def answer_batch(client: Client, method: str, who: str) -> list[dict[str, Any]]:
-    """Asks singly and answers, as Slicer does, until the batch is done."""
+def answer_batch(client: Client, method: str, who: str, early: str | None = None) -> list[dict[str, Any]]:
+    """Asks singly and answers, as Slicer does, until the batch is done; `early` asks while its last region is open."""
     done = []
-    for _ in range(3):
+    for number in range(3):
         region = client.ask(method, client_id=who).json()["regions"][0]
+        if early is not None and number == 2:
+            assert client.ask(method, client_id=early).json()["regions"]
         assert client.submit(region["image"], queries=[region["query"]], client_id=who).status_code == 200
         done.append(region)
     return done
@@ -72,7 +74,8 @@ def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
     assert found["work"]["model"]["round"] == 0
     assert found["failures"] == []
     # Whatever the client is set to, it is handed what was planned.
-    second = answer_batch(client, "random", HOSTILE)
+    # Who asks when all of it is handed out gets other regions, for which the round does not wait.
+    second = answer_batch(client, "random", HOSTILE, early="eve")
     assert {(r["method"], r["round"]) for r in second} == {("power_pe", 1)}
     found = wait_for(
         client, lambda p: p["quality"]["batches"] and p["regions"]["planned"] == 3 and p["work"]["model"]["round"] == 1
@@ -86,6 +89,7 @@ def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
     assert {(p["client"], p["answered"], p["voxels"]) for p in found["annotators"]} == {
         ("ann", 3, 3000),
         (HOSTILE, 3, 3000),
+        ("eve", 0, 0),
     }
     # The batch is there before the planning that made it has been looked at.
     wait_for(client, lambda p: p["work"]["step"] == "wait")

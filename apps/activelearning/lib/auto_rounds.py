@@ -28,9 +28,9 @@ LONGEST_PAUSE = 1800.0
 class Standing:
     """What the ledger, the model store and the cache say, from which the next step follows, also after a restart.
 
-    `model`: digest of the newest one; `pending` and `answered`: regions of rounds it has not been trained on, planned
-    or open, and answered; `labels`: changes with every answer; `scored`: whether the whole pool is; `planned`: whether
-    its batch has been chosen.
+    `model`: digest of the newest one; `pending`: planned or open regions of the batch that it waits for; `answered`:
+    regions of rounds it has not been trained on; `labels`: changes with every answer; `scored`: whether the whole pool
+    is; `planned`: whether its batch has been chosen.
     """
 
     model: str | None

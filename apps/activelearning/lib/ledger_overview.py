@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lib.ledger_records import Query
+from lib.ledger_records import SECOND, Query
 from lib.ledger_schema import UNCOUNTED
 from lib.ledger_store import LedgerStore
 
@@ -70,18 +70,29 @@ class Overview(LedgerStore):
             row = connection.execute("SELECT COUNT(*), SUM(active), SUM(active * id) FROM answers").fetchone()
         return ":".join(str(value or 0) for value in row)
 
-    def after_round(self, round_: int) -> tuple[int, int]:
-        """How many regions of later rounds are planned or open, and how many are answered.
+    def after_round(self, round_: int, batch: str | None = None) -> tuple[int, int]:
+        """How many regions of later rounds are planned or open (of one batch, if named), and how many are answered.
 
         Second readings nobody has taken yet do not count: they may wait for a second annotator for good.
         """
         with self._connect() as connection:
             row = connection.execute(
-                "SELECT COALESCE(SUM(status = 'open' OR (status = 'proposed' AND twin IS NULL)), 0),"
-                " COALESCE(SUM(status = 'answered'), 0) FROM queries WHERE round > ?",
-                (round_,),
+                "SELECT COALESCE(SUM((status = 'open' OR (status = 'proposed' AND twin IS NULL))"
+                " AND (? IS NULL OR batch IN (?, ? || ?))), 0), COALESCE(SUM(status = 'answered'), 0)"
+                " FROM queries WHERE round > ?",
+                (batch, batch, batch, SECOND, round_),
             ).fetchone()
         return int(row[0]), int(row[1])
+
+    def first_batch(self, round_: int, regions: int) -> str | None:
+        """The first batch of later rounds with at least so many regions, second readings aside."""
+        with self._connect() as connection:
+            row = connection.execute(
+                "SELECT batch FROM queries WHERE round > ? AND twin IS NULL GROUP BY batch HAVING COUNT(*) >= ?"
+                " ORDER BY MIN(id) LIMIT 1",
+                (round_, regions),
+            ).fetchone()
+        return str(row[0]) if row else None
 
     def planned_method(self, round_: int) -> str | None:
         """The method of the region of a round that is handed out next: a planned one, else one that was given back."""

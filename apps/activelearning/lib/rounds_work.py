@@ -60,10 +60,12 @@ class ServerWork:
         ledger = self.store.ledger
         ledger.expire()
         model = self.models.current()
-        pending, answered = ledger.after_round(model.round if model else -1)
-        planned = model is not None and (
-            ledger.get_meta("rounds:exhausted") == model.digest or bool(ledger.batch(_batch(model)))
-        )
+        own = _batch(model) if model is not None and ledger.batch(_batch(model)) else None
+        planned = model is not None and (own is not None or ledger.get_meta("rounds:exhausted") == model.digest)
+        last = model.round if model else -1
+        # Whoever asks when all of it is handed out begins another batch: a round that waited for that one too would
+        # never begin while several annotators work.
+        pending, answered = ledger.after_round(last, own or ledger.first_batch(last, self.options.batch))
         # Looking for what is not scored takes a while in a large pool.
         matters = model is not None and not planned and (begun or not pending)
         scored = not matters or model is None or self._is_scored(model)

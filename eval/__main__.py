@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from eval.errors import RefereeError
 
 if TYPE_CHECKING:
@@ -124,48 +122,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from eval.benchmarks import BENCHMARKS
+    from eval.bench_cli import bench
 
-    if options.name == "fuzz":
-        _fuzz(options)
-        return
-    if options.name not in BENCHMARKS:
-        raise RefereeError(f"no benchmark {options.name}; there are {', '.join(sorted([*BENCHMARKS, 'fuzz']))}")
-    rows = tqdm(BENCHMARKS[options.name](), desc=f"bench {options.name}", unit="row", leave=False)
-    kept = []
-    for row in rows:
-        kept.append(row)
-        factor, unit = (1e3, "ms") if row["unit"] == "s" else (1, row["unit"])
-        sizes = f"{row['ours_s'] * factor:10.2f} {unit:<3} {row['reference_s'] * factor:10.2f} {unit:<3}"
-        # What was measured is shown at once, so that a stop does not lose it.
-        shown = sys.stderr if options.json else sys.stdout
-        rows.write(f"{row['name']:<56} {sizes} {row['ratio']:7.1f}x (bar {row['bar']:g})", file=shown)
-    if options.json:
-        _write(options.json, kept)
-
-
-def _fuzz(options: argparse.Namespace) -> None:
-    from eval.app_path import add_app
-
-    add_app()
-    from eval.benchmarks.fuzz import fuzz, fuzz_text
-
-    found = fuzz(options.cases, options.seed)
-    if options.json != "-":
-        sys.stdout.write(fuzz_text(found) + "\n")
-    if options.json:
-        _write(options.json, found)
-    if found["failed"]:
-        raise RefereeError(f"{found['failed']} of {found['cases']} cases failed; see their examples with --json FILE")
-
-
-def _write(target: str, value: Any) -> None:
-    """JSON on stdout for '-', else into a file."""
-    text = json.dumps(value, indent=1) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    else:
-        Path(target).write_text(text)
+    bench(options.name, options.json, options.cases, options.seed)
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -279,7 +238,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--deidentify", action="store_true", help="case_001, ... for images, and plain headers")
     bench = add("bench", _bench, "measure against the plain way of doing the same")
     bench.add_argument("name")
-    bench.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write rows as JSON, to FILE or stdout")
+    bench.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="rows and what they were measured on, to FILE or stdout",
+    )
     bench.add_argument("--cases", type=_workers, default=50_000, help="of fuzz: how many, over all surfaces")
     bench.add_argument("--seed", type=int, default=0, help="of fuzz: another seed draws other cases")
     methods = add("methods", _methods, "list the query methods")

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,16 @@ PACKAGES = ("monailabel", "monai", "torch", "numpy", "scipy", "nibabel", "scikit
 def now() -> str:
     """Current time as ISO 8601, UTC, in seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def describe_run() -> dict[str, Any]:
+    """What was called, with what, on what, and when: the beginning of every committed result."""
+    return {
+        "command": " ".join(["python -m eval", *sys.argv[1:]]),
+        "started": now(),
+        "versions": describe_versions(),
+        "hardware": describe_machine(),
+    }
 
 
 def describe_versions() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from eval.errors import RefereeError
 from eval.files import read_json, write_json, write_text
 from eval.full_data import FullDataCell
 from eval.guards import Steps, check_cells, check_same_origin
-from eval.manifest import data_digest, describe_machine, describe_versions, now
+from eval.manifest import data_digest, describe_machine, describe_run, describe_versions, now
 from eval.parts import read_only
 from eval.study import FULL_DATA, Method, Study, load_study, read_study, save_study, split_cases
 from eval.tables import write_tables
@@ -96,15 +96,12 @@ def start_run(study: Study, out: Path, options: Options) -> None:
         material, data = _prepare(study, options)
         manifest = {
             "study": study.name,
-            "started": now(),
+            **describe_run(),
             "finished": None,
-            "command": " ".join(["python -m eval", *sys.argv[1:]]),
             "workers": options.workers,
             "threads_per_server": material.threads,
             "seeds": list(study.seeds),
             "methods": [method.label for method, _ in study.lines],
-            "versions": describe_versions(),
-            "hardware": describe_machine(),
             "data": data,
         }
         if chosen is not None:

@@ -203,7 +203,7 @@ class PatchwiseApp(MONAILabelApp):
                 resolve(name)
             except SPEAKING as error:
                 refuse(str(error), 404)
-            name = self._method_in_turn(name, request)
+            name, request = self._in_turn(name, request)
         try:
             answer = self._strategy(name)({**request, "client_id": self.clients.identify(request)}, self.store)
         except HTTPException as refused:
@@ -268,16 +268,22 @@ class PatchwiseApp(MONAILabelApp):
             self.proposals,
         )
 
-    def _method_in_turn(self, name: str, request: dict[str, Any]) -> str:
+    def _in_turn(self, name: str, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """While rounds run themselves, who asks singly gets what the round has planned, whatever the client is set to.
 
-        Before the first training that is a random batch.
+        Before the first training that is a random batch; while a new model's batch is being prepared, what was planned
+        with the last one.
         """
         if self.rounds is None or request.get("batch"):
-            return name
+            return name, request
         model = next(iter(self.segmenters.values())).store.current()
-        planned = self.ledger.planned_method(model.round + 1 if model else 0)
-        return planned or ("random" if model is None and resolve(name).posterior else name)
+        if planned := self.ledger.planned_method(model.round + 1 if model else 0):
+            return planned, request
+        if model is None:
+            return "random" if resolve(name).posterior else name, request
+        if self.rounds.step != "wait" and (left := self.ledger.planned_method(model.round)):
+            return left, {**request, "round": model.round}
+        return name, request
 
     def _auto_rounds(self) -> AutoRounds | None:
         """Rounds that run themselves, where they are wanted."""

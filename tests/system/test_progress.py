@@ -76,6 +76,10 @@ def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
     # Whatever the client is set to, it is handed what was planned.
     # Who asks when all of it is handed out gets other regions, for which the round does not wait.
     second = answer_batch(client, "random", HOSTILE, early="eve")
+    # Until the new model has scored the pool, others are handed what was planned beside it.
+    wait_for(client, lambda p: p["work"]["step"] == "score")
+    reply = client.ask("bald", client_id="fay")
+    assert [(r["method"], r["round"]) for r in reply.json()["regions"]] == [("random", 1)], reply.text
     assert {(r["method"], r["round"]) for r in second} == {("power_pe", 1)}
     found = wait_for(
         client, lambda p: p["quality"]["batches"] and p["regions"]["planned"] == 3 and p["work"]["model"]["round"] == 1
@@ -90,6 +94,7 @@ def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
         ("ann", 3, 3000),
         (HOSTILE, 3, 3000),
         ("eve", 0, 0),
+        ("fay", 0, 0),
     }
     # The batch is there before the planning that made it has been looked at.
     wait_for(client, lambda p: p["work"]["step"] == "wait")

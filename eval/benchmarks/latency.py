@@ -165,7 +165,9 @@ class Annotators:
 
     def _annotate(self, number: int, asks: int) -> None:
         me, rng = f"annotator_{number}", np.random.default_rng(number)
-        with httpx.Client(base_url=self.url, timeout=300) as http:
+        # A connection for each request, as MONAI Label's clients do: one kept while its annotator thinks is closed by
+        # the server sooner or later, now and then in the very moment of the next request.
+        with httpx.Client(base_url=self.url, timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http:
             for _ in range(asks):
                 try:
                     self._region(http, me, rng)

@@ -28,6 +28,12 @@ def asker(start_server: Start, tmp_path_factory: pytest.TempPathFactory, phantom
     return Asker(str(client.http.base_url), psutil.Process(server.process.pid))
 
 
+def needs_schemathesis() -> None:
+    """Skips where it is not installed, but never on CI."""
+    if importlib.util.find_spec("schemathesis") is None and not os.environ.get("CI"):
+        pytest.skip("schemathesis is not installed; pip install -r requirements-dev.txt")
+
+
 def check(tally: Tally, cases: int) -> None:
     assert tally.failures == []
     assert (tally.cases, tally.failed) == (cases, 0)
@@ -44,7 +50,9 @@ def test_damaged_uploads(asker: Asker) -> None:
 
 
 def test_numbers_that_json_lacks_are_sent_and_refused(asker: Asker) -> None:
-    schemathesis = pytest.importorskip("schemathesis")
+    needs_schemathesis()
+    import schemathesis
+
     operation = schemathesis.openapi.from_url(f"{asker.url}/openapi.json")["/activelearning/{strategy}"]["POST"]
     named = {"path_parameters": {"strategy": "random"}, "media_type": "application/json"}
     answers = [send(operation.Case(**named, body={"batch": batch})) for batch in (float("nan"), float("-inf"))]
@@ -53,6 +61,5 @@ def test_numbers_that_json_lacks_are_sent_and_refused(asker: Asker) -> None:
 
 
 def test_every_operation_of_the_description(asker: Asker) -> None:
-    if importlib.util.find_spec("schemathesis") is None and not os.environ.get("CI"):
-        pytest.skip("schemathesis is not installed; pip install -r requirements-dev.txt")
+    needs_schemathesis()
     check(fuzz_openapi(asker, 470, 23), 470)

@@ -21,6 +21,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,9 @@ class Times:
                 yield {**found, "p50_s": round(float(np.median(taken)), 5), "requests": len(taken)}
 
 
-def make_pool(folder: Path, images: int) -> dict[str, bytes]:
-    """Fills `folder/studies`; the label file of each image."""
-    scans, labels = phantoms(folder / "phantoms", min(CASES, images))
+def make_pool(folder: Path, images: int, cases: int = CASES) -> dict[str, bytes]:
+    """Fills `folder/studies`, each of `cases` scans under several names; the label file of each image."""
+    scans, labels = phantoms(folder / "phantoms", min(cases, images))
     studies = folder / "studies"
     studies.mkdir()
     (studies / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "anterior": 1, "posterior": 2}}))
@@ -123,6 +124,7 @@ class Annotators:
         # Whether there may be nothing to ask for now and then: the next batch is being prepared.
         self._waits = waits
         self._think = float(os.environ.get("THINK", 1))
+        self.steps: Counter[str] = Counter()  # of rounds that run themselves, as /info told them
         self._over = threading.Event()
         self._failed: list[str] = []
         self._people: list[threading.Thread] = []
@@ -198,8 +200,10 @@ class Annotators:
         with httpx.Client(base_url=self.url, timeout=300) as http:
             while not self._over.wait(0.25):
                 began = time.perf_counter()
-                http.get("/info/")
+                reply = http.get("/info/")
                 self.times.note("info", began)
+                rounds = reply.raise_for_status().json()["patchwise"]["rounds"] or {}
+                self.steps[rounds.get("step") or "none"] += 1
 
 
 def submit(http: httpx.Client, image: str, label: bytes, params: dict[str, Any]) -> None:

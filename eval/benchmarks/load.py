@@ -5,7 +5,8 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """`python -m eval bench load`: half an hour of annotators, trainings and scorings on one server; then a pool of 10,000.
 
-Environment: MINUTES (30), IMAGES (2000), MANY (10000), THINK (10, the most seconds between two steps of an annotator).
+Environment: MINUTES (30), IMAGES (2000), CASES (300, different scans among them, which is what scoring takes time for),
+MANY (10000), THINK (10, the most seconds between two steps of an annotator).
 Memory and file handles are those of the server's own process: trainings and scorings end and give theirs back.
 """
 
@@ -35,7 +36,7 @@ from eval.server import ServerProcess
 GROWTH_BAR = 1.05
 START_BAR, NEXT_BAR = 10.0, 0.200
 _SAMPLE_SECONDS = 5.0
-_BATCH = 200
+_METHOD, _BATCH = "power_pe", 200
 _ASKS = 60
 
 
@@ -73,9 +74,10 @@ def run() -> Iterator[Row]:
 
 
 def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
-    labels = make_pool(folder, images)
-    train = {"members": 2, "steps": 100, "patch": [24, 24, 24]}
-    conf = {"auto_rounds": "true", "auto_train": json.dumps(train), "batch": _BATCH, "stop_batches": 50, "threads": 1}
+    labels = make_pool(folder, images, int(os.environ.get("CASES", 300)))
+    train = json.dumps({"members": 2, "steps": 150, "patch": [24, 24, 24]})
+    rounds = {"auto_rounds": "true", "auto_method": _METHOD, "auto_train": train}
+    conf = {**rounds, "batch": _BATCH, "stop_batches": 50, "threads": 1}
     server = ServerProcess(folder / "studies", conf, log=folder / "server.log", threads=1)
     server.start()
     times, samples, over = Times(), Samples(), threading.Event()
@@ -84,7 +86,7 @@ def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
     try:
         _first_round(server.url, labels)
         watch.start()
-        with Annotators(server.url, labels, times, "power_pe", waits=True) as people:
+        with Annotators(server.url, labels, times, _METHOD, waits=True) as people:
             people.start(1_000_000)
             until = time.monotonic() + 60 * minutes
             while time.monotonic() < until:
@@ -94,12 +96,14 @@ def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
     finally:
         over.set()
         server.stop()
+    told = sum(people.steps.values())
+    work = {step: round(people.steps[step] / told, 3) for step in ("train", "score", "plan")}
     where = f", {minutes:g} minutes, {images} images, {ANNOTATORS} annotators, rounds"
     yield from times.rows(where)
     # Requests at work hold a connection each: what was never closed is what is left between them.
     memory, handles = samples.growth(1, np.median), samples.growth(2, np.min)
-    yield {**_growth(f"memory at the end against the start{where}", *memory, "MiB"), "round": facts["model"]["round"]}
-    yield {**_growth(f"open files at the end against the start{where}", *handles, "files"), **facts["queries"]}
+    yield {**_growth(f"memory at the end against the start{where}", *memory, "MiB"), "rounds": facts["model"]["round"]}
+    yield {**_growth(f"open files at the end against the start{where}", *handles, "files"), **facts["queries"], **work}
 
 
 def _growth(name: str, late: float, early: float, unit: str) -> Row:

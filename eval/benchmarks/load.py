@@ -6,8 +6,11 @@
 """`python -m eval bench load`: half an hour of annotators, trainings and scorings on one server; then a pool of 10,000.
 
 Environment: MINUTES (30), IMAGES (2000), CASES (300, different scans among them, which is what scoring takes time for),
-MANY (10000), THINK (10, the most seconds between two steps of an annotator).
+MANY (10000), THINK (10, the most seconds between two steps of an annotator). MINUTES=0 or MANY=0 leaves that part out.
 Memory and file handles are those of the server's own process: trainings and scorings end and give theirs back.
+While one connection to its file is open, SQLite keeps the descriptors of those that were open beside it, to use them
+again. The ledger's are therefore counted apart: as many as there may be requests at once are allowed, and nothing else
+may grow at all.
 """
 
 from __future__ import annotations
@@ -36,13 +39,16 @@ from eval.server import ServerProcess
 GROWTH_BAR = 1.05
 START_BAR, NEXT_BAR = 10.0, 0.200
 _SAMPLE_SECONDS = 5.0
+_LEDGER = "ledger.sqlite"
+# The annotators, who polls /info, the rounds, and the connection that stays open.
+_CONNECTIONS = ANNOTATORS + 3
 _METHOD, _BATCH = "power_pe", 200
 _ASKS = 60
 
 
 @dataclass
 class Samples:
-    """What the server's process held, every few seconds: (seconds, bytes, open files, threads)."""
+    """What the server's process held, every few seconds: (seconds, bytes, open files, of them the ledger's)."""
 
     taken: list[tuple[float, int, int, int]] = field(default_factory=list)
 
@@ -50,15 +56,15 @@ class Samples:
         """Samples until told to stop."""
         process, began = psutil.Process(pid), time.monotonic()
         while not over.wait(_SAMPLE_SECONDS):
-            memory = process.memory_info().rss
-            self.taken.append((time.monotonic() - began, memory, process.num_fds(), process.num_threads()))
+            files, ledger = process.num_fds(), sum(Path(f.path).name == _LEDGER for f in process.open_files())
+            self.taken.append((time.monotonic() - began, process.memory_info().rss, files, ledger))
 
-    def growth(self, column: int, of: Callable[[Any], Any]) -> tuple[float, float]:
-        """`of` the last tenth of the time and the second tenth: start-up fills caches, which is no leak."""
+    def growth(self, of: Callable[[Any], Any]) -> tuple[float, float]:
+        """`of` the samples of the last tenth of the time and of the second: start-up fills caches, which is no leak."""
         values = np.array(self.taken)
         seconds = values[:, 0] / values[-1, 0]
         early, late = (seconds >= 0.1) & (seconds < 0.2), seconds >= 0.9
-        return float(of(values[late, column])), float(of(values[early, column]))
+        return float(of(values[late])), float(of(values[early]))
 
 
 def run() -> Iterator[Row]:
@@ -67,10 +73,12 @@ def run() -> Iterator[Row]:
     images, many = int(os.environ.get("IMAGES", 2000)), int(os.environ.get("MANY", 10_000))
     # Half an hour of eight annotators leaves some of 2,000 images unasked.
     os.environ.setdefault("THINK", "10")
-    with tempfile.TemporaryDirectory() as name:
-        yield from _under_load(Path(name), images, minutes)
-    with tempfile.TemporaryDirectory() as name:
-        yield from _large_pool(Path(name), many)
+    if minutes:
+        with tempfile.TemporaryDirectory() as name:
+            yield from _under_load(Path(name), images, minutes)
+    if many:
+        with tempfile.TemporaryDirectory() as name:
+            yield from _large_pool(Path(name), many)
 
 
 def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
@@ -100,16 +108,15 @@ def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
     work = {step: round(people.steps[step] / told, 3) for step in ("train", "score", "plan")}
     where = f", {minutes:g} minutes, {images} images, {ANNOTATORS} annotators, rounds"
     yield from times.rows(where)
+    late, early = samples.growth(lambda taken: np.median(taken[:, 1]) / 2**20)
+    grown = row(f"memory at the end against the start{where}", late, GROWTH_BAR * early, 1.0)
+    yield {**grown, "unit": "MiB", "rounds": facts["model"]["round"], **work}
     # Requests at work hold a connection each: what was never closed is what is left between them.
-    memory, handles = samples.growth(1, np.median), samples.growth(2, np.min)
-    yield {**_growth(f"memory at the end against the start{where}", *memory, "MiB"), "rounds": facts["model"]["round"]}
-    yield {**_growth(f"open files at the end against the start{where}", *handles, "files"), **facts["queries"], **work}
-
-
-def _growth(name: str, late: float, early: float, unit: str) -> Row:
-    """A row whose ratio is what was allowed to what was found."""
-    scale = 2**20 if unit == "MiB" else 1
-    return {**row(name, late / scale, GROWTH_BAR * early / scale, 1.0), "unit": unit}
+    late, early = samples.growth(lambda taken: np.min(taken[:, 2] - taken[:, 3]))
+    yield {**row(f"open files at the end against the start{where}", late, early, 1.0), "unit": "files"}
+    late, early = samples.growth(lambda taken: np.max(taken[:, 3]))
+    kept = row(f"descriptors of the ledger at the end{where}", late, _CONNECTIONS, 1.0)
+    yield {**kept, "unit": "files", "at_the_start": early, **facts["queries"]}
 
 
 def _first_round(url: str, labels: dict[str, bytes]) -> None:

@@ -7,6 +7,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
 import pytest
 
 from lib.ledger import QueryLedger
@@ -294,3 +298,13 @@ def test_the_file_is_kept_open_where_that_is_asked_for(ledger):
     ask(ledger, "c", [2])
     assert log.stat().st_size > 0
     assert QueryLedger(ledger.path).query(2).region == region(2)
+
+
+def test_an_open_file_costs_at_most_a_handle_a_concurrent_call(ledger):
+    """SQLite closes no descriptor of a file that another connection has open; it uses it again."""
+    ledger.stay_open()
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: ledger.minutes(), range(100)))
+    mine = [file for file in psutil.Process().open_files() if Path(file.path) == ledger.path.resolve()]
+    assert len(mine) <= 1 + 8

@@ -200,9 +200,13 @@ class Annotators:
         with httpx.Client(base_url=self.url, timeout=300) as http:
             while not self._over.wait(0.25):
                 began = time.perf_counter()
-                reply = http.get("/info/")
+                try:
+                    reply = http.get("/info/").raise_for_status()
+                except httpx.HTTPError as error:
+                    self._failed.append(f"/info: {error}")
+                    return
                 self.times.note("info", began)
-                rounds = reply.raise_for_status().json()["patchwise"]["rounds"] or {}
+                rounds = reply.json()["patchwise"]["rounds"] or {}
                 self.steps[rounds.get("step") or "none"] += 1
 
 

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from eval.benchmarks.latency import BARS, Times
+from eval.benchmarks.latency import BARS, Annotators, Times
+from eval.server import free_port
 
 
 def test_rows_tell_the_95th_percentile_against_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +27,10 @@ def test_rows_tell_the_95th_percentile_against_the_bar(monkeypatch: pytest.Monke
     assert row["ours_s"] == pytest.approx(np.percentile(np.arange(1, 101), 95) / 1000, abs=1e-5)
     assert (row["reference_s"], row["p50_s"], row["requests"]) == (BARS["save"], 0.0505, 100)
     assert row["ratio"] == round(BARS["save"] / row["ours_s"], 2)
+
+
+def test_a_poll_that_fails_ends_the_measurement() -> None:
+    with Annotators(f"http://127.0.0.1:{free_port()}", {}, Times(), "random") as people:
+        people._watch.join(30)
+        with pytest.raises(RuntimeError, match="/info: "):
+            people.check()

@@ -56,6 +56,8 @@ bench: $(STAMP)
 	$(BIN)/python -m eval bench query
 	$(BIN)/python -m eval bench surfaces
 	$(BIN)/python -m eval bench training
+	$(BIN)/python -m eval bench equal
+	$(BIN)/python -m eval bench scoring
 	$(BIN)/python -m eval bench rounds
 	$(BIN)/python -m eval bench latency
 

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from eval.app_path import add_app
 from eval.errors import RefereeError
@@ -27,7 +29,7 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     add_app()
     from lib.images import EXTENSIONS
     from lib.training.plan import PlanError, write_plan
-    from lib.training.planner import make_plan, measure_budget
+    from lib.training.planner import make_plan, measure_budget, names_sides
     from lib.training.planner_fingerprint import declared_modality, take_fingerprint
     from lib.training.recipe import Bundle, RecipeError
 
@@ -51,7 +53,9 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     try:
         recipe = Bundle(BUNDLES / bundle)
         pool = take_fingerprint(images, labels, declared_modality(folder))
-        plan = make_plan(pool, measure_budget(device, memory), recipe.configuration)
+        names = _class_names(folder, recipe.metadata)
+        outputs, sided = len(names) + 1, names_sides(names)
+        plan = make_plan(pool, measure_budget(device, memory), recipe.configuration, outputs, sided=sided)
         if out:
             write_plan(plan, out)
     except (PlanError, RecipeError) as error:
@@ -61,3 +65,14 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     rows = pool.rows()
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", plan.table()])
+
+
+def _class_names(folder: Path, metadata: Mapping[str, Any]) -> list[str]:
+    """Classes of dataset.json, else the bundle's; none where neither names any, or not in a way that can be used."""
+    from lib.classes import resolve_classes
+    from lib.options import OptionError
+
+    try:
+        return list(resolve_classes(None, folder, metadata))
+    except OptionError:
+        return []

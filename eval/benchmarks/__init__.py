@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "training": _lazily("eval.benchmarks.training"),
     "equal": _lazily("eval.benchmarks.equal"),
     "nnunet": _lazily("eval.benchmarks.nnunet"),
+    "scoring": _lazily("eval.benchmarks.scoring"),
     "rounds": _lazily("eval.benchmarks.rounds"),
     "latency": _lazily("eval.benchmarks.latency"),
     "load": _lazily("eval.benchmarks.load"),

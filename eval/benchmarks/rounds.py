@@ -3,10 +3,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a round costs: training five members at once or in five calls, and scoring a pool with them.
+"""What a round costs: training five members at once or in five calls.
 
-Training is timed on the real server, in seconds of wall time, because what it saves is start-ups and idle cores. Both
-need a machine without other work.
+Timed on the real server, in seconds of wall time, because what it saves is start-ups and idle cores; so it needs a
+machine without other work.
 """
 
 from __future__ import annotations
@@ -22,20 +22,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import psutil
-import torch
-from monai.inferers.utils import sliding_window_inference
-from numpy.typing import NDArray
 
 from eval.benchmarks import Row
-from eval.benchmarks.timing import ratio, row
+from eval.benchmarks.timing import row
 from eval.client import LabelClient
 from eval.oracle import to_nifti
 from eval.server import PROJECT, ServerProcess
-from lib.images import load_image
-from lib.posterior import Ensemble
-from lib.training.cases import network_image
-from lib.training.recipe import Bundle
-from lib.uncertainty import Moments
 
 BUNDLE = "segmentation_dynunet_3d"
 MEMBERS = 5
@@ -48,7 +40,6 @@ def run() -> Iterator[Row]:
     """Rows of a round, each as it is measured."""
     with tempfile.TemporaryDirectory() as folder:
         images, labels = phantoms(Path(folder) / "pool", CASES)
-        yield scoring_row(images)
         yield from training_rows(Path(folder), images, labels)
 
 
@@ -61,42 +52,6 @@ def phantoms(folder: Path, cases: int) -> tuple[list[Path], list[Path]]:
         sys.path.pop(0)
     make_dataset(folder, PRESETS["hippocampus"], cases, 1)
     return sorted((folder / "imagesTr").glob("*.nii.gz")), sorted((folder / "labelsTr").glob("*.nii.gz"))
-
-
-def scoring_row(images: list[Path]) -> Row:
-    """Moments of every image of a pool: one read and streamed sums, against a window sweep a member and sums after."""
-    bundle = Bundle(PROJECT / "bundles" / BUNDLE)
-    recipe = bundle.recipe({})
-    torch.manual_seed(0)
-    networks = [bundle.network(2).eval() for _ in range(MEMBERS)]
-    ensemble = Ensemble(networks, recipe.patch, bundle.divisor, None, torch.device("cpu"))
-
-    def ours() -> list[NDArray[np.float32]]:
-        found = []
-        for path in images:
-            moments = Moments.from_members(ensemble.members(load_image(path)))
-            found.append(moments.mutual_information())
-        return found
-
-    def plain() -> list[NDArray[np.float32]]:
-        stacks: list[list[NDArray[np.float32]]] = [[] for _ in images]
-        for network in networks:
-            for number, path in enumerate(images):
-                image = network_image(load_image(path), None)[None]
-                with torch.inference_mode():
-                    logits = sliding_window_inference(image, recipe.patch, 1, network, overlap=0.5, mode="gaussian")
-                assert isinstance(logits, torch.Tensor)
-                stacks[number].append(torch.softmax(logits[0], dim=0).numpy())
-        return [_information(np.stack(stack)) for stack in stacks]
-
-    return ratio(f"scoring {len(images)} images with {MEMBERS} members", ours, plain, 2.5, 3, 3)
-
-
-def _information(probs_mcxyz: NDArray[np.float32]) -> NDArray[np.float32]:
-    def entropy(p: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-        return np.asarray(-np.sum(p * np.log(np.clip(p, 1e-12, None)), axis=axis))
-
-    return np.asarray(entropy(probs_mcxyz.mean(0), 0) - entropy(probs_mcxyz, 1).mean(0))
 
 
 def training_rows(folder: Path, images: list[Path], labels: list[Path]) -> Iterator[Row]:

@@ -5,6 +5,8 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 from __future__ import annotations
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -30,6 +32,17 @@ def test_a_plan_is_printed_and_written(folder, tmp_path, capsys):
     assert "36 (36-36) x 50 (50-50) x 35 (35-35) voxels" in text
     assert "40 x 48 x 40" in text
     assert yaml.safe_load(out.read_text())["features"] == [24, 48, 96]
+
+
+def test_class_names_decide_about_mirror_images(folder, tmp_path, capsys):
+    image = nib.Nifti1Image(np.random.default_rng(0).normal(size=(120, 110, 100)).astype(np.float32), np.eye(4))
+    for path in (folder / "imagesTr").iterdir():
+        nib.save(image, path)
+    out = tmp_path / "plan.yaml"
+    for names, mirror in (("kidney", [0, 1, 2]), ("left kidney", [])):
+        (folder / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": names}}))
+        assert main(["plan", str(folder), "--memory", "4", "--out", str(out)]) == 0
+        assert yaml.safe_load(out.read_text())["mirror"] == mirror
 
 
 def test_a_gpu_of_another_machine_can_be_planned_for(folder, capsys):

@@ -74,13 +74,14 @@ def streamed_moments(
     seed: int,
     classes: int,
     working_bytes: int = WORKING_BYTES,
+    mirrored: Sequence[int] = (),
 ) -> Iterator[Slab]:
     """Moments of `volume`, a slab at a time, equal to those of whole arrays but for the places of the windows.
 
     The image is cut into as many stripes as it takes to stay within `working_bytes`; windows between two stripes are
     computed for both. In a stripe windows come in layers along the longest axis, and what a layer says beyond the start
-    of the next one is carried over. `classes` are those of the networks, background included. Whoever calls holds the
-    ensemble's lock.
+    of the next one is carried over. `classes` are those of the networks, background included. Every network also
+    predicts the mirror image of each window along the axes in `mirrored`. Whoever calls holds the ensemble's lock.
 
     Raises:
         ImageError: the posterior has test-time augmentation, whose views need the whole image.
@@ -90,7 +91,7 @@ def streamed_moments(
             f"{volume.path}: the image is too large for test-time augmentation; use an ensemble or dropout"
         )
     image = network_image(volume, ensemble.spacing, ensemble.normalisation).to(ensemble.device)
-    predictions = list(_predictions(ensemble, spec, seed))
+    predictions = list(_predictions(ensemble, spec, seed, mirrored))
     grid = _Grid(ensemble, image, volume.shape, overlap)
     count = grid.stripes(classes, len(predictions), working_bytes)
     cuts = [round(cut) for cut in np.linspace(0, volume.shape[grid.across], count + 1)]
@@ -131,13 +132,28 @@ def _stripe_moments(grid: _Grid, stripe: Range, predictions: Sequence[Prediction
         done, first = max(done, ready), low
 
 
-def _predictions(ensemble: Ensemble, spec: PosteriorSpec, seed: int) -> Iterator[Prediction]:
+def _predictions(
+    ensemble: Ensemble, spec: PosteriorSpec, seed: int, mirrored: Sequence[int] = ()
+) -> Iterator[Prediction]:
     for number, network in enumerate(ensemble.networks if spec.ensemble else ensemble.networks[:1]):
+        yield from (Prediction(_Mirrored(network, axis), nullcontext) for axis in mirrored)
         for pass_ in range(max(1, spec.passes)):
             if spec.passes:
                 yield Prediction(network, _Dropout(network, spec.dropout, seed + 1000 * number + pass_))
             else:
                 yield Prediction(network, nullcontext)
+
+
+class _Mirrored(nn.Module):
+    """A network that sees the mirror image of its window along `axis`, and answers on the window itself."""
+
+    def __init__(self, network: nn.Module, axis: int) -> None:
+        super().__init__()
+        self.network, self.axis = network, axis + 2  # behind batch and channel
+
+    def forward(self, window: Tensor) -> Tensor:
+        logits: Tensor = self.network(window.flip(self.axis))
+        return logits.flip(self.axis)
 
 
 class _Dropout:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lib.images import ImageError, Volume
+from lib.images import Volume
 from lib.label_map import label_map, without_doubted
 from lib.large_images import LARGE_BYTES, WORKING_BYTES, is_large, streamed_moments
 from lib.posterior import DEEP_ENSEMBLE, Ensemble
@@ -40,19 +40,19 @@ def segment(
         scratch: folder with room for 2 bytes a class and voxel; only large images need any.
 
     Raises:
-        ImageError: a large image, and mirror images of it are to be averaged.
         OSError: no room in `scratch`.
     """
     smallest = ensemble.smallest_voxels(volume.spacing)
     if not is_large(classes, volume.shape, limit):
         return label_map(ensemble.mean(volume, OVERLAP), ensemble.confidence, smallest)
-    if ensemble.mirrored:
-        raise ImageError(f"{volume.path}: the image is too large for mirror_predictions; train without them")
     ruled = ensemble.confidence > 0 or bool(smallest)
     label_xyz = np.empty(volume.shape, np.uint8)
     with tempfile.TemporaryFile(dir=scratch) as file:
         probs_cxyz = _on_disk(file.fileno(), (classes, *volume.shape)) if ruled else None
-        for box, moments in streamed_moments(ensemble, volume, OVERLAP, DEEP_ENSEMBLE, 0, classes, working_bytes):
+        mirrored = ensemble.mirrored
+        for box, moments in streamed_moments(
+            ensemble, volume, OVERLAP, DEEP_ENSEMBLE, 0, classes, working_bytes, mirrored
+        ):
             here = tuple(slice(*ends) for ends in box)
             mean_cxyz = moments.mean
             label_xyz[here] = mean_cxyz.argmax(axis=0)

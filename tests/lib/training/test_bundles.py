@@ -54,6 +54,15 @@ def test_networks_follow_their_plan_and_name_their_layers(name, shape, spacing):
     assert network.get_submodule(bundle.layers("bottleneck_weights")[0]).weight.requires_grad
 
 
+def test_a_plan_that_mirrors_does_so_in_training_and_predictions_unless_asked_otherwise():
+    large, small = (planned("segmentation_dynunet_3d", shape, (1.0,) * 3) for shape in ((200, 200, 90), (40, 40, 40)))
+    found = large.recipe({"recipe": "quick"})
+    assert (found.mirror, found.mirror_predictions) == ((0, 1, 2), True)
+    assert (small.recipe({}).mirror, small.recipe({}).mirror_predictions) == ((), False)
+    asked = large.recipe({"mirror": [2], "mirror_predictions": False})
+    assert (asked.mirror, asked.mirror_predictions) == ((2,), False)
+
+
 @pytest.mark.parametrize("name", BUNDLES)
 def test_features_and_gradients_work_with_every_bundle(name):
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lib.training.plan import PlanError, checked, read_plan, read_yaml, write_plan
-from lib.training.planner import Budget, make_plan, target_spacing
+from lib.training.planner import Budget, make_plan, names_sides, target_spacing
 from lib.training.planner_fingerprint import Fingerprint, Grey, declared_modality, take_fingerprint
 from lib.training.planner_topology import activations, ladder
 
@@ -96,6 +96,32 @@ def test_crops_that_show_little_of_an_image_are_centred_on_classes_more_often_an
     large, small = make_plan(AMOS, CPU), make_plan(HIPPOCAMPUS, CPU)
     assert (large.foreground, large.effort) == (pytest.approx(2 / 3), 2)
     assert (small.foreground, small.effort) == (pytest.approx(1 / 3), 1)
+
+
+def test_crops_that_show_little_are_mirrored_unless_classes_have_sides():
+    large, sided, small = make_plan(KITS, CPU), make_plan(AMOS, CPU, sided=True), make_plan(HIPPOCAMPUS, CPU)
+    assert (large.mirror, sided.mirror, small.mirror) == ((0, 1, 2), (), ())
+    assert large.why["mirror"] == "a crop shows little of an image"
+    assert sided.why["mirror"] == "classes tell left from right"
+    assert small.why["mirror"] == "a crop shows most of an image"
+    assert "none" in small.table()
+    assert "0, 1, 2" in large.table()
+
+
+@pytest.mark.parametrize(
+    ("names", "sided"),
+    [
+        (["spleen", "left kidney"], True),
+        (["Kidney_R"], True),
+        (["hippocampus-lh"], True),
+        (["RightLung"], True),
+        (["kidney", "tumour", "cyst"], False),
+        (["bright spot", "cleft lip"], False),
+        ([], False),
+    ],
+)
+def test_sides_are_read_from_names(names, sided):
+    assert names_sides(names) is sided
 
 
 @given(

@@ -59,6 +59,7 @@ class Plan(BaseModel):
     patch: Triple = Field(description="voxels of a crop at that spacing")
     batch: int = Field(ge=1, le=1024, description="crops a step")
     foreground: float = Field(default=1 / 3, ge=0, le=1, description="share of crops centred on a class")
+    mirror: tuple[int, ...] = Field(default=(), description="axes mirrored in training and in segmentations")
     effort: float = Field(default=1.0, gt=0, le=100, description="times the steps of the recipe")
     factor: Triple = Field(default=(1, 1, 1), description="space-to-depth folding in front of the network")
     kernels: tuple[Triple, ...] = Field(min_length=3, description="size of the convolutions of each level")
@@ -80,6 +81,8 @@ class Plan(BaseModel):
         ]
         if sum(mm > 0 for mm in self.spacing) + len(own) < 3:
             raise ValueError(f"spacing must be above 0 (0 across the slices of a 2d plan), found {self.spacing}")
+        if not set(self.mirror) <= {0, 1, 2}:
+            raise ValueError(f"mirror takes the axes 0, 1 and 2, found {self.mirror}")
         if min(self.patch) < 1 or min(self.factor) < 1 or min(self.features) < 1:
             raise ValueError("patch, factor and features must be above 0")
         if any(p % d for p, d in zip(self.patch, self.divisor, strict=True)):
@@ -117,6 +120,8 @@ def _shown(name: str, value: Any) -> str:
         return " ".join("x".join(map(str, level)) for level in value)
     if name == "features":
         return "-".join(map(str, value))
+    if name == "mirror":
+        return ", ".join(map(str, value)) or "none"
     if isinstance(value, tuple):
         return " x ".join(f"{v:.4g}" for v in value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)

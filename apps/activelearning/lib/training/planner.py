@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -32,8 +33,11 @@ START_3D, START_2D = 256.0**3, 2048.0**2
 COVERED = 0.05
 SMALLEST_BATCH = 2
 # Where a crop shows most of the image: nnU-Net's third of the crops centred on a class, and the steps of the recipe.
-# Where it shows less than half: twice of both, because trainings as short as these do not find small classes otherwise.
+# Where it shows less than half: twice of both, because trainings as short as these do not find small classes otherwise,
+# and mirror images along every axis (nnU-Net's default anywhere), because few cases hold a small class in each place.
+# On small scans mirror images made no difference.
 FOREGROUND, MOST, LARGE = 1 / 3, 0.5, 2
+SIDES = frozenset(("left", "right", "l", "r", "lt", "rt", "lh", "rh"))
 # The anisotropic u-net has five levels, of which the upper two look along the slices only.
 AUNET_LEVELS, AUNET_FLAT = 5, 2
 
@@ -95,12 +99,14 @@ def make_plan(
     configuration: Configuration = "3d_fullres",
     classes: int = 3,
     spacing: Spacing | None = None,
+    sided: bool = False,
 ) -> Plan:
     """The plan of a pool; a pure function of its arguments.
 
     Args:
         classes: outputs of the network, background included.
         spacing: mm the network works at; None decides by `target_spacing`.
+        sided: whether classes tell left from right (`names_sides`), so that a mirror image would be labelled wrongly.
 
     Source: Isensee et al. 2021, online methods (rule-based parameters), where Rules do not say otherwise.
     """
@@ -114,7 +120,13 @@ def make_plan(
         wanted, why_spacing = own, f"{why_spacing}; slices stay where they are (0: each image's own)"
     else:
         found = search.volumes()
-    return _with_pool(found, wanted, why_spacing, pool)
+    return _with_pool(_with_mirror(found, sided), wanted, why_spacing, pool)
+
+
+def names_sides(names: Iterable[str]) -> bool:
+    """Whether a class is called left or right: "left kidney", "Kidney_R", "hippocampus-lh"."""
+    words = (re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) for name in names)
+    return any(not SIDES.isdisjoint(found) for found in words)
 
 
 def target_spacing(pool: Fingerprint) -> tuple[Spacing, str]:
@@ -152,6 +164,15 @@ def normalisation(pool: Fingerprint) -> tuple[Normalisation, str]:
     of = "annotated foreground" if pool.foreground else "whole sampled images, as hardly any foreground is annotated"
     made = Normalisation(scheme="ct", low=grey.low, high=grey.high, mean=grey.mean, std=max(grey.std, 1e-6))
     return made, f"CT ({pool.modality_source}): percentiles, mean and deviation of {of}"
+
+
+def _with_mirror(plan: Plan, sided: bool) -> Plan:
+    """The plan with the axes to mirror: all of them where crops show little of an image, unless classes have sides."""
+    little = plan.effort > 1
+    mirror = (0, 1, 2) if little and not sided else ()
+    why = f"a crop shows {'little' if little else 'most'} of an image"
+    why = "classes tell left from right" if little and sided else why
+    return plan.model_copy(update={"mirror": mirror, "why": {**plan.why, "mirror": why}})
 
 
 def _with_pool(plan: Plan, spacing: Spacing, why_spacing: str, pool: Fingerprint) -> Plan:

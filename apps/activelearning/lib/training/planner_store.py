@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lib.options import AppOptions
 from lib.training.plan import Plan, checked, read_plan, read_yaml, write_plan
-from lib.training.planner import make_plan, measure_budget
+from lib.training.planner import make_plan, measure_budget, names_sides
 from lib.training.planner_fingerprint import declared_modality, take_fingerprint
 from lib.training.recipe import Bundle
 
@@ -30,7 +30,7 @@ class PlanStore:
         bundle: as its folder says.
         options: the app's; plan, memory, spacing and device matter here.
         state: folder `.patchwise` of the studies folder.
-        classes: outputs of the network, background included.
+        classes: names of the classes, without background.
         data: folder whose dataset.json may name the modality; default: the one that `state` is in.
 
     Raises:
@@ -38,7 +38,7 @@ class PlanStore:
     """
 
     def __init__(
-        self, bundle: Bundle, options: AppOptions, state: Path, classes: int, data: Path | None = None
+        self, bundle: Bundle, options: AppOptions, state: Path, classes: Collection[str], data: Path | None = None
     ) -> None:
         self.base = bundle
         self.options = options
@@ -80,7 +80,9 @@ class PlanStore:
         pool = take_fingerprint(images, labels, declared_modality(self.data))
         budget = measure_budget(str(choose_device(self.options.device)), self.options.memory)
         x, y, z = self.options.spacing or (0.0, 0.0, 0.0)
-        made = make_plan(pool, budget, self.base.configuration, self.classes, (x, y, z) if x else None)
+        asked = (x, y, z) if x else None
+        outputs, sided = len(self.classes) + 1, names_sides(self.classes)
+        made = make_plan(pool, budget, self.base.configuration, outputs, asked, sided)
         self._with_fields(made)
         write_plan(made, self.path)
         bundle = self.bundle()

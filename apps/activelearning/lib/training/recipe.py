@@ -128,6 +128,7 @@ class Bundle:
         made._config["recipe"] = {
             **self._config["recipe"],
             **{"patch": patch, "batch": plan.batch, "foreground": plan.foreground, "flat": plan.flat},
+            **{"mirror": plan.mirror, "mirror_predictions": bool(plan.mirror)},
         }
         return made
 

@@ -74,7 +74,7 @@ class FolderTraining:
         """
         classes = resolve_classes(None, self.dataset, self.bundle.metadata)
         images, labels = listed(self.dataset, "training")
-        plans = PlanStore(self.bundle, self.options, self.output, len(classes) + 1, self.dataset)
+        plans = PlanStore(self.bundle, self.options, self.output, classes, self.dataset)
         bundle = plans.ensure(images, labels)
         spacing = bundle.plan.spacing if bundle.plan else None
         recipe = bundle.recipe(self.recipe)

@@ -79,7 +79,7 @@ class EnsembleTrainTask(TrainTask):
         state: Path,
     ) -> None:
         super().__init__(str(bundle.metadata.get("description", bundle.name)))
-        self.plans = PlanStore(bundle, options, state, len(classes) + 1)
+        self.plans = PlanStore(bundle, options, state, classes)
         self.store = store
         self.classes = classes
         self.options = options

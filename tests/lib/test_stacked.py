@@ -42,7 +42,7 @@ def test_one_pass_gives_what_every_network_gives(name):
 
 def test_an_ensemble_predicts_the_same_in_one_pass(monkeypatch):
     members = networks("segmentation_dynunet_3d")
-    ensemble = Ensemble(members, (16, 16, 16), (8, 8, 8), None, CPU)
+    ensemble = Ensemble(members, (16, 16, 16), (8, 8, 8), None, CPU, precision="full")
     apart, mean = [p.numpy() for p in ensemble.members(VOLUME)], ensemble.mean(VOLUME)
     assert ensemble.batched is False
     ensemble.batched = True

@@ -25,7 +25,6 @@ from lib.images import ImageError, Volume
 from lib.posterior import Ensemble, PosteriorSpec, dropout
 from lib.regions import Triple
 from lib.training.cases import network_image
-from lib.training.trainer import autocast_type
 from lib.uncertainty import Moments
 
 # Above this, sums of an image and what they are made of would take several times as much memory.
@@ -311,7 +310,7 @@ class _Layers:
         grid, device = self.grid, self.grid.ensemble.device
         first = [grid.starts[axis][number] if axis == grid.along else p for axis, p in enumerate(place)]
         cut = tuple(slice(p, p + w) for p, w in zip(first, grid.window, strict=True))
-        half = autocast_type(device)
+        half = grid.ensemble.half
         with (
             torch.inference_mode(),
             torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None),

@@ -87,6 +87,7 @@ class Ensemble:
         mirrored: axes whose mirror images `mean` takes in as well.
         confidence: how sure the members must be of a component that is shown (`lib.label_map`).
         smallest_mm3: class value -> how large a component that is shown must be.
+        precision: "native" for reduced precision where the device has it, "full" for float32.
 
     Whoever runs the networks holds `lock`: hooks, dropout and modes of a network are one for all threads.
     """
@@ -104,7 +105,9 @@ class Ensemble:
         mirrored: Sequence[int] = (),
         confidence: float = 0.0,
         smallest_mm3: Mapping[int, float] | None = None,
+        precision: str = "native",
     ) -> None:
+        self.half = autocast_type(device, precision)
         self.confidence = confidence
         self.smallest_mm3 = dict(smallest_mm3 or {})
         self.lock = threading.Lock()
@@ -223,11 +226,10 @@ class Ensemble:
         return self.device.type != "cuda" or size <= torch.cuda.mem_get_info(self.device)[0] // 4
 
     def _logits(self, network: Callable[[Tensor], Tensor], image_cxyz: Tensor, overlap: float) -> Tensor:
-        half = autocast_type(self.device)
         window = self.window(image_cxyz.shape[1:])
         with (
             torch.inference_mode(),
-            torch.autocast(self.device.type, dtype=half or torch.bfloat16, enabled=half is not None),
+            torch.autocast(self.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None),
             OneDNN(),
         ):
             logits = sliding_window_inference(

@@ -317,7 +317,8 @@ def test_a_compiled_network_trains_to_the_same_weights():
     cases = [TrainingCase("a", torch.from_numpy(image)[None], torch.from_numpy(label))]
     weights = []
     for compiled in (False, True):
-        recipe = bundle.recipe({"steps": 3, "patch": [16, 16, 16], "compiled": compiled})
+        # Reduced precision is rounded at other places in a compiled network.
+        recipe = bundle.recipe({"steps": 3, "patch": [16, 16, 16], "compiled": compiled, "precision": "full"})
         torch.manual_seed(0)
         weights.append(train_member(bundle.network(1), cases, recipe, np.random.SeedSequence(5), CPU))
     assert list(weights[0]) == list(weights[1])

@@ -80,6 +80,9 @@ class Recipe(BaseModel):
     compiled: bool = Field(
         default=False, description="whether torch.compile runs the network; with CUDA graphs on a GPU"
     )
+    precision: Literal["native", "full"] = Field(
+        default="native", description="reduced precision where the device has it natively, or float32 everywhere"
+    )
     augment: bool = Field(default=True, description="whether crops are augmented")
 
 

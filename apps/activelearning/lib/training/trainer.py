@@ -126,11 +126,14 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * (1 - (step - warm) / max(1, recipe.steps - warm)) ** POLY_POWER
 
 
-def autocast_type(device: torch.device) -> torch.dtype | None:
+def autocast_type(device: torch.device, precision: str = "native") -> torch.dtype | None:
     """Reduced precision a device runs natively: bfloat16 on CPUs and GPUs that have it, float16 on older GPUs.
 
-    A property of the hardware rather than a timing, so that a resumed training takes the same path.
+    A property of the hardware rather than a timing, so that a resumed training takes the same path. None where there
+    is none, or `precision` is "full".
     """
+    if precision == "full":
+        return None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
@@ -213,7 +216,7 @@ class _Member:
         self.parameters = [*network.parameters(), *(head.to(device).train().parameters() if head else ())]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.loss = DeepSupervisionLoss(LOSSES[recipe.loss]())
-        self.half = autocast_type(device)
+        self.half = autocast_type(device, recipe.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half is torch.float16)
         self.average = [p.detach().clone() for p in network.parameters()] if recipe.ema else []
 

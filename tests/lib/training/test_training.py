@@ -311,17 +311,20 @@ def test_deep_supervision_trains_heads_that_inference_does_without(name):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_to_the_same_weights():
+def test_a_compiled_network_learns_the_same():
     bundle = Bundle(BUNDLE)
     image, _, label = ball_case(0)
-    cases = [TrainingCase("a", torch.from_numpy(image)[None], torch.from_numpy(label))]
-    weights = []
+    case = TrainingCase("a", torch.from_numpy(image)[None], torch.from_numpy(label))
+    seen, answers = case.image_cxyz[None, :, :16, :16, :16], []
     for compiled in (False, True):
         # Reduced precision is rounded at other places in a compiled network.
         recipe = bundle.recipe({"steps": 3, "patch": [16, 16, 16], "compiled": compiled, "precision": "full"})
         torch.manual_seed(0)
-        weights.append(train_member(bundle.network(1), cases, recipe, np.random.SeedSequence(5), CPU))
-    assert list(weights[0]) == list(weights[1])
-    # Single weights may differ: AdamW turns a gradient of rounding errors into a step of full length.
-    for name, value in weights[0].items():
-        assert float((value - weights[1][name]).abs().mean()) < 1e-4, name
+        network = bundle.network(1)
+        with torch.no_grad():
+            before = network.eval()(seen)
+        train_member(network, [case], recipe, np.random.SeedSequence(5), CPU)
+        with torch.no_grad():
+            answers.append(network.eval()(seen))
+    # Not the weights: AdamW turns rounding errors into whole steps of a bias that the normalisation takes away again.
+    assert float((answers[0] - answers[1]).abs().mean()) < 1e-3 < 0.1 < float((answers[0] - before).abs().mean())

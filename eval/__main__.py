@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--scheduler", metavar="ADDRESS", help="run the cells on the workers of this Dask scheduler")
         made.add_argument("--gpu", action="store_true", help="with --scheduler: a cell takes a worker's GPU")
         made.add_argument("--quiet", action="store_true", help="no progress bar")
-    report = add("report", _report, "write report.html and learning_curves.png of finished rounds")
+    report = add("report", _report, "write report.html, plots and tables of finished rounds")
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     report.add_argument("--claim", action="store_true", help="refuse fewer seeds than a ranking needs")
     report.add_argument("--mixed", action="store_true", help="report runs of different hardware or versions together")

@@ -51,7 +51,7 @@ def write_report(
     others: Mapping[str, pd.DataFrame] | None = None,
     deidentify: bool = False,
 ) -> Path:
-    """Write report.html, learning_curves.png and tables/ into a run's folder and give the report's path.
+    """Write report.html, learning_curves.png, plots/ and tables/ into a run's folder and give the report's path.
 
     `others` holds the rounds of the runs reported together, this one included, for correlations between settings. With
     `deidentify` all of it, and the run's tables, go into a folder of their own that may be handed on.
@@ -87,18 +87,23 @@ def _write(
     findings = find(rounds, cases, _described(study), others, pseudo, readers)
     write_findings(out / "tables", findings, summarise(rounds))
     known = [c for c in COSTS if c in rounds and rounds[c].notna().all() and c not in ("regions", "foreground_voxels")]
-    drawn = {
+    charts = {
         "costs": learning_curves(rounds, ["mean_dice"], known) if known else None,
         "share": learning_curves(rounds, ["foreground_fraction"], ["regions"], {"foreground_fraction": _SHARE}),
         "penalty": penalty_matrix(findings.matrix) if findings.matrix is not None else None,
+        "per_class": learning_curves(rounds, list(per_class), ["regions"], per_class),
+        "distance": learning_curves(rounds, ["mean_hd95"], ["regions"]),
     }
+    drawn = {name: figure for name, figure in charts.items() if figure}
+    for chart, figure in drawn.items():
+        write_bytes(out / "plots" / f"{chart}.png", to_png(figure))
     environment = Environment(
         loader=PackageLoader("eval"), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     html = environment.get_template("report.html.j2").render(
         manifest=manifest_without_ids(manifest, hidden) if hidden else manifest,
         about=_about(study, hidden),
-        drawn={name: _inline(to_svg(figure), "image/svg+xml") for name, figure in drawn.items() if figure},
+        drawn={chart: _inline(to_svg(figure), "image/svg+xml") for chart, figure in drawn.items()},
         findings=[
             {"id": n, "heading": HEADINGS[n], "note": NOTES.get(n, ""), "rows": cells(t), "folded": len(t) > _LONG}
             for n, t in findings.tables.items()
@@ -107,8 +112,6 @@ def _write(
         table=_summary_rows(rounds),
         efficient=_efficient(findings.tables.get("efficiency")),
         curves=_inline(to_svg(curves), "image/svg+xml"),
-        per_class=_inline(to_svg(learning_curves(rounds, list(per_class), ["regions"], per_class)), "image/svg+xml"),
-        distance=_inline(to_svg(learning_curves(rounds, ["mean_hd95"], ["regions"])), "image/svg+xml"),
         pictures={method: _inline(to_png(region_pictures(sheet), 110), "image/png") for method, sheet in shown.items()},
         asked=_asked(queries, classes),
         reasons=reasons_of(folder, pictures, name),

@@ -152,7 +152,10 @@ def test_report_is_one_self_contained_file(finished, capsys):
         assert start.startswith(b"\x89PNG") if kind == "image/png" else b"<?xml" in start
     final = pd.read_csv(finished / "rounds.csv").query("method == 'random'")["mean_dice"].iloc[-1]
     assert f"{final:.4f}" in html
-    assert (finished / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    plots = {path.stem: path for path in (finished / "plots").iterdir()}
+    assert set(plots) == {"costs", "share", "per_class", "distance"}  # no penalties with one seed
+    for path in (finished / "learning_curves.png", *plots.values()):
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_agreement_between_annotators_is_that_of_the_last_training(finished):

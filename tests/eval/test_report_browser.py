@@ -7,16 +7,12 @@
 
 import json
 import re
-import shutil
 import subprocess
-
-import pytest
 
 from eval.__main__ import main
 from eval.run import Options, start_run
 from eval.study import load_study
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 COUNT = """<script>addEventListener("load", () => { document.title = JSON.stringify({
  broken: [...document.images].filter(i => !i.naturalWidth).length,
  images: [...document.images].map(i => i.id || i.className || "other"),
@@ -24,15 +20,14 @@ COUNT = """<script>addEventListener("load", () => { document.title = JSON.string
  remote: performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:")).length}) })</script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
-def test_figures_and_tables_are_there(write_study, stand_in, tmp_path):
+def test_figures_and_tables_are_there(write_study, stand_in, tmp_path, chromium):
     out = tmp_path / "out"
     study = write_study(rounds=2, seeds=[1, 2, 3], full_data=True, published="nnactive/hippocampus/low")
     start_run(load_study(study), out, Options(workers=2, quiet=True))
     assert main(["report", str(out), "--claim"]) == 0
     page = tmp_path / "page.html"
     page.write_text((out / "report.html").read_text() + COUNT)
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     found = json.loads(re.search(r"<title>(.*?)</title>", shown).group(1))

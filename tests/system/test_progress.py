@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser
 from tests.system.conftest import Client, Start, fill
 
 HOSTILE = '<img src=x onerror="document.title=1"> & co'
@@ -142,7 +142,7 @@ def test_a_server_killed_while_it_trains_carries_on(start_server: Start, tmp_pat
     assert client.ask("random").json()["regions"][0]["method"] == "bald"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.usefixtures("chromium")
 def test_the_page_shows_it(client: Client, studies: Path, tmp_path: Path) -> None:
     shutil.copy(next(studies.glob("*.nii.gz")), studies / f"{HOSTILE}.nii.gz")
     chosen = client.ask("precomputed", client_id=HOSTILE, batch=1,

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser
 from tests.system.realm import GuardedServer
 
 
@@ -39,7 +39,7 @@ def test_only_the_empty_page_is_open_to_everybody(url: str) -> None:
     assert told.json()["project"] == "secret_project"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.usefixtures("chromium")
 def test_the_page_signs_in(url: str, tmp_path: Path) -> None:
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"{url}/patchwise/")

@@ -214,7 +214,10 @@ class _Member:
         classes = UNLABELLED - 1 if sets is None else sets.shape[1] - 1
         self.stream = CropStream(cases, recipe, np.random.default_rng(seed), device, replica, classes)
         self.parameters = [*network.parameters(), *(head.to(device).train().parameters() if head else ())]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        # Fused: one pass over every parameter; a loop over operations takes three times as long on a small network.
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        )
         self.loss = DeepSupervisionLoss(LOSSES[recipe.loss]())
         self.half = autocast_type(device, recipe.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half is torch.float16)

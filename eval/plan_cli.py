@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from eval.app_path import add_app
 from eval.errors import RefereeError
@@ -24,10 +22,12 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     foreground is looked at, and 255 is not annotated.
 
     Raises:
-        RefereeError: no such folder or bundle, no GPU to measure, no image that can be read.
+        RefereeError: no such folder or bundle, no GPU to measure, no image that can be read, unusable class names.
     """
     add_app()
+    from lib.classes import resolve_classes
     from lib.images import EXTENSIONS
+    from lib.options import OptionError
     from lib.training.plan import PlanError, write_plan
     from lib.training.planner import make_plan, measure_budget, names_sides
     from lib.training.planner_fingerprint import declared_modality, take_fingerprint
@@ -53,26 +53,15 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     try:
         recipe = Bundle(BUNDLES / bundle)
         pool = take_fingerprint(images, labels, declared_modality(folder))
-        names = _class_names(folder, recipe.metadata)
+        names = resolve_classes(None, folder, {}) if (folder / "dataset.json").is_file() else {}
         outputs, sided = len(names) + 1, names_sides(names)
         plan = make_plan(pool, measure_budget(device, memory), recipe.configuration, outputs, sided=sided)
         if out:
             write_plan(plan, out)
-    except (PlanError, RecipeError) as error:
+    except (OptionError, PlanError, RecipeError) as error:
         raise RefereeError(str(error)) from error
     except OSError as error:
         raise RefereeError(f"{out}: the plan cannot be written there ({error.strerror})") from error
     rows = pool.rows()
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", plan.table()])
-
-
-def _class_names(folder: Path, metadata: Mapping[str, Any]) -> list[str]:
-    """Classes of dataset.json, else the bundle's; none where neither names any, or not in a way that can be used."""
-    from lib.classes import resolve_classes
-    from lib.options import OptionError
-
-    try:
-        return list(resolve_classes(None, folder, metadata))
-    except OptionError:
-        return []

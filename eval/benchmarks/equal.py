@@ -11,25 +11,23 @@ fp32 there and in whatever this project takes here; reported are seconds a step 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from eval.benchmarks import Row
-from eval.benchmarks.nnunet import mean_dice
+from eval.benchmarks.nnunet import mean_dice, real_scans, training_case
 from eval.benchmarks.timing import one_thread, row
 from eval.benchmarks.training import monai_batches
-from eval.dataset import Case, read_dataset, split_by_hash
+from eval.dataset import Case
 from eval.server import PROJECT
-from lib.images import load_image, load_label
+from lib.images import load_image
 from lib.posterior import Ensemble
-from lib.training.cases import TrainingCase, network_image
+from lib.training.cases import TrainingCase
 from lib.training.loss import PartialDiceCELoss
 from lib.training.recipe import Bundle, Recipe
 from lib.training.trainer import learning_rate, train_member
@@ -41,22 +39,20 @@ PATCH = (32, 40, 32)
 
 def run() -> Iterator[Row]:
     """Seconds a step and Dice, ours and the plain way."""
-    dataset = read_dataset(Path(os.environ.get("DATA", PROJECT.parent / "shared" / "data" / "Task04_Hippocampus")))
-    by_id = {case.id: case for case in dataset.cases}
-    pool, test = ([by_id[i] for i in ids] for ids in split_by_hash(by_id, 0.25))
+    labels, pool, test = real_scans()
     bundle = Bundle(PROJECT / "bundles" / "segmentation_dynunet_3d")
     recipe = bundle.recipe({"steps": STEPS, "patch": PATCH, "ema": 0.0, "mirror": [0]})
-    cases = [_case(case) for case in pool]
+    cases = [training_case(case) for case in pool]
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": []}
     with one_thread():
         for seed in SEEDS:
             for name, train in (("ours", _ours), ("plain", _plain)):
                 torch.manual_seed(seed)
-                network = bundle.network(len(dataset.labels) - 1)
+                network = bundle.network(len(labels) - 1)
                 began = time.process_time()
                 train(network, cases, recipe, seed)
                 taken = (time.process_time() - began) / STEPS
-                found[name].append((taken, _dice(bundle, recipe, network, dataset.labels, test)))
+                found[name].append((taken, _dice(bundle, recipe, network, labels, test)))
     seconds = {name: statistics.median(s for s, _ in runs) for name, runs in found.items()}
     dice = {name: statistics.mean(d for _, d in runs) for name, runs in found.items()}
     yield row(f"step of {STEPS} (same network, three seeds)", seconds["ours"], seconds["plain"], 1.5)
@@ -68,11 +64,6 @@ def run() -> Iterator[Row]:
         "bar": 0.995,
         "unit": "Dice",
     }
-
-
-def _case(case: Case) -> TrainingCase:
-    label_xyz = torch.from_numpy(load_label(case.label).array_xyz)
-    return TrainingCase(case.id, network_image(load_image(case.image), None), label_xyz)
 
 
 def _ours(network: nn.Module, cases: list[TrainingCase], recipe: Recipe, seed: int) -> None:

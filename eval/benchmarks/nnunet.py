@@ -52,12 +52,10 @@ def run() -> Iterator[Row]:
     if not python:
         raise RefereeError("NNUNET_PYTHON names no Python that has nnU-Net; `make bench-nnunet` sets one up")
     minutes = float(os.environ.get("MINUTES", MINUTES))
-    dataset = read_dataset(Path(os.environ.get("DATA", PROJECT.parent / "shared" / "data" / "Task04_Hippocampus")))
-    cases = {case.id: case for case in dataset.cases}
-    pool, test = ([cases[i] for i in ids] for ids in split_by_hash(cases, 0.25))
+    labels, pool, test = real_scans()
     with tempfile.TemporaryDirectory() as folder:
-        theirs, their_dice = nnunet(Path(folder), python, minutes, dataset.labels, pool, test)
-    ours, our_dice = patchwise(dataset.labels, pool, test)
+        theirs, their_dice = nnunet(Path(folder), python, minutes, labels, pool, test)
+    ours, our_dice = patchwise(labels, pool, test)
     theirs_per_second = theirs["iterations"] * theirs["batch"] / theirs["seconds"]
     name = f"sample of a training step (batch {theirs['batch']}, {theirs['patch_zyx']} there)"
     yield row(name, 1 / ours["samples_a_second"], 1 / theirs_per_second, 10.0)
@@ -93,11 +91,7 @@ def patchwise(labels: dict[str, int], pool: Sequence[Case], test: Sequence[Case]
     """Samples a second and minutes of the quick recipe, and the mean foreground Dice of its predictions."""
     bundle = Bundle(PROJECT / "bundles" / BUNDLE)
     recipe = bundle.recipe({"recipe": "quick"})
-    cases = []
-    for case in pool:
-        volume, label = load_image(case.image), load_label(case.label)
-        label_xyz = network_label(label.array_xyz, volume.spacing, None)
-        cases.append(TrainingCase(case.id, network_image(volume, None), label_xyz))
+    cases = [training_case(case) for case in pool]
     torch.manual_seed(0)
     network = bundle.network(len(labels) - 1)
     began = time.perf_counter()
@@ -107,6 +101,21 @@ def patchwise(labels: dict[str, int], pool: Sequence[Case], test: Sequence[Case]
     predicted = [ensemble.mean(load_image(case.image)).argmax(axis=0).astype(np.uint8) for case in test]
     facts = {"samples_a_second": recipe.steps * recipe.batch / taken, "minutes": taken / 60}
     return facts, mean_dice(labels, test, predicted)
+
+
+def real_scans() -> tuple[dict[str, int], list[Case], list[Case]]:
+    """Classes, pool and test cases of the decathlon's hippocampus task as studies split it, or of the folder DATA."""
+    dataset = read_dataset(Path(os.environ.get("DATA", PROJECT.parent / "shared" / "data" / "Task04_Hippocampus")))
+    cases = {case.id: case for case in dataset.cases}
+    pool, test = ([cases[i] for i in ids] for ids in split_by_hash(cases, 0.25))
+    return dataset.labels, pool, test
+
+
+def training_case(case: Case) -> TrainingCase:
+    """A case with its label, as a network without a plan takes it."""
+    volume, label = load_image(case.image), load_label(case.label)
+    label_xyz = network_label(label.array_xyz, volume.spacing, None)
+    return TrainingCase(case.id, network_image(volume, None), label_xyz)
 
 
 def mean_dice(labels: dict[str, int], test: Sequence[Case], predicted: Sequence[NDArray[np.uint8]]) -> float:

@@ -11,10 +11,8 @@ are trained on its test cases, so that the Dice of their mean is one of scans th
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,13 +20,13 @@ from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
 
 from eval.benchmarks import Row
-from eval.benchmarks.nnunet import mean_dice
+from eval.benchmarks.nnunet import mean_dice, real_scans, training_case
 from eval.benchmarks.timing import one_thread, row
-from eval.dataset import Case, read_dataset, split_by_hash
+from eval.dataset import Case
 from eval.server import PROJECT
-from lib.images import load_image, load_label
+from lib.images import load_image
 from lib.posterior import Ensemble
-from lib.training.cases import TrainingCase, network_image
+from lib.training.cases import network_image
 from lib.training.recipe import Bundle
 from lib.training.trainer import autocast_type, train_member
 from lib.uncertainty import Moments
@@ -43,11 +41,9 @@ Scored = tuple[NDArray[np.float32], NDArray[np.uint8]]
 
 def run() -> Iterator[Row]:
     """CPU seconds of the pool and Dice of the mean, both ways in turns on every image."""
-    dataset = read_dataset(Path(os.environ.get("DATA", PROJECT.parent / "shared" / "data" / "Task04_Hippocampus")))
-    by_id = {case.id: case for case in dataset.cases}
-    pool, test = ([by_id[i] for i in ids] for ids in split_by_hash(by_id, 0.25))
+    labels, pool, test = real_scans()
     with one_thread():
-        ensemble = _trained(test, len(dataset.labels) - 1)
+        ensemble = _trained(test, len(labels) - 1)
         seconds = {"ours": 0.0, "plain": 0.0}
         predicted: dict[str, list[NDArray[np.uint8]]] = {"ours": [], "plain": []}
         for case in pool:
@@ -58,7 +54,7 @@ def run() -> Iterator[Row]:
                 predicted[name].append(label_xyz)
     kind = "bf16" if autocast_type(torch.device("cpu")) else "fp32: no native bf16 here"
     yield row(f"scoring {len(pool)} images with {MEMBERS} members ({kind})", seconds["ours"], seconds["plain"], 2.5)
-    mine, plain = (mean_dice(dataset.labels, pool, predicted[name]) for name in ("ours", "plain"))
+    mine, plain = (mean_dice(labels, pool, predicted[name]) for name in ("ours", "plain"))
     yield {
         "name": "change of the Dice of the mean (bar: at most 0.002)",
         "ours_s": round(mine, 5),
@@ -72,12 +68,7 @@ def run() -> Iterator[Row]:
 def _trained(cases: list[Case], classes: int) -> Ensemble:
     bundle = Bundle(PROJECT / "bundles" / "segmentation_dynunet_3d")
     recipe = bundle.recipe({"steps": STEPS, "patch": PATCH})
-    material = [
-        TrainingCase(
-            case.id, network_image(load_image(case.image), None), torch.from_numpy(load_label(case.label).array_xyz)
-        )
-        for case in cases
-    ]
+    material = [training_case(case) for case in cases]
     networks = []
     for seed in range(MEMBERS):
         torch.manual_seed(seed)

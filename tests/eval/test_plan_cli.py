@@ -45,6 +45,12 @@ def test_class_names_decide_about_mirror_images(folder, tmp_path, capsys):
         assert yaml.safe_load(out.read_text())["mirror"] == mirror
 
 
+def test_class_names_that_cannot_be_used_are_an_error(folder, capsys):
+    (folder / "dataset.json").write_text("{")
+    assert main(["plan", str(folder), "--memory", "4"]) == 2
+    assert "dataset.json: not readable as a decathlon-style dataset.json" in capsys.readouterr().err
+
+
 def test_a_gpu_of_another_machine_can_be_planned_for(folder, capsys):
     assert main(["plan", str(folder), "--device", "cuda", "--memory", "8", "--bundle", "segmentation_dynunet_2d"]) == 0
     assert "40 x 56 x 1" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.fast_convolution import OneDNN
+from lib.fast_convolution import FullWhereShort, OneDNN
 from lib.training.recipe import Bundle
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation_dynunet_3d"
@@ -65,3 +65,35 @@ def test_gradients_batches_and_other_types_stay_with_torch(called):
             layer.double()(torch.randn(1, 1, 5, 5, 5, dtype=torch.float64))
     assert not called
     assert layer.weight.grad is not None
+
+
+def _gradient(layer, image, way, half):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), way:
+        answer = layer(image)
+    layer.zero_grad()
+    dirty = [torch.full((size,), float("nan")) for size in (64, 1000, 4096, 10_000, 100_000) for _ in range(3)]
+    del dirty  # what is freed here is what the gradient's buffers are made of
+    answer.float().square().sum().backward()
+    return answer.dtype, layer.weight.grad.clone()
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no native bf16")
+@pytest.mark.parametrize(
+    ("layer", "shape", "kept"),
+    [
+        (torch.nn.Conv3d(16, 16, 3, padding=1), (2, 2, 2), torch.float32),
+        (torch.nn.Conv3d(16, 16, 3, padding=1), (2, 8, 8), torch.float32),
+        (torch.nn.Conv3d(16, 16, 3, padding=1), (3, 4, 3), torch.bfloat16),
+        (torch.nn.Conv3d(16, 16, (1, 3, 3), padding=(0, 1, 1)), (1, 4, 4), torch.bfloat16),
+        (torch.nn.Conv3d(16, 16, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)), (2, 4, 1), torch.float32),
+        (torch.nn.Conv2d(16, 16, 3, stride=2, padding=1), (6, 1), torch.float32),
+        (torch.nn.Conv2d(16, 16, 3, stride=2, padding=1), (6, 5), torch.bfloat16),
+    ],
+)
+def test_gradients_in_bfloat16_are_those_of_full_precision_up_to_rounding(layer, shape, kept):
+    image = torch.randn(2, 16, *shape, generator=torch.Generator().manual_seed(0))
+    _, expected = _gradient(layer, image, FullWhereShort(), half=False)
+    for _ in range(5):
+        dtype, found = _gradient(layer, image, FullWhereShort(), half=True)
+        assert dtype == kept
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()

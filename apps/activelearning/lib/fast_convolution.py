@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Convolutions of a single image on a CPU through oneDNN, which torch takes for batches only."""
+"""Convolutions on a CPU another way than torch's own: where that is slow, and where it is wrong."""
 
 from __future__ import annotations
 
@@ -36,6 +36,36 @@ class OneDNN(TorchFunctionMode):
                     image, weight, bias, _triple(padding), _triple(stride), _triple(dilation), groups
                 )
         return func(*args, **(kwargs or {}))
+
+
+class FullWhereShort(TorchFunctionMode):
+    """Inside of the block, convolutions whose kernel is longer than its image along an axis run in full precision.
+
+    oneDNN's gradient of their bfloat16 weights reads and writes outside of its memory on CPUs with AVX-512 BF16 but
+    without AMX (seen with torch 2.13 on AMD Zen 4: NaN, wrong values, a corrupted heap). The bottom of a network that
+    sees small crops is such an image, and costs next to nothing in either precision. For use under autocast on a CPU.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _CONVOLUTIONS and len(args) > 1 and _short(args[0], args[1]):
+            image, weight, *rest = (a.float() if isinstance(a, Tensor) else a for a in args)
+            with torch.autocast("cpu", enabled=False):
+                return func(image, weight, *rest, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
+
+
+def _short(image: Tensor, weight: Tensor) -> bool:
+    axes = weight.ndim - 2
+    return any(size < kernel for size, kernel in zip(image.shape[-axes:], weight.shape[-axes:], strict=True))
 
 
 def _suited(image: Tensor) -> bool:

@@ -22,7 +22,7 @@ from lib.training.folds import training_splits
 from lib.training.learned_loss import fresh_head
 from lib.training.networks import SpaceToDepth
 from lib.training.recipe import Bundle, RecipeError
-from lib.training.trainer import CropStream, Replica, learning_rate, train_member
+from lib.training.trainer import CropStream, Replica, TrainingDivergedError, learning_rate, train_member
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d"
 CPU = torch.device("cpu")
@@ -250,6 +250,18 @@ def test_a_training_stopped_at_any_step_ends_in_the_same_weights(tmp_path, optio
     resumed = train(path)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_training_whose_loss_is_no_number_any_more_says_so_and_stops():
+    bundle = Bundle(BUNDLE)
+    recipe = bundle.recipe({"steps": 40, "patch": [16, 16, 16]})
+    image = torch.from_numpy(ball_case(0)[0])[None].clone()
+    image[:, 12] = float("inf")
+    case = TrainingCase("a", image, torch.from_numpy(ball_case(0)[2]))
+    seen = []
+    with pytest.raises(TrainingDivergedError, match=r"after step 1 of 40 is nan, .* below 0.\d+ or precision: full"):
+        train_member(bundle.network(1), [case], recipe, np.random.SeedSequence(7), CPU, seen.append)
+    assert seen == []
 
 
 def test_averaged_weights_by_hand():

@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lib.fast_convolution import FullWhereShort
 from lib.files import write_atomic
 from lib.partial_labels import UNLABELLED
 from lib.training.augmentation import Augmentation, changed, crop, draw_changes
@@ -139,6 +142,15 @@ def autocast_type(device: torch.device, precision: str = "native") -> torch.dtyp
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 
+def sound(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[object]:
+    """What a training in reduced precision needs around its network for gradients that can be trusted."""
+    return FullWhereShort() if half is not None and device.type == "cpu" else nullcontext()
+
+
+class TrainingDivergedError(ValueError):
+    """The loss of a training is no number any more."""
+
+
 def train_member(
     network: nn.Module,
     cases: Sequence[TrainingCase],
@@ -165,6 +177,7 @@ def train_member(
 
     Raises:
         ValueError: no annotated voxel in any case.
+        TrainingDivergedError: the loss is infinite or no number; looked at whenever progress is reported.
     """
     member = _Member(network, cases, recipe, seed, device, head, taps, sets, replica or Replica())
     begun = member.load(checkpoint)
@@ -177,7 +190,7 @@ def train_member(
         nonlocal written
         done = begun + running.state.iteration
         if done % every == 0 or done == recipe.steps:
-            report(Progress(done, recipe.steps, float(running.state.output or 0.0)))
+            report(Progress(done, recipe.steps, _finite(running.state.output, done, recipe)))
         if checkpoint and done < recipe.steps and time.monotonic() - written >= checkpoint_seconds:
             member.save(checkpoint, done)
             written = time.monotonic()
@@ -185,6 +198,16 @@ def train_member(
     if begun < recipe.steps:
         engine.run(range(begun, recipe.steps), max_epochs=1)
     return member.weights()
+
+
+def _finite(loss: Tensor | None, done: int, recipe: Recipe) -> float:
+    value = 0.0 if loss is None else float(loss)
+    if not math.isfinite(value):
+        raise TrainingDivergedError(
+            f"the loss after step {done} of {recipe.steps} is {value}, so the training was stopped; look for images "
+            f"with wild values, or ask for a learning_rate below {recipe.learning_rate:g} or precision: full"
+        )
+    return value
 
 
 class _Member:
@@ -231,6 +254,7 @@ class _Member:
         self.optimiser.zero_grad(set_to_none=True)
         with (
             torch.autocast(self.device.type, dtype=self.half or torch.bfloat16, enabled=self.half is not None),
+            sound(self.device, self.half),
             tapped(self.network, self.taps) as activations,
         ):
             logits = self.model(images)

@@ -190,7 +190,7 @@ def train_member(
         nonlocal written
         done = begun + running.state.iteration
         if done % every == 0 or done == recipe.steps:
-            report(Progress(done, recipe.steps, _finite(running.state.output, done, recipe)))
+            report(Progress(done, recipe.steps, _finite(float(running.state.output or 0.0), done, recipe)))
         if checkpoint and done < recipe.steps and time.monotonic() - written >= checkpoint_seconds:
             member.save(checkpoint, done)
             written = time.monotonic()
@@ -200,8 +200,7 @@ def train_member(
     return member.weights()
 
 
-def _finite(loss: Tensor | None, done: int, recipe: Recipe) -> float:
-    value = 0.0 if loss is None else float(loss)
+def _finite(value: float, done: int, recipe: Recipe) -> float:
     if not math.isfinite(value):
         raise TrainingDivergedError(
             f"the loss after step {done} of {recipe.steps} is {value}, so the training was stopped; look for images "

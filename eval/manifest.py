@@ -31,10 +31,10 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def describe_run() -> dict[str, Any]:
+def describe_run(program: str = "eval") -> dict[str, Any]:
     """What was called, with what, on what, and when: the beginning of every committed result."""
     return {
-        "command": " ".join(["python -m eval", *sys.argv[1:]]),
+        "command": " ".join([f"python -m {program}", *sys.argv[1:]]),
         "started": now(),
         "versions": describe_versions(),
         "hardware": describe_machine(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.files import write_json
+from eval.manifest import describe_run, now
 from eval.upkeep.licences import ROOT
 
 BAR = 0.85
@@ -107,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.groups) - set(GROUPS))
     if unknown:
         raise SystemExit(f"no group {unknown[0]}; there are {', '.join(GROUPS)}")
+    about = describe_run("eval.upkeep.mutation")
     facts, low = {}, []
     for name in options.groups or GROUPS:
         folder = (options.out / name).resolve()
@@ -123,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = summary(found)
         sys.stdout.write(f"{name:<16} {row['noticed']:>6} of {row['changes']:>6} noticed: {100 * row['share']:.1f} %\n")
         low += [name] if row["share"] < BAR else []
-        write_json(options.out / "mutation.json", facts)
+        write_json(options.out / "mutation.json", {**about, "finished": now(), "groups": facts})
     return 1 if low else 0
 
 
@@ -135,12 +138,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def environment() -> dict[str, str]:
+    """This process's, in which the copied tests find the reference arrays beside the project they came from."""
+    return {"PATCHWISE_SHARED": str(ROOT.parent / "shared"), **os.environ}
+
+
 def _mutmut(folder: Path, processes: int) -> str:
     """What mutmut found in a folder; its progress goes to mutmut.log."""
     mutmut = [sys.executable, "-m", "mutmut"]
     with open(folder / "mutmut.log", "w", encoding="utf-8") as log:
         run = [*mutmut, "run", "--max-children", str(processes)]
-        subprocess.run(run, cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(run, cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment())
     asked = [*mutmut, "results", "--all", "true"]
     return subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=False).stdout
 

@@ -10,7 +10,7 @@ import json
 import pytest
 
 from eval.upkeep import mutation
-from eval.upkeep.mutation import GROUPS, ROOT, Group, by_module, lay_out, main, settings, statuses, summary
+from eval.upkeep.mutation import GROUPS, ROOT, Group, by_module, environment, lay_out, main, settings, statuses, summary
 
 RESULTS = """
     lib.ledger.x_ask__mutmut_1: killed
@@ -69,7 +69,16 @@ def test_fewer_than_85_percent_fail(survivors, code, tmp_path, monkeypatch, caps
     assert main(["selectors", "--out", str(tmp_path)]) == code
     assert f"of    100 noticed: {100 - survivors:.1f} %" in capsys.readouterr().out
     facts = json.loads((tmp_path / "mutation.json").read_text())
-    assert len(facts["selectors"]["not_noticed"]) == survivors
+    assert len(facts["groups"]["selectors"]["not_noticed"]) == survivors
+    assert facts["command"].startswith("python -m eval.upkeep.mutation")
+    assert facts["hardware"]["cores"] >= 1
+
+
+def test_copied_tests_find_the_reference_arrays(monkeypatch):
+    monkeypatch.delenv("PATCHWISE_SHARED", raising=False)
+    assert environment()["PATCHWISE_SHARED"] == str(ROOT.parent / "shared")
+    monkeypatch.setenv("PATCHWISE_SHARED", "/elsewhere")
+    assert environment()["PATCHWISE_SHARED"] == "/elsewhere"
 
 
 def test_a_run_that_tried_nothing_is_no_success(tmp_path, monkeypatch, capsys):

@@ -42,7 +42,9 @@ _SAMPLE_SECONDS = 5.0
 _LEDGER = "ledger.sqlite"
 # The annotators, who polls /info, the rounds, and the connection that stays open.
 _CONNECTIONS = ANNOTATORS + 3
-_METHOD, _BATCH = "power_pe", 200
+_METHOD = "power_pe"
+# So few regions and so many steps that a training or a scoring is at work most of the time.
+_BATCH, _STEPS = 100, 2000
 _ASKS = 60
 
 
@@ -83,7 +85,7 @@ def run() -> Iterator[Row]:
 
 def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
     labels = make_pool(folder, images, int(os.environ.get("CASES", 300)))
-    train = json.dumps({"members": 2, "steps": 150, "patch": [24, 24, 24]})
+    train = json.dumps({"members": 2, "steps": _STEPS, "patch": [24, 24, 24]})
     rounds = {"auto_rounds": "true", "auto_method": _METHOD, "auto_train": train}
     conf = {**rounds, "batch": _BATCH, "stop_batches": 50, "threads": 1}
     server = ServerProcess(folder / "studies", conf, log=folder / "server.log", threads=1)

@@ -16,8 +16,10 @@ from lib.regions import boxes_overlap, centred
 from lib.selectors.random_regions import (
     FG33,
     FG66,
+    Draw,
     Hint,
     Space,
+    _holds,
     border,
     draw_uniform,
     hints_from_labels,
@@ -156,11 +158,65 @@ def test_a_class_seen_in_one_image_gets_one_region() -> None:
     assert draws[0].label == "rare"
 
 
+def test_classes_seen_in_few_images_are_served_first_and_from_images_of_their_own():
+    seen = {"a": ["z"], "b": ["z", "y"], "c": ["y"], "d": ["y"], "not in the pool": ["z", "y"]}
+    hints = {image: [Hint(image, (3, 3, 3), label, "inside") for label in labels] for image, labels in seen.items()}
+    for seed in range(20):
+        spaces = {image: Space((20, 20, 20), (3, 3, 3)) for image in ("a", "b", "c", "d", "without hints")}
+        draws = starting_budget(spaces, 4, np.random.default_rng(seed), hints)
+        assert [d.label for d in draws] == ["z", "z", "y", "y"]
+        assert {d.image for d in draws[:2]} == {"a", "b"}
+        assert {d.image for d in draws[2:]} == {"c", "d"}
+
+
+def test_behind_every_class_come_regions_of_random_33_with_the_same_hints():
+    hints = {image: [Hint(image, (5, 5, 5), "organ", "border")] for image in "abc"}
+    labels: list[str | None] = []
+    for seed in range(60):
+        spaces = {image: Space((30, 30, 30), (2, 2, 2)) for image in hints}
+        draws = starting_budget(spaces, 3, np.random.default_rng(seed), hints)
+        assert [d.label for d in draws[:2]] == ["organ", "organ"]
+        assert [(d.area, d.start) for d in draws[:2]] == [("border", (4, 4, 4))] * 2
+        labels.append(draws[2].label)
+    # A third of 60 asks for foreground; two of three images have none left that is free: 6.7 expected.
+    assert 1 <= labels.count("organ") <= 20
+
+
+def test_a_hint_inside_of_a_region_of_another_class_counts_as_seen():
+    # The only image of both classes is one region; a second one of either would need another image.
+    hints = {"a": [Hint("a", (3, 3, 3), c, "inside") for c in ("x", "y")], "b": [Hint("b", (0, 0, 0), "y", "inside")]}
+    for seed in range(10):
+        spaces = {image: Space((4, 4, 4), (4, 4, 4)) for image in ("a", "b")}
+        draws = starting_budget(spaces, 9, np.random.default_rng(seed), hints, per_class=1)
+        assert [(d.image, d.label) for d in draws] == [("a", "x"), ("b", "y")]
+
+
+def test_a_draw_holds_hints_of_its_own_image_that_lie_inside():
+    draw = Draw("a", (2, 2, 2), (3, 3, 3))
+    for voxel, inside in {
+        (2, 2, 2): True,
+        (4, 4, 4): True,
+        (1, 2, 2): False,
+        (2, 1, 2): False,
+        (2, 2, 1): False,
+    }.items():
+        assert _holds(draw, Hint("a", voxel, "x", "inside")) == inside
+        assert not _holds(draw, Hint("b", voxel, "x", "inside"))
+
+
+def test_hints_of_a_label_are_sixty_four_different_voxels_at_most():
+    label = np.ones((4, 4, 5), np.uint8)
+    hints = hints_from_labels(label, "a", {1: "one"}, np.random.default_rng(0))
+    inside = [h.voxel for h in hints if h.area == "inside"]
+    assert len(inside) == len(set(inside)) == 64
+    assert inside == sorted(inside)
+
+
 @pytest.mark.parametrize(
     ("hint", "sentence"),
     [
         ({"image": "a", "class": "x"}, "without voxel"),
-        ({"image": "a", "voxel": [1, 2], "class": "x"}, "three whole numbers"),
+        ({"image": "a", "voxel": [1, 2], "class": "x"}, "voxel of a hint .*three whole numbers"),
         ({"image": "a", "voxel": "1,2,3", "class": "x"}, r"\[x, y, z\]"),
         ({"image": "a", "voxel": [1, 2, 3], "class": "x", "area": "near"}, '"inside" or "border"'),
     ],

@@ -11,6 +11,7 @@ Exit code 0: in every group at least 85 % of the changes made a test fail; 1: fe
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,11 @@ BAR = 0.85
 # What mutmut calls a change that a test noticed; one that hangs or breaks the process was noticed too.
 NOTICED = frozenset({"killed", "timeout", "suspicious", "segfault", "caught by type check"})
 _NOT_RUN = frozenset({"skipped", "not checked", "check was interrupted by user"})
+# SQL is written with keywords in capitals here; SQLite reads what is not in quotes without regard to case.
+_SQL = re.compile(
+    r"\b(SELECT|INSERT|UPDATE|DELETE|CREATE|FROM|WHERE|AND|OR|ORDER BY|GROUP BY|LIMIT|VALUES|SET|JOIN|AS|ON)\b"
+)
+_QUOTED = re.compile(r"('[^']*')")
 _RESULT = re.compile(r"^\s*(?P<name>\S+): (?P<status>.+?)\s*$")
 
 
@@ -84,6 +90,44 @@ def statuses(results: str) -> dict[str, str]:
     return {line["name"]: line["status"] for line in lines if line and "__mutmut_" in line["name"]}
 
 
+def same_to_sqlite(folder: Path, names: Iterable[str]) -> set[str]:
+    """Changes of nothing but the case of SQL outside of its quotes, which no test can notice; they are left out.
+
+    `names` are mutmut's, `folder` is the one it works in, with every function beside its changed copies.
+    """
+    functions: dict[str, dict[str, tuple[str, list[str]]]] = {}
+    for module in {name.rsplit(".", 1)[0] for name in names}:
+        path = folder / "mutants" / f"{module.replace('.', '/')}.py"
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else ()
+        functions[module] = {node.name: _split(node) for node in nodes if isinstance(node, ast.FunctionDef)}
+    same = set()
+    for name in names:
+        module, change = name.rsplit(".", 1)
+        own = functions[module]
+        before, after = own.get(f"{change.split('__mutmut_')[0]}__mutmut_orig"), own.get(change)
+        if before and after and before[0] == after[0] and all(map(_same_sql, before[1], after[1])):
+            same.add(name)
+    return same
+
+
+def _split(function: ast.FunctionDef) -> tuple[str, list[str]]:
+    """What a function does, without its name and texts, and the texts."""
+    texts = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+            node.value = ""
+    return "".join(map(ast.dump, [*function.decorator_list, function.args, *function.body])), texts
+
+
+def _same_sql(before: str, after: str) -> bool:
+    if before == after:
+        return True
+    quoted, others = _QUOTED.split(before), _QUOTED.split(after)
+    lower = [part if i % 2 else part.lower() for i, part in enumerate(quoted)]
+    return bool(_SQL.search(before)) and lower == [p if i % 2 else p.lower() for i, p in enumerate(others)]
+
+
 def summary(found: Mapping[str, str]) -> dict[str, float | int]:
     """Changes, how many were noticed, and the share; those that were not tried are left out.
 
@@ -118,8 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not found:
             sys.stdout.write(f"{name}: mutmut tried nothing; its words are in {folder}/mutmut.log\n")
             return 2
+        same = same_to_sqlite(folder, found)
+        found = {change: status for change, status in found.items() if change not in same}
         facts[name] = {
             **summary(found),
+            "same_to_sqlite": len(same),
             "modules": by_module(found),
             "not_noticed": sorted(change for change, status in found.items() if status not in NOTICED | _NOT_RUN),
         }

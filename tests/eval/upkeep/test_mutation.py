@@ -10,7 +10,19 @@ import json
 import pytest
 
 from eval.upkeep import mutation
-from eval.upkeep.mutation import GROUPS, ROOT, Group, by_module, environment, lay_out, main, settings, statuses, summary
+from eval.upkeep.mutation import (
+    GROUPS,
+    ROOT,
+    Group,
+    by_module,
+    environment,
+    lay_out,
+    main,
+    same_to_sqlite,
+    settings,
+    statuses,
+    summary,
+)
 
 RESULTS = """
     lib.ledger.x_ask__mutmut_1: killed
@@ -79,6 +91,29 @@ def test_copied_tests_find_the_reference_arrays(monkeypatch):
     assert environment()["PATCHWISE_SHARED"] == str(ROOT.parent / "shared")
     monkeypatch.setenv("PATCHWISE_SHARED", "/elsewhere")
     assert environment()["PATCHWISE_SHARED"] == "/elsewhere"
+
+
+def test_the_case_of_sql_outside_of_quotes_changes_nothing(tmp_path):
+    texts = [
+        "SELECT id FROM queries WHERE state = 'open' AND id > ?",
+        "select id from queries where state = 'open' and id > ?",
+        "SELECT ID FROM QUERIES WHERE STATE = 'OPEN' AND ID > ?",
+        "SELECT id FROM queries WHERE state = 'open' AND id < ?",
+        "XXSELECT id FROM queries WHERE state = 'open' AND id > ?XX",
+    ]
+    names = [f"x_ask__mutmut_{n or 'orig'}" for n in range(len(texts))]
+    code = "".join(
+        f"def {name}(c):\n    return c.execute({text!r}).one()\n" for name, text in zip(names, texts, strict=True)
+    )
+    code += f"def x_ask__mutmut_5(c):\n    return c.execute({texts[1]!r}).all()\n"
+    code += (
+        "def x_say__mutmut_orig():\n    return 'this and that'\ndef x_say__mutmut_1():\n    return 'THIS AND THAT'\n"
+    )
+    (tmp_path / "mutants" / "lib").mkdir(parents=True)
+    (tmp_path / "mutants" / "lib" / "a.py").write_text(code)
+    changes = [f"lib.a.{name}" for name in (*names[1:], "x_ask__mutmut_5", "x_say__mutmut_1")]
+    assert same_to_sqlite(tmp_path, changes) == {"lib.a.x_ask__mutmut_1"}
+    assert same_to_sqlite(tmp_path, ["lib.missing.x_f__mutmut_1"]) == set()
 
 
 def test_a_run_that_tried_nothing_is_no_success(tmp_path, monkeypatch, capsys):

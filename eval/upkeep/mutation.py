@@ -91,7 +91,7 @@ def statuses(results: str) -> dict[str, str]:
 
 
 def same_to_sqlite(folder: Path, names: Iterable[str]) -> set[str]:
-    """Changes of nothing but the case of SQL outside of its quotes, which no test can notice; they are left out.
+    """Changes of nothing but the case of SQL outside of its quotes or of columns, which no test can notice; left out.
 
     `names` are mutmut's, `folder` is the one it works in, with every function beside its changed copies.
     """
@@ -111,9 +111,12 @@ def same_to_sqlite(folder: Path, names: Iterable[str]) -> set[str]:
 
 
 def _split(function: ast.FunctionDef) -> tuple[str, list[str]]:
-    """What a function does, without its name and texts, and the texts."""
+    """What a function does, without its name and texts, and the texts; columns of a `row` go by any case."""
     texts = []
     for node in ast.walk(function):
+        match node:
+            case ast.Subscript(value=ast.Name(id="row"), slice=ast.Constant(value=str(column)) as key):
+                key.value = column.lower()
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.append(node.value)
             node.value = ""

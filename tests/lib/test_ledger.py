@@ -5,6 +5,7 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,51 @@ def test_a_batch_is_recorded_once(ledger):
     assert [q.id for q in first] == [q.id for q in again]
     assert [q.region.start for q in again] == [(0, 0, 0), (2, 0, 0)]
     assert [q.rank for q in again] == [0, 1]
+
+
+def test_planned_regions_come_in_the_order_of_their_plan(ledger):
+    ids = [q.id for q in ledger.ask("b1", "random", 0, asked(0, 2, 4), twice=[1])]
+    ledger.ask("b2", "bald", 0, asked(6))
+    assert [q.id for q in ledger.proposed("random", 0, "patch")] == ids
+    assert [q.id for q in ledger.proposed("random", 0, "patch", limit=2)] == ids[:2]
+    assert ledger.proposed("random", 1, "patch") == ledger.proposed("random", 0, "slice") == []
+
+
+def test_a_round_is_recorded_once_with_all_that_was_asked(ledger, clock, tmp_path):
+    ledger.record_round(3, "bundle", "digest", {"steps": 5, "folder": tmp_path}, {"loss": 0.5})
+    clock.now += 10
+    ledger.record_round(4, "other", "digest", {}, {})
+    with sqlite3.connect(ledger.path) as connection:
+        rows = connection.execute("SELECT round, bundle, model, request, stats, finished FROM rounds").fetchall()
+    asked_for = json.dumps({"steps": 5, "folder": str(tmp_path)})
+    assert rows == [(3, "bundle", "digest", asked_for, '{"loss": 0.5}', clock.now - 10)]
+
+
+def test_facts_about_the_folder_are_kept(ledger):
+    assert ledger.get_meta("seen") is None
+    ledger.set_meta("seen", {"at": [1, None]})
+    ledger.set_meta("other", 2)
+    ledger.set_meta("seen", {"at": [2, None]})
+    assert ledger.get_meta("seen") == {"at": [2, None]}
+    assert ledger.get_meta("other") == 2
+
+
+def test_infos_hold_what_json_has_no_word_for(ledger, tmp_path):
+    ledger.update_info("a", {"path": tmp_path})
+    ledger.update_infos({"b": {"path": tmp_path, "n": 1}}, tag="final")
+    assert ledger.get_info("a") == {"path": str(tmp_path)}
+    assert ledger.infos("final") == {"b": {"path": str(tmp_path), "n": 1}}
+
+
+def test_a_query_tells_clients_until_when_it_is_theirs(ledger, clock):
+    (query,) = ledger.ask("b1", "random", 2, asked(4))
+    assert query.to_json()["lease_until"] is None
+    clock.now = 86_400.0
+    (leased,) = ledger.lease([query.id], "ann", 60)
+    assert leased.to_json() == {
+        "query": query.id, "image": "a", "start": [4, 0, 0], "size": [2, 2, 2], "unit": "patch", "score": 1.0,
+        "method": "random", "round": 2, "rank": 0, "reason": {"rank": 0}, "lease_until": "1970-01-02T01:00:00+00:00",
+    }  # fmt: skip
 
 
 def test_two_clients_never_hold_one_region(ledger):

@@ -41,6 +41,11 @@ def events(ledger):
         return connection.execute("SELECT kind, query, client, note FROM events ORDER BY id").fetchall()
 
 
+def worked(ledger, query):
+    with sqlite3.connect(ledger.path) as connection:
+        return connection.execute("SELECT worked FROM queries WHERE id = ?", (query,)).fetchone()[0]
+
+
 def test_work_renews_a_lease_and_the_longer_one_stays(ledger, clock):
     (query,) = ask(ledger, 0)
     ledger.lease([query], "ann", 60)
@@ -80,6 +85,60 @@ def test_renew_takes_a_freed_region_up_again_unless_it_was_asked_for_again(ledge
     ledger.lease([other], "ben", 60)
     ledger.release(other, "ben")
     assert ledger.renew(query, "ann").status == "open"
+
+
+def test_a_renewal_counts_the_work_and_leaves_a_trail(ledger, clock):
+    first, second = ask(ledger, 0, 4)
+    ledger.lease([first, second], "ann", 60)
+    clock.now += 120
+    assert ledger.renew(first, "ann").lease_until == clock.now + 3600
+    assert [worked(ledger, query) for query in (first, second)] == [120, 0]
+    assert events(ledger)[2] == ("renewed", first, "ann", None)
+    ledger.release(second, "ann")
+    ledger.lease([second], "ben", 60)
+    clock.now += 60
+    assert [(q.id, q.client) for q in ledger.open_queries("a")] == [(first, "ann"), (second, "ben")]
+    assert [q.id for q in ledger.open_queries("a", "ann")] == [first]
+    assert ledger.open_queries("b") == []
+    assert [q.id for q in ledger.open_queries(client="ben")] == [second]
+
+
+def test_touching_an_image_answers_what_the_client_holds_there(ledger, clock):
+    mine, bens = ask(ledger, 0, 4)
+    (elsewhere,) = ask(ledger, 0, image="c", batch="c")
+    ledger.lease([mine], "ann", 60)
+    ledger.lease([bens], "ben", 60)
+    ledger.lease([elsewhere], "ann", 60)
+    clock.now += 60
+    assert [(q.id, q.opened) for q in ledger.touch("ann", "a")] == [(mine, None)]
+    assert [(q.id, q.opened) for q in ledger.touch("ann", "a", opening=True)] == [(mine, clock.now)]
+    assert [ledger.query(q).opened for q in (bens, elsewhere)] == [None, None]
+
+
+def test_giving_back_and_skipping_count_the_work(ledger, clock):
+    for act, start in (("release", 0), ("skip", 4)):
+        (query,) = ask(ledger, start, batch=act)
+        ledger.lease([query], "ann", 60)
+        clock.now += 90
+        getattr(ledger, act)(query, "ann")
+        assert worked(ledger, query) == 90
+
+
+def test_freed_regions_are_offered_one_at_a_time_to_those_who_may_have_them(ledger):
+    first, second = ask(ledger, 0, 4)
+    (twice,) = ask(ledger, 8, batch="twice", twice=[0])
+    (reading,) = ledger._queries("twin = ?", (twice,))
+    ledger.lease([first, second], "ann", 60)
+    for query in (first, second):
+        ledger.release(query, "ann")
+    assert [q.id for q in ledger.freed("random", 0, "patch", "ben")] == [first]
+    assert [q.id for q in ledger.freed("random", 0, "patch", "ben", limit=5)] == [first, second]
+    # Of a region that two people are to read nobody gets both readings.
+    ledger.lease([twice], "ben", 60)
+    ledger.lease([reading.id], "carl", 60)
+    ledger.release(reading.id, "carl")
+    assert [q.id for q in ledger.freed("random", 0, "patch", "ben", limit=5)] == [first, second]
+    assert [q.id for q in ledger.freed("random", 0, "patch", "dora", limit=5)] == [first, reading.id, second]
 
 
 def test_a_released_region_goes_to_somebody_else_and_the_trail_is_kept(ledger):

@@ -83,7 +83,19 @@ def test_what_was_answered_after_the_copy_is_recorded_again(tmp_path):
 def test_agreement_with_another_reader_comes_back(tmp_path):
     studies = Studies(tmp_path / "studies")
     before = studies.ledger.agreements()
-    assert before[0]["classes"]["anterior"]["dice"] == pytest.approx(2 * 9 / (18 + 9))
+    assert before == [
+        {
+            "image": "a",
+            "start": [0, 0, 0],
+            "size": [3, 3, 3],
+            "answers": [1, 2],
+            "clients": ["ann", "ben"],
+            "classes": {
+                "anterior": {"dice": pytest.approx(2 * 9 / (18 + 9)), "voxels": [18, 9]},
+                "posterior": {"dice": None, "voxels": [0, 0]},
+            },
+        }
+    ]
     empty = tmp_path / "empty.sqlite"
     QueryLedger(empty)
     set_back(studies, empty)

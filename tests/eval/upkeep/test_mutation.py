@@ -109,10 +109,16 @@ def test_the_case_of_sql_outside_of_quotes_changes_nothing(tmp_path):
     code += (
         "def x_say__mutmut_orig():\n    return 'this and that'\ndef x_say__mutmut_1():\n    return 'THIS AND THAT'\n"
     )
+    code += "def x_row__mutmut_orig(row, d):\n    return row['image'] + d['image']\n"
+    code += "def x_row__mutmut_1(row, d):\n    return row['IMAGE'] + d['image']\n"
+    code += "def x_row__mutmut_2(row, d):\n    return row['image'] + d['IMAGE']\n"
     (tmp_path / "mutants" / "lib").mkdir(parents=True)
     (tmp_path / "mutants" / "lib" / "a.py").write_text(code)
-    changes = [f"lib.a.{name}" for name in (*names[1:], "x_ask__mutmut_5", "x_say__mutmut_1")]
-    assert same_to_sqlite(tmp_path, changes) == {"lib.a.x_ask__mutmut_1"}
+    changes = [
+        f"lib.a.{name}"
+        for name in (*names[1:], "x_ask__mutmut_5", "x_say__mutmut_1", "x_row__mutmut_1", "x_row__mutmut_2")
+    ]
+    assert same_to_sqlite(tmp_path, changes) == {"lib.a.x_ask__mutmut_1", "lib.a.x_row__mutmut_1"}
     assert same_to_sqlite(tmp_path, ["lib.missing.x_f__mutmut_1"]) == set()
 
 

@@ -40,10 +40,14 @@ _RESULT = re.compile(r"^\s*(?P<name>\S+): (?P<status>.+?)\s*$")
 
 
 class Group(NamedTuple):
-    """Modules that are changed, and the tests that have to notice; paths below `lib` and `tests`."""
+    """Modules that are changed, and the tests that have to notice; paths below `lib` and `tests`.
+
+    `without`: tests that take seconds each, and would have to run for every change that is not noticed.
+    """
 
     modules: tuple[str, ...]
     tests: tuple[str, ...]
+    without: tuple[str, ...] = ()
 
 
 GROUPS = {
@@ -59,6 +63,13 @@ GROUPS = {
             "lib/test_journal.py",
             "lib/test_annotations.py",
         ),
+        (
+            "processes_that_make_the_ledger",
+            "writer_killed_at_any_instant",
+            "whatever_happened_after_any_copy",
+            "kept_up_to_date_is_the_one_made_anew",
+            "that_save_one_image_lose_nothing",
+        ),
     ),
 }
 
@@ -67,11 +78,12 @@ def settings(group: Group) -> str:
     """pyproject.toml of a folder in which `lib` lies at the top, where mutmut finds modules by their names."""
     modules = [f"lib/{module}" for module in group.modules]
     tests = [f"tests/{test}" for test in group.tests]
+    chosen = ["-k", " and ".join(f"not {name}" for name in group.without)] if group.without else []
     return (
         '[tool.pytest.ini_options]\npythonpath = ["."]\naddopts = "--strict-markers -p no:cacheprovider"\n'
         'markers = ["slow: minutes", "system: a server", "dicom: an archive"]\n\n'
         f'[tool.mutmut]\nsource_paths = ["lib"]\nalso_copy = ["eval"]\nonly_mutate = {json.dumps(modules)}\n'
-        f"pytest_add_cli_args_test_selection = {json.dumps(tests)}\n"
+        f"pytest_add_cli_args_test_selection = {json.dumps(tests)}\npytest_add_cli_args = {json.dumps(chosen)}\n"
     )
 
 

@@ -71,6 +71,13 @@ def test_the_folder_has_lib_at_the_top(tmp_path):
     assert 'only_mutate = ["lib/selectors/*.py"]' in said
     assert 'pytest_add_cli_args_test_selection = ["tests/lib/selectors"]' in said
     assert settings(Group(("a.py",), ("lib/a",))).count("lib/a.py") == 1
+    assert 'pytest_add_cli_args = ["-k", "not x and not y"]' in settings(Group(("a.py",), ("lib/a",), ("x", "y")))
+
+
+def test_the_tests_that_are_left_out_are_there():
+    for group in GROUPS.values():
+        texts = "".join((ROOT / "tests" / test).read_text() for test in group.tests if group.without)
+        assert all(name in texts for name in group.without)
 
 
 @pytest.mark.parametrize(("survivors", "code"), [(15, 0), (16, 1)])

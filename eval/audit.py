@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from eval.errors import RefereeError
 
 if TYPE_CHECKING:
     from lib.annotations import Annotations
+    from lib.ledger_records import Answer
 
 LEDGER = Path(".patchwise") / "ledger.sqlite"
 
@@ -47,8 +49,11 @@ class Audit:
         return asdict(self)
 
 
-def audit(studies: Path) -> Audit:
+def audit(studies: Path, verified: dict[str, tuple[Any, ...]] | None = None) -> Audit:
     """Rebuilds every label from the raw answers and compares; nothing in the folder is changed.
+
+    `verified` notes what was found right, image by image; given again, a label is not rebuilt while its file and all
+    that it is made of are what they were. Raw files are read every time.
 
     Raises:
         RefereeError: no such folder, no ledger in it, or one that cannot be read.
@@ -67,7 +72,7 @@ def audit(studies: Path) -> Audit:
             ledger = QueryLedger(copy_ledger(path, Path(folder) / "ledger.sqlite"))
             classes = ledger.get_meta("classes") or _from_dataset(studies)
             annotations = Annotations(studies / LEDGER.parent, studies / "labels" / "final", classes, ledger)
-            _check_all(found, studies, annotations)
+            _check_all(found, studies, annotations, {} if verified is None else verified)
         except (LedgerError, sqlite3.DatabaseError) as error:
             raise RefereeError(f"{path}: {error}") from error
     return found
@@ -92,15 +97,17 @@ def _from_dataset(studies: Path) -> dict[str, int]:
         raise RefereeError(f"{error}; or start the server once, which notes its class names") from error
 
 
-def _check_all(found: Audit, studies: Path, annotations: Annotations) -> None:
+def _check_all(found: Audit, studies: Path, annotations: Annotations, verified: dict[str, tuple[Any, ...]]) -> None:
     from lib.images import EXTENSIONS
 
     ledger, folder = annotations.ledger, annotations.merged
     answered = ledger.answered_images(withdrawn=True)
     named: set[str] = set()
     for image in answered:
-        named |= _check_raw(found, annotations, image)
-        _check_label(found, studies, annotations, image)
+        answers = ledger.answers(image, withdrawn=True)
+        named |= {answer.raw for answer in answers}
+        _check_raw(found, annotations, answers)
+        _check_label(found, studies, annotations, image, [a for a in answers if a.active], verified)
     _check_journal(found, studies, named)
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         extension = next((e for e in EXTENSIONS if file.name.endswith(e)), None)
@@ -111,11 +118,10 @@ def _check_all(found: Audit, studies: Path, annotations: Annotations) -> None:
     found.unreferenced = sorted(files - named)
 
 
-def _check_raw(found: Audit, annotations: Annotations, image: str) -> set[str]:
+def _check_raw(found: Audit, annotations: Annotations, answers: Sequence[Answer]) -> None:
     """Every raw file, of withdrawn answers too: these may be restored."""
     from lib.files import file_digest
 
-    answers = annotations.ledger.answers(image, withdrawn=True)
     for answer in answers:
         found.answers += 1
         found.withdrawn += not answer.active
@@ -124,7 +130,6 @@ def _check_raw(found: Audit, annotations: Annotations, image: str) -> set[str]:
             found.wrong(path, f"the raw file of answer {answer.id} is missing")
         elif file_digest(path) != answer.raw_sha256:
             found.wrong(path, f"the raw file of answer {answer.id} is not what was submitted")
-    return {answer.raw for answer in answers}
 
 
 def _check_journal(found: Audit, studies: Path, named: set[str]) -> None:
@@ -138,14 +143,22 @@ def _check_journal(found: Audit, studies: Path, named: set[str]) -> None:
         found.wrong(path, f"answer {lost[raw]} ({raw}) is not in the ledger; a start of the server records it again")
 
 
-def _check_label(found: Audit, studies: Path, annotations: Annotations, image: str) -> None:
+def _check_label(
+    found: Audit,
+    studies: Path,
+    annotations: Annotations,
+    image: str,
+    answers: Sequence[Answer],
+    verified: dict[str, tuple[Any, ...]],
+) -> None:
+    from lib.files import file_digest
     from lib.images import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label
     from lib.partial_labels import LabelError
 
     found.images += 1
     folder = annotations.merged
     path = next((p for p in (folder / f"{image}{e}" for e in EXTENSIONS) if p.is_file()), folder / f"{image}.nii.gz")
-    if not annotations.ledger.answers(image):
+    if not answers:
         if path.is_file():
             found.wrong(path, "all answers to its image have been withdrawn, so there should be no label")
         return
@@ -155,6 +168,9 @@ def _check_label(found: Audit, studies: Path, annotations: Annotations, image: s
         return
     if not path.is_file():
         found.wrong(path, "the label is missing; the server makes it again when it starts or the image is answered")
+        return
+    made_of = (source.stat().st_mtime_ns, file_digest(path), *answers)
+    if verified.get(image) == made_of:
         return
     try:
         shape, affine = image_geometry(source)
@@ -167,6 +183,8 @@ def _check_label(found: Audit, studies: Path, annotations: Annotations, image: s
     differing = int(np.count_nonzero(label.array_xyz != rebuilt_xyz))
     if differing:
         found.wrong(path, f"{differing} voxels differ from the rebuild from the raw answers")
+    else:
+        verified[image] = made_of
 
 
 def audit_text(found: Audit) -> str:

@@ -136,6 +136,36 @@ def test_a_withdrawal_that_was_killed_before_the_rebuild_is_repaired(studies):
     assert problems(studies) == {}
 
 
+def test_what_was_found_right_is_rebuilt_only_when_something_changed(studies, monkeypatch):
+    from lib.annotations import Annotations
+
+    rebuilt, plain = [], Annotations.rebuilt
+    monkeypatch.setattr(
+        Annotations, "rebuilt", lambda self, image, shape: rebuilt.append(image) or plain(self, image, shape)
+    )
+    verified = {}
+
+    def look():
+        rebuilt.clear()
+        return [row["problem"] for row in audit(studies.folder, verified).problems], sorted(rebuilt)
+
+    assert look() == ([], ["a", "b"])
+    assert look() == ([], [])
+    studies.annotations.withdraw(studies.answers[1], geometry, "ann")
+    assert look() == ([], ["a"])
+    kept = studies.label.read_bytes()
+    write(studies.label, np.zeros(SHAPE))
+    for _ in range(2):  # what is wrong stays wrong
+        (problem,), looked_at = look()
+        assert "voxels differ" in problem
+        assert looked_at == ["a"]
+    studies.label.write_bytes(kept)
+    assert look() == ([], [])
+    studies.raw(studies.answers[0]).write_bytes(b"changed")
+    (problem,), _ = look()
+    assert "is not what was submitted" in problem
+
+
 def test_a_folder_without_a_ledger_is_refused(tmp_path, capsys):
     with pytest.raises(RefereeError, match="name the studies folder"):
         audit(tmp_path)

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name, open(options.out, "w") as out:
         folder = Path(name)
         images, labels = make_pool(folder / "phantoms", options.images)
-        lasting = {"pause": 0.5, "trouble": 3.0, "standstill": 60.0}
+        lasting = {"pause": 0.5, "trouble": 1.0, "standstill": 60.0}
         world = World(folder / "world", images, labels, cold=options.cold, room="8g", **lasting)
         try:
             world.referee = BackgroundStudy(folder / "referee", folder / "phantoms")

@@ -37,7 +37,7 @@ class BackgroundStudy:
         self.study = folder / "tiny.yaml"
         self.study.write_text(yaml.safe_dump({**TINY_STUDY, "data": str(data)}))
         process = self._start("run", str(self.study), "--out", str(folder / "reference"))
-        assert process.wait(timeout=600) == 0
+        assert process.wait(timeout=600) == 0, Path(f"{self._out()}.log").read_text()[-2000:]
         self.process = self._next()
 
     def strike(self, rng: np.random.Generator) -> list[str]:

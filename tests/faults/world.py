@@ -131,6 +131,7 @@ class World:
         self.folder, self.labels = folder, labels
         self.trouble, self.standstill = trouble, standstill
         self.referee: BackgroundStudy | None = None
+        self.verified: dict[str, tuple[Any, ...]] = {}
         self.disk = folder / "disk"
         self.disk.mkdir(parents=True)
         self.mounted = _mount(self.disk, room)
@@ -293,7 +294,7 @@ class World:
         for number in list(told.unsure):
             told.unsure.discard(number)
             (told.withdrawn.discard if kept[number]["active"] else told.withdrawn.add)(number)
-        return found + [f"{row['file']}: {row['problem']}" for row in audit(self.studies).problems]
+        return found + [f"{row['file']}: {row['problem']}" for row in audit(self.studies, self.verified).problems]
 
     def label_files(self) -> list[Path]:
         """Every merged label; a killed server leaves unfinished files beside them, whose names start with a dot."""

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from eval.manifest import describe_run, now
 from eval.upkeep.licences import ROOT, required
 
 FILES = ("requirements.txt", "requirements-dev.txt")
@@ -130,6 +131,7 @@ def to_text(rows: Sequence[Moved], broken: Mapping[str, Sequence[str]], count: i
 def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the environment, runs the tests in it and says what broke; for the exit code see the module."""
     options = _parser().parse_args(arguments)
+    about = describe_run("eval.upkeep.newest")
     asked = [line for name in FILES for line in required(ROOT / name)]
     kept = () if options.torch == "newest" else KEPT
     python = options.folder / "bin" / "python"
@@ -143,7 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write("the tests did not come to an end; run them by hand: " + f"{python} -m pytest\n")
         return 2
     broken, count = failed(junit), passed(junit)
-    facts: dict[str, Any] = {"packages": [row._asdict() for row in rows], "passed": count, "failed": broken}
+    facts: dict[str, Any] = {
+        **about,
+        "finished": now(),
+        "packages": [row._asdict() for row in rows],
+        "passed": count,
+        "failed": broken,
+    }
     sys.stdout.write((json.dumps(facts, indent=1) if options.json else to_text(rows, broken, count)) + "\n")
     return 1 if broken else 0
 

@@ -154,6 +154,7 @@ def test_all_passed_makes_it_zero_and_json_says_the_same(made, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["packages"][0] == {"package": "numpy", "asked": "==1.26.4", "newest": "2.4.0", "beyond": True}
     assert (said["passed"], said["failed"]) == (1, {})
+    assert said["command"].startswith("python -m eval.upkeep.newest")
 
 
 def test_no_environment_or_no_end_makes_it_two(made, capsys):

@@ -31,6 +31,7 @@ from eval.upkeep.licences import ROOT, required
 FILES = ("requirements.txt", "requirements-dev.txt")
 KEPT = ("torch", "torchvision")
 _FAST = "not slow and not dicom and not system"
+_GO_ON = "--continue-on-collection-errors"  # a file that cannot be imported is one of the findings
 _LOWER = (">=", ">", "~=")  # bounds that a newer version keeps; ~= is one and a cap
 _UNRESOLVED = (
     re.compile(r"No matching distribution found for (?P<what>\S+)"),
@@ -221,7 +222,7 @@ def _tests(python: Path, seconds: float, paths: Sequence[str]) -> str | None:
     """pytest's JUnit report of the fast tests; None where it wrote none."""
     with tempfile.TemporaryDirectory(prefix="patchwise-") as folder:
         report = Path(folder) / "junit.xml"
-        command = [str(python), "-m", "pytest", "-q", "-m", _FAST, f"--junitxml={report}", *paths]
+        command = [str(python), "-m", "pytest", "-q", "-m", _FAST, _GO_ON, f"--junitxml={report}", *paths]
         try:
             subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=seconds, check=False)
         except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -166,3 +167,11 @@ def test_no_environment_or_no_end_makes_it_two(made, capsys):
     made(junit=None)
     assert main([]) == 2
     assert "did not come to an end" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_imported_does_not_stop_the_others(tmp_path):
+    (tmp_path / "test_gone.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "test_there.py").write_text("def test_it():\n    pass\n")
+    junit = newest._tests(Path(sys.executable), 60, [str(tmp_path)])
+    assert passed(junit) == 1
+    assert [names for file, names in failed(junit).items() if "test_gone" in file] == [["(not importable)"]]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lib.fast_convolution import OneDNN
+from lib.cpu_convolution import OneDNN
 from lib.images import ImageError, Volume
 from lib.posterior import Ensemble, PosteriorSpec, dropout
 from lib.regions import Triple

@@ -22,7 +22,7 @@ from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lib.fast_convolution import OneDNN
+from lib.cpu_convolution import OneDNN
 from lib.images import Volume
 from lib.regions import Triple
 from lib.stacked import stacked

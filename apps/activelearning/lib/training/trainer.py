@@ -23,7 +23,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.fast_convolution import FullWhereShort
+from lib.cpu_convolution import FullWhereShort
 from lib.files import write_atomic
 from lib.partial_labels import UNLABELLED
 from lib.training.augmentation import Augmentation, changed, crop, draw_changes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.fast_convolution import FullWhereShort, OneDNN
+from lib.cpu_convolution import FullWhereShort, OneDNN
 from lib.training.recipe import Bundle
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation_dynunet_3d"

@@ -294,6 +294,25 @@ def test_a_withdrawn_answer_frees_its_query_and_comes_back(ledger):
     assert [e[0] for e in events(ledger)] == ["leased", "answered", "withdrawn", "restored"]
 
 
+def test_the_trail_says_who_did_what_to_which_answer_and_why(ledger, clock):
+    (query,) = ask(ledger, 0)
+    ledger.lease([query], "ann", 60)
+    clock.now += 60
+    number = answer(ledger, query, client="ben")
+    assert ledger.answer(number).submitted == ledger.submitted(query) == clock.now
+    ledger.withdraw(number, "carl", "wrong side")
+    assert ledger.submitted(query) is None
+    assert ledger.answer(number + 1) is None
+    ledger.restore(number, "dora", "right side after all")
+    with sqlite3.connect(ledger.path) as connection:
+        trail = connection.execute("SELECT kind, query, client, answer, note FROM events ORDER BY id").fetchall()
+    assert trail[1:] == [
+        ("answered", query, "ben", number, None),
+        ("withdrawn", None, "carl", number, "wrong side"),
+        ("restored", None, "dora", number, "right side after all"),
+    ]
+
+
 def test_a_query_with_another_answer_stays_answered(ledger):
     (query,) = ask(ledger, 0)
     ledger.lease([query], "ann", 60)

@@ -70,6 +70,9 @@ def test_what_was_answered_after_the_copy_is_recorded_again(tmp_path):
     found = recover(studies)
     assert (found.answers, found.switched, found.gone) == ([answer], [studies.answers[0]], [])
     assert content(studies.ledger) == before
+    with sqlite3.connect(studies.ledger.path) as connection:
+        trail = connection.execute("SELECT kind, client, answer, note FROM events ORDER BY id DESC LIMIT 2").fetchall()
+    assert trail == [("withdrawn", None, studies.answers[0], "wrong side"), ("recovered", "ann", answer, None)]
     assert studies.ledger.query(query) == asked
     assert studies.ledger.query(query).status == "answered"
     assert studies.ledger.unmerged() == ["a", "b"]

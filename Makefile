@@ -26,7 +26,7 @@ system-test-dicom: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dicom.txt
 	$(BIN)/python -m pytest -m dicom -rs tests/dicom
 
-# 500 faults on 2,000 images, hours; every fifth restart is a cold one. COUNT=20 for a first look.
+# 500 faults on 2,000 images, an hour and a half; every fifth restart is a cold one. COUNT=20 for a first look.
 faults: $(STAMP)
 	mkdir -p $(OUT)
 	$(BIN)/python -m tests.faults --count $(or $(COUNT),500) --seed 0 --images 2000 --out $(OUT)/faults.jsonl

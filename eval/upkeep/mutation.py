@@ -60,6 +60,7 @@ GROUPS = {
             "lib/test_ledger_leases.py",
             "lib/test_ledger_overview.py",
             "lib/test_ledger_recovery.py",
+            "lib/test_ledger_schema.py",
             "lib/test_journal.py",
             "lib/test_annotations.py",
         ),

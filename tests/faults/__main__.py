@@ -43,6 +43,8 @@ def strike(world: World, faults: Sequence[Fault], rng: np.random.Generator) -> I
         time.sleep(float(rng.uniform(0, world.trouble)))
         fault(world, rng)
         seconds = world.restart()
+        if number == len(faults):
+            world.verified.clear()  # the last look is at everything
         with world.quiet():
             problems = world.problems()
         world.working.set()

@@ -90,13 +90,11 @@ def test_parameters_without_information_are_never_drawn() -> None:
     assert _draw_parameters(np.zeros(3), 2, np.random.default_rng(0)).tolist() == [0, 1]
 
 
-def test_arrays_that_disagree() -> None:
-    rng = np.random.default_rng(0)
-    for variances, gradients in ((np.ones(3), np.ones((3, 2))), (np.ones((3, 2)), np.ones(3)), (np.ones((2, 2)),) * 2):
-        if np.shape(variances) == np.shape(gradients):
-            gradients = np.ones((3, 2))
-        with pytest.raises(ValueError, match=r"USIM needs variances \(U, C\) and gradients \(U, P\), found"):
-            usim(variances, gradients, [1, 1], 1, rng)
+@pytest.mark.parametrize("shapes", [((3,), (3, 2)), ((3, 2), (3,)), ((2, 2), (3, 2))])
+def test_arrays_that_disagree(shapes) -> None:
+    variances, gradients = map(np.ones, shapes)
+    with pytest.raises(ValueError, match=r"USIM needs variances \(U, C\) and gradients \(U, P\), found"):
+        usim(variances, gradients, [1, 1], 1, np.random.default_rng(0))
 
 
 def test_without_any_uncertainty_every_candidate_may_be_drawn() -> None:

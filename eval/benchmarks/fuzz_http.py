@@ -121,16 +121,13 @@ class Asker:
         }
 
     def judge(self, tally: Tally, status: int, text: str, kind: str, example: Any) -> None:
-        """Notes an answer: its class, and a failure where it is 5xx or a refusal without a sentence."""
+        """Notes an answer: its class, how much the server has grown, and a 5xx or a refusal without a sentence."""
+        tally.grown_mib.append(resident_mib(self.process) - tally.rest_mib)
         tally.outcomes[f"{status // 100}xx"] += 1
         if status >= 500:
             tally.fail("server error", example, f"{status}: {text[:200]}")
         elif status >= 400 and text and not _is_sentence(text):
             tally.fail("not one sentence", example, f"{status} {kind}: {text[:200]}")
-
-    def watch(self, tally: Tally, at_rest: float) -> None:
-        """Notes how much the server has grown."""
-        tally.memory_mib = max(tally.memory_mib, resident_mib(self.process) - at_rest)
 
 
 def _is_sentence(text: str) -> bool:
@@ -149,7 +146,7 @@ def fuzz_openapi(asker: Asker, wanted: int, number: int) -> Tally:
         raise RefereeError("fuzzing needs schemathesis: pip install -r requirements-dev.txt") from error
     schema: Any = schemathesis.openapi.from_url(f"{asker.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
-    tally, at_rest = Tally("OpenAPI"), resident_mib(asker.process)
+    tally = Tally("OpenAPI", rest_mib=resident_mib(asker.process))
     modes: tuple[Any, ...] = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
     share = -(-wanted // len(operations))
     for place, operation in enumerate(operations):
@@ -172,7 +169,6 @@ def fuzz_openapi(asker: Asker, wanted: int, number: int) -> Tally:
 
         cases = st.tuples(drawn, st.integers(0, 2**32), _EXTRAS)
         drive(tally, cases, min(share, wanted - tally.cases), number * 100 + place, one)
-        asker.watch(tally, at_rest)
     tally.check_memory()
     return tally
 
@@ -224,7 +220,7 @@ def fuzz_uploads(asker: Asker, wanted: int, number: int) -> Tally:
             "/datastore/image", params={"image": "fuzzed"}, files={"file": (name, packed)}
         ).raise_for_status()
         asker.http.delete("/datastore/image", params={"id": "fuzzed"}).raise_for_status()
-    at_rest = resident_mib(asker.process)
+    tally.rest_mib = resident_mib(asker.process)
     targets = [
         ("PUT", "/datastore/label", "label", {"image": images[0]}),
         ("PUT", "/datastore/label", "label", {"image": images[-1], "tag": "original"}),
@@ -260,14 +256,13 @@ def fuzz_uploads(asker: Asker, wanted: int, number: int) -> Tally:
             asker.http.delete("/datastore/image", params={"id": "fuzzed"})
 
     drive(tally, cases, wanted, number, one)
-    asker.watch(tally, at_rest)
     tally.check_memory()
     return tally
 
 
 def fuzz_bodies(asker: Asker, wanted: int, number: int) -> Tally:
     """Bodies of any bytes under any content type, on routes that read one."""
-    tally, at_rest = Tally("raw bodies"), resident_mib(asker.process)
+    tally = Tally("raw bodies", rest_mib=resident_mib(asker.process))
     targets = [
         ("POST", "/activelearning/random"),
         ("POST", "/activelearning/precomputed"),
@@ -303,7 +298,6 @@ def fuzz_bodies(asker: Asker, wanted: int, number: int) -> Tally:
         _ask(asker, tally, example, lambda: asker.http.request(method, path, content=body, headers=headers))
 
     drive(tally, cases, wanted, number, one)
-    asker.watch(tally, at_rest)
     tally.check_memory()
     return tally
 

@@ -118,7 +118,7 @@ def fuzz_volumes(wanted: int, number: int) -> Tally:
             path.write_bytes(content)
             before = resident_mib(process)
             _read(tally, lambda: READERS[reader](path), {"file": name, "reader": reader, **shown(content)})
-            tally.memory_mib = max(tally.memory_mib, resident_mib(process) - before)
+            tally.grown_mib.append(resident_mib(process) - before)
 
         drive(tally, cases, wanted, number, one)
     tally.check_memory()
@@ -166,7 +166,7 @@ def fuzz_segmentations(wanted: int, number: int) -> Tally:
         before = resident_mib(process)
         example = {"changes": told}
         _read(tally, lambda: (referenced_series(item), _read_seg(item, uid, affine)), example)
-        tally.memory_mib = max(tally.memory_mib, resident_mib(process) - before)
+        tally.grown_mib.append(resident_mib(process) - before)
 
     drive(tally, cases, wanted, number, one)
     tally.check_memory()

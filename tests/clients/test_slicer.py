@@ -110,6 +110,7 @@ def test_options_fit_the_table_in_which_slicer_shows_and_from_which_it_sends_the
         choices = isinstance(value, list) and value and all(isinstance(choice, str) for choice in value)
         assert choices or isinstance(value, (bool, int, float, str)), value
     assert slicer.config("models", "query_region") == {"format": "segment"}
+    assert slicer.config("models", BUNDLE) == {"mirror": True}
     assert slicer.config("trainers", BUNDLE) == {"recipe": "default", "members": 1, "seed": 0}
 
 

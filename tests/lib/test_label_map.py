@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+import lib.label_map
 from lib.label_map import label_map
 
 
@@ -82,3 +84,12 @@ def test_both_bars_hold_at_once():
     assert np.count_nonzero(label_map(given, 0.8, {1: 9})) == 0
     assert np.count_nonzero(label_map(given, 0.8, {1: 8})) == 8
     assert np.count_nonzero(label_map(given, 0.6, {1: 9})) == 27
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 42, 3 * 42 + 1])
+def test_how_many_voxels_are_in_memory_changes_nothing(monkeypatch, at_once):
+    noise = np.random.default_rng(1).dirichlet([1, 1, 1, 1], (5, 6, 7)).transpose(3, 0, 1, 2)
+    expected = label_map(noise, 0.55, {2: 3.0})
+    assert np.count_nonzero(expected != noise.argmax(0)) > 0
+    monkeypatch.setattr(lib.label_map, "_AT_ONCE", at_once)
+    assert np.array_equal(label_map(noise, 0.55, {2: 3.0}), expected)

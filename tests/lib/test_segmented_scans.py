@@ -75,3 +75,12 @@ def test_mirror_images_change_what_slabs_give(tmp_path):
     ensemble = ensemble_at()
     ensemble.mirrored = (0,)
     assert np.count_nonzero(segment(ensemble, volume_of(SHAPE), 4, tmp_path, **LARGE) != plain) > 0
+    assert np.array_equal(segment(ensemble, volume_of(SHAPE), 4, tmp_path, mirror=False, **LARGE), plain)
+
+
+def test_mirror_images_are_left_out_of_the_whole_if_asked(tmp_path):
+    plain = segment(ensemble_at(), volume_of(SHAPE), 4, tmp_path)
+    ensemble = ensemble_at()
+    ensemble.mirrored = (0,)
+    assert np.count_nonzero(segment(ensemble, volume_of(SHAPE), 4, tmp_path) != plain) > 0
+    assert np.array_equal(segment(ensemble, volume_of(SHAPE), 4, tmp_path, mirror=False), plain)

@@ -210,6 +210,13 @@ REFUSED = {
     "training value": (lambda c: c.http.post(f"/train/{BUNDLE}", json={"members": 0}), 400, "members.*found 0"),
     "unknown bundle": (lambda c: c.http.post("/train/unet", json={}), 404, "no model 'unet' to train"),
     "unknown image": (lambda c: c.submit("nobody", next((c.phantoms / "labelsTr").glob("*.gz"))), 404, "no image"),
+    "mirror that is neither": (
+        lambda c: c.http.post(
+            f"/infer/{BUNDLE}",
+            params={"image": next((c.phantoms / "labelsTr").glob("*.gz")).name[:-7]},
+            data={"params": '{"mirror": "maybe"}'},
+        ), 400, "mirror must be true or false, found 'maybe'",
+    ),
     "unknown image in infer": (lambda c: c.http.post("/infer/query_region?image=nobody"), 404, "no image 'nobody'"),
     "unknown class": (
         lambda c: c.submit("x", label_info=[{"name": "tumour", "idx": 1}]), 400, r"tumour.*known classes are anterior",

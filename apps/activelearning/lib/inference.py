@@ -44,7 +44,8 @@ _NIFTI = {".gz": ".nii.gz", ".nii": ".nii"}
 class SegmentationTask(InferTask):
     """Mean of the ensemble's probabilities, arg max, on the grid and affine of the image that was asked about.
 
-    The newest finished training is used; it is loaded again when another one has been published.
+    The newest finished training is used; it is loaded again when another one has been published. A request with
+    `"mirror": false` leaves mirror images out where the recipe has them: faster, and a little worse.
     """
 
     def __init__(self, bundle: Bundle, store: ModelStore, classes: dict[str, int], options: AppOptions) -> None:
@@ -53,7 +54,7 @@ class SegmentationTask(InferTask):
             labels=classes,
             dimension=3,
             description=str(bundle.metadata.get("description", bundle.name)),
-            config={},
+            config={"mirror": True},
         )
         self.bundle = bundle
         self.store = store
@@ -89,10 +90,13 @@ class SegmentationTask(InferTask):
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         started = time.time()
         with speaking_errors():
+            mirror = request.get("mirror", True)
+            if not isinstance(mirror, bool):
+                refuse(f"mirror must be true or false, found {mirror!r}")
             volume = load_image(request["image"])
             ensemble = self.ensemble()
             with ensemble.lock:
-                label_xyz = segment(ensemble, volume, self._classes, self.store.folder)
+                label_xyz = segment(ensemble, volume, self._classes, self.store.folder, mirror)
         names = dict(self.labels)
         facts = {"label_names": names, "latencies": {"total": round(time.time() - started, 3)}}
         return write_result(label_xyz, volume.affine, request), facts

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+_AT_ONCE = 1 << 20  # voxels of which all classes are in memory
 
 
 def label_map(
@@ -55,13 +56,28 @@ def without_doubted(
         doubted_xyz = _doubted(label_xyz == class_, probs_cxyz[class_], confidence, smallest.get(class_, 0))
         if doubted_xyz.any():
             refused[class_] = refused[class_] | doubted_xyz if class_ in refused else doubted_xyz
-            left_cv = probs_cxyz[:, doubted_xyz].astype(np.float32)
-            for other, refused_xyz in refused.items():
-                left_cv[other, refused_xyz[doubted_xyz]] = -1
-            label_xyz[doubted_xyz] = left_cv.argmax(axis=0)
+            _give_on(label_xyz, probs_cxyz, doubted_xyz, refused)
             joined = set(np.unique(label_xyz[doubted_xyz]).tolist()) & looked_at
             pending += sorted(joined - set(pending))
     return label_xyz
+
+
+def _give_on(
+    label_xyz: NDArray[np.uint8],
+    probs_cxyz: NDArray[np.floating],
+    doubted_xyz: NDArray[np.bool_],
+    refused: Mapping[int, NDArray[np.bool_]],
+) -> None:
+    """Doubted voxels get the most probable class that they were not taken from, a bounded number at a time."""
+    step = max(1, _AT_ONCE // max(1, doubted_xyz[0].size))
+    for cut in (slice(x, x + step) for x in range(0, len(doubted_xyz), step)):
+        here = doubted_xyz[cut]
+        if not here.any():
+            continue
+        left_cv = probs_cxyz[:, cut][:, here].astype(np.float32)
+        for other, refused_xyz in refused.items():
+            left_cv[other, refused_xyz[cut][here]] = -1
+        label_xyz[cut][here] = left_cv.argmax(axis=0)
 
 
 def _doubted(

@@ -84,7 +84,7 @@ class Ensemble:
         device: where the networks run.
         heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
         normalisation: of grey values; None is the z-score of each image.
-        mirrored: axes whose mirror images `mean` takes in as well.
+        mirrored: axes along which segmentations take in the mirror image as well.
         confidence: how sure the members must be of a component that is shown (`lib.label_map`).
         smallest_mm3: class value -> how large a component that is shown must be.
         precision: "native" for reduced precision where the device has it, "full" for float32.
@@ -159,10 +159,10 @@ class Ensemble:
                 probs = torch.where(seen, probs, plain)
             yield probs
 
-    def mean(self, volume: Volume, overlap: float = 0.5) -> NDArray[np.float32]:
-        """Mean of the members' probabilities (C, X, Y, Z), over the image and its mirror images along `mirrored`."""
+    def mean(self, volume: Volume, overlap: float = 0.5, mirrored: bool = True) -> NDArray[np.float32]:
+        """Mean of the members' probabilities (C, X, Y, Z), over the image and, if asked for, its mirror images."""
         image = network_image(volume, self.spacing, self.normalisation).to(self.device)
-        chosen = [identity(), *(flip(axis) for axis in self.mirrored)]
+        chosen = [identity(), *(flip(axis) for axis in self.mirrored if mirrored)]
         total = torch.zeros(())
         for view in chosen:
             for found in self._logits_of_all(view.forward(image), overlap):

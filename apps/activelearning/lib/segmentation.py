@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ def segment(
     volume: Volume,
     classes: int,
     scratch: Path,
+    mirror: bool = True,
     limit: int = LARGE_BYTES,
     working_bytes: int = WORKING_BYTES,
 ) -> NDArray[np.uint8]:
@@ -38,35 +40,35 @@ def segment(
     Args:
         classes: those of the networks, background included.
         scratch: folder with room for 2 bytes a class and voxel; only large images need any.
+        mirror: whether mirror images are taken in, where the ensemble has axes for them; each costs a prediction.
 
     Raises:
         OSError: no room in `scratch`.
     """
     smallest = ensemble.smallest_voxels(volume.spacing)
     if not is_large(classes, volume.shape, limit):
-        return label_map(ensemble.mean(volume, OVERLAP), ensemble.confidence, smallest)
+        return label_map(ensemble.mean(volume, OVERLAP, mirror), ensemble.confidence, smallest)
     ruled = ensemble.confidence > 0 or bool(smallest)
     label_xyz = np.empty(volume.shape, np.uint8)
+    mirrored = ensemble.mirrored if mirror else ()
     with tempfile.TemporaryFile(dir=scratch) as file:
-        probs_cxyz = _on_disk(file.fileno(), (classes, *volume.shape)) if ruled else None
-        mirrored = ensemble.mirrored
+        probs_shape = (classes, *volume.shape)
+        if ruled:
+            # A mapped file that met a full disk would end the process.
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(probs_shape)) * np.dtype(np.float16).itemsize)
         for box, moments in streamed_moments(
             ensemble, volume, OVERLAP, DEEP_ENSEMBLE, 0, classes, working_bytes, mirrored
         ):
             here = tuple(slice(*ends) for ends in box)
             mean_cxyz = moments.mean
             label_xyz[here] = mean_cxyz.argmax(axis=0)
-            if probs_cxyz is not None:
-                probs_cxyz[(slice(None), *here)] = mean_cxyz
-        if probs_cxyz is not None:
-            label_xyz = without_doubted(label_xyz, probs_cxyz, ensemble.confidence, smallest)
-            del probs_cxyz
+            if ruled:
+                # Mapped anew for every slab: what was written through a mapping counts as memory until it is gone.
+                _mapped(file, probs_shape)[(slice(None), *here)] = mean_cxyz
+        if ruled:
+            without_doubted(label_xyz, _mapped(file, probs_shape), ensemble.confidence, smallest)
     return label_xyz
 
 
-def _on_disk(file: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
-    """An array in a file that has room for all of it: a mapped file that meets a full disk would end the process."""
-    size = int(np.prod(shape)) * np.dtype(np.float16).itemsize
-    os.posix_fallocate(file, 0, size)
-    with os.fdopen(os.dup(file), "r+b") as stream:
-        return np.memmap(stream, np.float16, "r+", shape=shape)
+def _mapped(file: BinaryIO, shape: tuple[int, ...]) -> NDArray[np.float16]:
+    return np.memmap(file, np.float16, "r+", shape=shape)

@@ -28,9 +28,11 @@ def thumbnail(image_xyz: NDArray[np.float32], score_xyz: NDArray[np.floating] | 
     axis = slice_axis(image_xyz.shape, box)
     at = box[0][axis] + box[1][axis] // 2
     low, high = np.percentile(image_xyz, (1, 99))
-    panels = [_grey((image_xyz - low) / max(float(high - low), 1e-8), axis, at, box)]
+    plane = (np.take(image_xyz, at, axis=axis) - low) / max(float(high - low), 1e-8)
+    panels = [_framed(_grey(plane), axis, box)]
     if score_xyz is not None:
-        panels.append(_heat(score_xyz / max(float(score_xyz.max()), 1e-8), axis, at, box))
+        heat = np.take(score_xyz, at, axis=axis) / max(float(score_xyz.max()), 1e-8)
+        panels.append(_framed(_heat(heat), axis, box))
     gap = np.full((panels[0].shape[0], 4, 3), 255, np.uint8)
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
 
@@ -41,16 +43,14 @@ def slice_axis(shape: Sequence[int], box: Box) -> int:
     return max(axis for axis in range(3) if shares[axis] == min(shares))
 
 
-def _grey(values_xyz: NDArray[np.floating], axis: int, at: int, box: Box) -> RGB:
-    plane = np.clip(np.take(values_xyz, at, axis=axis), 0, 1)
-    return _framed(np.repeat((255 * plane[..., None]).astype(np.uint8), 3, axis=2), axis, box)
+def _grey(plane: NDArray[np.floating]) -> RGB:
+    return np.repeat((255 * np.clip(plane[..., None], 0, 1)).astype(np.uint8), 3, axis=2)
 
 
-def _heat(values_xyz: NDArray[np.floating], axis: int, at: int, box: Box) -> RGB:
+def _heat(plane: NDArray[np.floating]) -> RGB:
     """Black over red and yellow to white, like hot metal."""
-    plane = np.clip(np.take(values_xyz, at, axis=axis), 0, 1)
-    channels = [np.clip(3 * plane - k, 0, 1) for k in range(3)]
-    return _framed((255 * np.stack(channels, axis=-1)).astype(np.uint8), axis, box)
+    channels = [np.clip(3 * np.clip(plane, 0, 1) - k, 0, 1) for k in range(3)]
+    return (255 * np.stack(channels, axis=-1)).astype(np.uint8)
 
 
 def _framed(plane_rgb: RGB, axis: int, box: Box) -> RGB:

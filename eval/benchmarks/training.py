@@ -111,9 +111,11 @@ def monai_batches(
 def monai_batches_alike(
     recipe: Recipe, images: list[NDArray[Any]], labels: list[NDArray[Any]], seed: int = 0, classes: int = 2
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The same, teaching no more than ours: images are turned before they are cropped, and outside is not labelled.
+    """The same, teaching what ours teaches: labels that lie where their image does, and nothing outside of it.
 
-    MONAI fills what a rotation uncovers with zeros, so a label is one higher until the end, where 0 is unlabelled.
+    Images are turned before they are cropped. MONAI fills what that uncovers with zeros, so a label is one higher until
+    the end, where 0 is unlabelled. Zoomed by "nearest", a label lies up to half a voxel beside its image, which torch
+    places by the centres of voxels; "nearest-exact" does the same.
     """
     mode, share = ("bilinear", "nearest"), recipe.foreground / (1 - recipe.foreground) / classes
     augment = Compose(
@@ -125,7 +127,7 @@ def monai_batches_alike(
                 prob=0.5,
                 min_zoom=0.82,
                 max_zoom=1.22,
-                mode=("trilinear", "nearest"),
+                mode=("trilinear", "nearest-exact"),
                 padding_mode="constant",
             ),
             SpatialPadd(_KEYS, recipe.patch),

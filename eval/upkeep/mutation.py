@@ -28,6 +28,9 @@ from eval.manifest import describe_run, now
 from eval.upkeep.licences import ROOT
 
 BAR = 0.85
+# How many times as long as the tests usually take one may take: a change that uses that up is tried once more, alone
+# and with more patience, since a busy machine looks the same as a loop without end.
+PATIENCE, MORE_PATIENCE = 15, 45
 # What mutmut calls a change that a test noticed; one that hangs or breaks the process was noticed too.
 NOTICED = frozenset({"killed", "timeout", "suspicious", "segfault", "caught by type check"})
 _NOT_RUN = frozenset({"skipped", "not checked", "check was interrupted by user"})
@@ -75,8 +78,11 @@ GROUPS = {
 }
 
 
-def settings(group: Group) -> str:
-    """pyproject.toml of a folder in which `lib` lies at the top, where mutmut finds modules by their names."""
+def settings(group: Group, patience: int = PATIENCE) -> str:
+    """pyproject.toml of a folder in which `lib` lies at the top, where mutmut finds modules by their names.
+
+    mutmut tries changes that used up their time once more where `patience` is another one than before.
+    """
     modules = [f"lib/{module}" for module in group.modules]
     tests = [f"tests/{test}" for test in group.tests]
     chosen = ["-k", " and ".join(f"not {name}" for name in group.without)] if group.without else []
@@ -85,6 +91,7 @@ def settings(group: Group) -> str:
         'markers = ["slow: minutes", "system: a server", "dicom: an archive"]\n\n'
         f'[tool.mutmut]\nsource_paths = ["lib"]\nalso_copy = ["eval"]\nonly_mutate = {json.dumps(modules)}\n'
         f"pytest_add_cli_args_test_selection = {json.dumps(tests)}\npytest_add_cli_args = {json.dumps(chosen)}\n"
+        f"timeout_multiplier = {patience}\n"
     )
 
 
@@ -101,6 +108,15 @@ def statuses(results: str) -> dict[str, str]:
     """Status of every change, of what `mutmut results --all true` prints."""
     lines = map(_RESULT.match, results.splitlines())
     return {line["name"]: line["status"] for line in lines if line and "__mutmut_" in line["name"]}
+
+
+def tried(group: Group, folder: Path, processes: int) -> dict[str, str]:
+    """Status of every change; one that used up its time has done so twice."""
+    found = statuses(_mutmut(folder, processes))
+    if "timeout" in found.values():
+        (folder / "pyproject.toml").write_text(settings(group, MORE_PATIENCE), encoding="utf-8")
+        found = statuses(_mutmut(folder, 1))
+    return found
 
 
 def same_to_sqlite(folder: Path, names: Iterable[str]) -> set[str]:
@@ -173,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts, low = {}, []
     for name in options.groups or GROUPS:
         folder = (options.out / name).resolve()
-        lay_out(GROUPS[name], folder)
-        found = statuses(_mutmut(folder, options.processes))
+        if not options.resume:
+            lay_out(GROUPS[name], folder)
+        found = tried(GROUPS[name], folder, options.processes)
         if not found:
             sys.stdout.write(f"{name}: mutmut tried nothing; its words are in {folder}/mutmut.log\n")
             return 2
@@ -198,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutation", help="copies, logs and mutation.json")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="goes on where a run into the same folder was stopped")
     return parser
 
 
@@ -209,7 +227,7 @@ def environment() -> dict[str, str]:
 def _mutmut(folder: Path, processes: int) -> str:
     """What mutmut found in a folder; its progress goes to mutmut.log."""
     mutmut = [sys.executable, "-m", "mutmut"]
-    with open(folder / "mutmut.log", "w", encoding="utf-8") as log:
+    with open(folder / "mutmut.log", "a", encoding="utf-8") as log:
         run = [*mutmut, "run", "--max-children", str(processes)]
         subprocess.run(run, cwd=folder, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment())
     asked = [*mutmut, "results", "--all", "true"]

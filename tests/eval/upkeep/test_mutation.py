@@ -22,6 +22,7 @@ from eval.upkeep.mutation import (
     settings,
     statuses,
     summary,
+    tried,
 )
 
 RESULTS = """
@@ -91,6 +92,31 @@ def test_fewer_than_85_percent_fail(survivors, code, tmp_path, monkeypatch, caps
     assert len(facts["groups"]["selectors"]["not_noticed"]) == survivors
     assert facts["command"].startswith("python -m eval.upkeep.mutation")
     assert facts["hardware"]["cores"] >= 1
+
+
+def test_a_change_that_used_up_its_time_is_tried_once_more_with_patience(tmp_path, monkeypatch):
+    asked = []
+
+    def mutmut(folder, processes):
+        asked.append((processes, (folder / "pyproject.toml").read_text().splitlines()[-1]))
+        return f"lib.a.x_f__mutmut_1: {'timeout' if processes == 2 else 'survived'}"
+
+    group = Group(("a.py",), ("lib/a",))
+    (tmp_path / "pyproject.toml").write_text(settings(group))
+    monkeypatch.setattr(mutation, "_mutmut", mutmut)
+    assert tried(group, tmp_path, 2) == {"lib.a.x_f__mutmut_1": "survived"}
+    assert asked == [(2, "timeout_multiplier = 15"), (1, "timeout_multiplier = 45")]
+    monkeypatch.setattr(mutation, "_mutmut", lambda folder, processes: "lib.a.x_f__mutmut_1: killed")
+    assert tried(group, tmp_path, 2) == {"lib.a.x_f__mutmut_1": "killed"}
+
+
+def test_a_stopped_run_goes_on_in_its_folder(tmp_path, monkeypatch):
+    laid_out = []
+    monkeypatch.setattr(mutation, "lay_out", lambda group, folder: laid_out.append(folder.name))
+    monkeypatch.setattr(mutation, "_mutmut", lambda folder, processes: "lib.a.x_f__mutmut_1: killed")
+    assert main(["selectors", "--out", str(tmp_path)]) == 0
+    assert main(["selectors", "--out", str(tmp_path), "--resume"]) == 0
+    assert laid_out == ["selectors"]
 
 
 def test_copied_tests_find_the_reference_arrays(monkeypatch):

@@ -45,7 +45,7 @@ def run() -> Iterator[Row]:
     labels, pool, test = real_scans()
     steps = int(os.environ.get("STEPS", 300))
     bundle = Bundle(PROJECT / "bundles" / "segmentation_dynunet_3d")
-    recipe = bundle.recipe({"steps": steps, "patch": PATCH, "ema": 0.0, "mirror": [0]})
+    recipe = bundle.recipe({"recipe": "quick", "steps": steps, "patch": PATCH, "ema": 0.0, "mirror": [0]})
     cases = [training_case(case) for case in pool]
     ways: dict[str, Callable[[nn.Module, list[TrainingCase], Recipe, int], None]] = {
         "ours": _ours,

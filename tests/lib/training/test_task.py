@@ -104,7 +104,7 @@ def test_how_small_annotated_lesions_are_reaches_the_segmentation(world, tmp_pat
     probs = np.zeros((3, *scan.shape), np.float32)
     probs[0] = 0.4
     probs[2, :1, :1, :13] = probs[2, 10:11, 10:11, 10:24] = probs[1, 20, 20, 20] = 0.6
-    monkeypatch.setattr(ensemble, "mean", lambda volume, overlap: probs)
+    monkeypatch.setattr(ensemble, "mean", lambda volume, overlap, mirrored: probs)
     assert np.bincount(segment(ensemble, scan, 3, tmp_path).ravel())[1:].tolist() == [1, 14]
     world.train(smallest=0)
     assert world.segmenter.ensemble().smallest_mm3 == {2: 0}

@@ -124,6 +124,7 @@ def test_copied_tests_find_the_reference_arrays(monkeypatch):
     assert environment()["PATCHWISE_SHARED"] == str(ROOT.parent / "shared")
     monkeypatch.setenv("PATCHWISE_SHARED", "/elsewhere")
     assert environment()["PATCHWISE_SHARED"] == "/elsewhere"
+    assert environment()["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_case_of_sql_outside_of_quotes_changes_nothing(tmp_path):

@@ -22,6 +22,7 @@ from eval.errors import RefereeError
 from eval.oracle import from_nifti
 
 _POLL_SECONDS = 1.0
+_KEPT_SECONDS = 2.0
 _BUSY = ("SUBMITTED", "RUNNING")
 
 
@@ -39,7 +40,9 @@ class LabelClient:
         self.url = url
         self.client_id = client_id
         limits = httpx.Timeout(timeout, connect=30)
-        self._http = httpx.Client(base_url=url, timeout=limits, transport=transport)
+        # The server closes connections after 5 idle seconds; a request that crosses that on its way gets no answer.
+        kept = httpx.Limits(keepalive_expiry=_KEPT_SECONDS)
+        self._http = httpx.Client(base_url=url, timeout=limits, limits=kept, transport=transport)
 
     def close(self) -> None:
         """Close the connections."""
@@ -138,7 +141,13 @@ class LabelClient:
 
     def _send(self, verb: str, path: str, *, allow: tuple[int, ...] = (), **options: Any) -> httpx.Response:
         try:
-            reply = self._http.request(verb, path, **options)
+            try:
+                reply = self._http.request(verb, path, **options)
+            except httpx.RemoteProtocolError:
+                # A connection that ended without an answer costs a study of hours nothing where asking again is safe.
+                if verb != "GET":
+                    raise
+                reply = self._http.request(verb, path, **options)
         except httpx.TransportError as error:
             raise RefereeError(
                 f"{verb} {path} got no answer from {self.url} ({type(error).__name__}); see the server's log"

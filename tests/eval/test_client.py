@@ -52,6 +52,31 @@ def test_a_dead_server_is_one_sentence():
         client(answer).info()
 
 
+def test_a_connection_that_ends_without_an_answer_is_tried_once_more_where_that_is_safe():
+    asked = []
+
+    def answer(request):
+        asked.append(request.method)
+        if len(asked) == 1:
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        return httpx.Response(200, json={"name": "x"})
+
+    assert client(answer).info() == {"name": "x"}
+    assert asked == ["GET", "GET"]
+    asked.clear()
+    with pytest.raises(RefereeError, match="RemoteProtocolError"):
+        client(answer).query("random", {})
+    assert asked == ["POST"]
+
+
+def test_a_connection_that_ends_twice_is_one_sentence():
+    def answer(request):
+        raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+
+    with pytest.raises(RefereeError, match="GET /info/ got no answer from http://server"):
+        client(answer).info()
+
+
 def test_prediction_that_is_no_image():
     with pytest.raises(RefereeError, match="answered 4 bytes that are no NIfTI"):
         client(lambda request: httpx.Response(200, content=b"oops")).infer("net", "s")

@@ -144,7 +144,7 @@ class LabelClient:
             try:
                 reply = self._http.request(verb, path, **options)
             except httpx.RemoteProtocolError:
-                # A connection that ended without an answer costs a study of hours nothing where asking again is safe.
+                # A connection that ended without an answer must not end a study of hours where asking again is safe.
                 if verb != "GET":
                     raise
                 reply = self._http.request(verb, path, **options)

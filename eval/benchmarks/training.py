@@ -114,8 +114,8 @@ def monai_batches_alike(
     """The same, teaching what ours teaches: labels that lie where their image does, and nothing outside of it.
 
     Images are turned before they are cropped. MONAI fills what that uncovers with zeros, so a label is one higher until
-    the end, where 0 is unlabelled. Zoomed by "nearest", a label lies up to half a voxel beside its image, which torch
-    places by the centres of voxels; "nearest-exact" does the same.
+    the end, where 0 is unlabelled. Zoomed by "nearest", a label lies on average half a voxel beside its image, which
+    torch places by the centres of voxels; "nearest-exact" does the same.
     """
     mode, share = ("bilinear", "nearest"), recipe.foreground / (1 - recipe.foreground) / classes
     augment = Compose(

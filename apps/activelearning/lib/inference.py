@@ -45,7 +45,7 @@ class SegmentationTask(InferTask):
     """Mean of the ensemble's probabilities, arg max, on the grid and affine of the image that was asked about.
 
     The newest finished training is used; it is loaded again when another one has been published. A request with
-    `"mirror": false` leaves mirror images out where the recipe has them: faster, and a little worse.
+    `"mirror": false` leaves mirror images out where the recipe has them, which is faster.
     """
 
     def __init__(self, bundle: Bundle, store: ModelStore, classes: dict[str, int], options: AppOptions) -> None:

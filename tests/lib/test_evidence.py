@@ -16,7 +16,7 @@ from lib.features import bottleneck_features, gradient_embeddings
 from lib.images import Volume
 from lib.posterior import Ensemble, PosteriorSpec
 from lib.training.recipe import Bundle
-from lib.views import flip, identity, rotate, rotation, views
+from lib.views import flip, identity, moved, rotate, rotation, views
 
 BUNDLE = Bundle(Path(__file__).resolve().parents[2] / "bundles" / "segmentation_dynunet_3d")
 CPU = torch.device("cpu")
@@ -55,6 +55,11 @@ def test_views_and_their_inverses():
         back, kept = view.inverse(view.forward(image))
         assert torch.equal(back, image)
         assert kept is None
+    shifted = moved(3, (5, 6, 3), (4, 2, 1))
+    assert shifted.forward(image).shape == (2, 8, 10, 6)
+    assert torch.equal(shifted.forward(image)[:, 3:, 3:-1, 3:], image)
+    assert float(shifted.forward(image).sum()) == float(image.sum())
+    assert torch.equal(shifted.inverse(shifted.forward(image))[0], image)
     still = rotation(0, 0.0, 1)
     back, kept = still.inverse(still.forward(image))
     assert torch.equal(back, image)
@@ -140,3 +145,40 @@ def test_the_mean_takes_in_mirror_images(ensemble):
         probs = ensemble.mean(Volume(turned, np.eye(4), "a"))
         views.append(probs if axis is None else np.flip(probs, axis + 1))
     np.testing.assert_allclose(both.mean(volume), np.mean(views, axis=0), atol=1e-5)
+
+
+class OnTheGrid(torch.nn.Module):
+    """Sure of class 1 where the first axis of its input is a multiple of 4, and of background elsewhere."""
+
+    def forward(self, image):
+        logits = torch.full((image.shape[0], 2, *image.shape[2:]), -50.0)
+        logits[:, 0] = 50.0
+        logits[:, 0, ::4], logits[:, 1, ::4] = -50.0, 50.0
+        return logits
+
+
+def test_the_mean_takes_in_shifts_of_the_grid():
+    volume = Volume(np.zeros((9, 8, 7), np.float32), np.eye(4), "a")
+    ensemble = Ensemble([OnTheGrid()], (16, 16, 16), (4, 4, 4), None, CPU, shifts=2)
+    # Without a shift x = 0, 4, 8 lie on the grid, with one the voxels before: x = 3 and 7.
+    expected = np.array([0.5, 0, 0, 0.5, 0.5, 0, 0, 0.5, 0.5], np.float32)
+    np.testing.assert_allclose(ensemble.mean(volume)[1], np.broadcast_to(expected[:, None, None], (9, 8, 7)), atol=1e-6)
+    ensemble.shifts = 4
+    expected = np.full(9, 0.25, np.float32)
+    np.testing.assert_allclose(ensemble.mean(volume)[1], np.broadcast_to(expected[:, None, None], (9, 8, 7)), atol=1e-6)
+
+
+def test_shifts_and_mirror_images_are_combined():
+    volume = Volume(np.zeros((9, 8, 7), np.float32), np.eye(4), "a")
+    ensemble = Ensemble([OnTheGrid()], (16, 16, 16), (4, 4, 4), None, CPU, mirrored=(0,), shifts=2)
+    once = np.array([0.5, 0, 0, 0.5, 0.5, 0, 0, 0.5, 0.5])
+    np.testing.assert_allclose(ensemble.mean(volume)[1, :, 0, 0], (once + once[::-1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(ensemble.mean(volume, mirrored=False)[1, :, 0, 0], once, atol=1e-6)
+
+
+def test_an_image_that_goes_through_in_windows_is_not_shifted():
+    volume = Volume(np.random.default_rng(4).normal(size=(40, 8, 8)).astype(np.float32), np.eye(4), "a")
+    once = Ensemble([OnTheGrid()], (8, 8, 8), (4, 4, 4), None, CPU)
+    assert once.window(volume.shape) == (8, 8, 8)
+    shifted = Ensemble([OnTheGrid()], (8, 8, 8), (4, 4, 4), None, CPU, shifts=2)
+    np.testing.assert_array_equal(shifted.mean(volume), once.mean(volume))

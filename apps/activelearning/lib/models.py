@@ -135,8 +135,11 @@ class ModelStore:
         crop, divisor, sure = recipe.patch, bundle.divisor, recipe.confidence
         known_mm3 = model.facts.get("smallest_mm3", {})
         smallest_mm3 = {model.facts["classes"][name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
-        how = recipe.precision
-        return Ensemble(networks, crop, divisor, spacing, device, heads, taps, grey, mirrored, sure, smallest_mm3, how)
+        return Ensemble(
+            *(networks, crop, divisor, spacing, device, heads, taps, grey, mirrored, sure, smallest_mm3),
+            precision=recipe.precision,
+            shifts=recipe.shifts,
+        )
 
     def _folders(self) -> list[Path]:
         """Folders of trainings, newest first."""

@@ -30,7 +30,7 @@ from lib.training.cases import network_image, to_grid
 from lib.training.learned_loss import LossHead, tapped
 from lib.training.plan import Normalisation
 from lib.training.trainer import autocast_type
-from lib.views import View, flip, identity, views
+from lib.views import View, flip, identity, moved, views
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Ensemble:
         heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
         normalisation: of grey values; None is the z-score of each image.
         mirrored: axes along which segmentations take in the mirror image as well.
+        shifts: predictions of an image that is seen whole, each with the networks' grid a voxel further along each
+            axis, that segmentations average. Windows that overlap lie differently on the grid as they are.
         confidence: how sure the members must be of a component that is shown (`lib.label_map`).
         smallest_mm3: class value -> how large a component that is shown must be.
         precision: "native" for reduced precision where the device has it, "full" for float32.
@@ -106,6 +108,7 @@ class Ensemble:
         confidence: float = 0.0,
         smallest_mm3: Mapping[int, float] | None = None,
         precision: str = "native",
+        shifts: int = 1,
     ) -> None:
         self.half = autocast_type(device, precision)
         self.confidence = confidence
@@ -120,6 +123,7 @@ class Ensemble:
         self.device = device
         self.normalisation = normalisation or Normalisation()
         self.mirrored = tuple(mirrored)
+        self.shifts = shifts
         # A CPU gains nothing (`lib.stacked`).
         self.batched = device.type == "cuda"
         self._together: Callable[[Tensor], Tensor] | None = None
@@ -160,15 +164,24 @@ class Ensemble:
             yield probs
 
     def mean(self, volume: Volume, overlap: float = 0.5, mirrored: bool = True) -> NDArray[np.float32]:
-        """Mean of the members' probabilities (C, X, Y, Z), over the image and, if asked for, its mirror images."""
+        """Mean of the members' probabilities (C, X, Y, Z), over shifts and, if asked for, mirror images."""
         image = network_image(volume, self.spacing, self.normalisation).to(self.device)
         chosen = [identity(), *(flip(axis) for axis in self.mirrored if mirrored)]
+        moves = self._moves(image.shape[1:])
         total = torch.zeros(())
         for view in chosen:
-            for found in self._logits_of_all(view.forward(image), overlap):
-                logits, _ = view.inverse(found)
-                total = total + torch.softmax(to_grid(logits, volume.shape), dim=0)
-        return cast("NDArray[np.float32]", (total / (len(self.networks) * len(chosen))).cpu().numpy())
+            for move in moves:
+                for found in self._logits_of_all(move.forward(view.forward(image)), overlap):
+                    logits, _ = view.inverse(move.inverse(found)[0])
+                    total = total + torch.softmax(to_grid(logits, volume.shape), dim=0)
+        count = len(self.networks) * len(chosen) * len(moves)
+        return cast("NDArray[np.float32]", (total / count).cpu().numpy())
+
+    def _moves(self, shape: Sequence[int]) -> list[View]:
+        whole = all(w >= n for w, n in zip(self.window(shape), shape, strict=True))
+        if self.shifts == 1 or not whole:
+            return [identity()]
+        return [moved(by, shape, self.divisor) for by in range(self.shifts)]
 
     def smallest_voxels(self, spacing: Sequence[float]) -> dict[int, float]:
         """Class value -> voxels of `spacing` mm that a component needs."""

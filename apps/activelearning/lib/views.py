@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,22 @@ def identity() -> View:
 def flip(axis: int) -> View:
     """Mirrored along one spatial axis; exact both ways."""
     return View(lambda image: image.flip(axis + 1), lambda scores: (scores.flip(axis + 1), None))
+
+
+def moved(by: int, shape: Sequence[int], divisor: Sequence[int]) -> View:
+    """An image of `shape` behind `by` zeros on each spatial axis, filled up with zeros to a multiple of `divisor`.
+
+    A network with strides or folding answers a little differently where its grid lies elsewhere on the image.
+
+    Source: Coifman & Donoho 1995 (cycle spinning).
+    """
+    pads = [(by, -(by + size) % step) for size, step in zip(shape, divisor, strict=True)]
+    kept = (slice(None), *(slice(by, by + size) for size in shape))
+
+    def forward(image_cxyz: Tensor) -> Tensor:
+        return functional.pad(image_cxyz, [width for pair in reversed(pads) for width in pair])
+
+    return View(forward, lambda scores_cxyz: (scores_cxyz[kept], None))
 
 
 def rotation(degrees: int, noise: float, seed: int) -> View:

@@ -46,6 +46,12 @@ class Recipe(BaseModel):
     mirror_predictions: bool = Field(
         default=False, description="whether segmentations average the mirror images along these axes too"
     )
+    shifts: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="predictions, a voxel apart, that segmentations of an image that is seen whole average",
+    )
     confidence: float = Field(
         default=0.0, ge=0, le=1, description="mean probability that a component of a segmentation needs; 0: none"
     )

@@ -5,7 +5,7 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """What breaks with the newest versions of everything: an environment without caps, the fast tests in it, a table.
 
-Exit code 0: all tests pass; 1: some fail; 2: there is no such environment, and a sentence says which package is why.
+Exit code 0: all tests pass; 1: some fail; 2: there is no such environment, or no test ran, and a sentence says why.
 """
 
 from __future__ import annotations
@@ -146,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write("the tests did not come to an end; run them by hand: " + f"{python} -m pytest\n")
         return 2
     broken, count = failed(junit), passed(junit)
+    if not broken and not count:
+        sys.stdout.write(f"no test ran in {' '.join(options.tests)}; name files or folders of fast tests\n")
+        return 2
     facts: dict[str, Any] = {
         **about,
         "finished": now(),

@@ -169,6 +169,12 @@ def test_no_environment_or_no_end_makes_it_two(made, capsys):
     assert "did not come to an end" in capsys.readouterr().out
 
 
+def test_tests_that_are_not_there_make_it_two(made, capsys):
+    made(junit='<testsuites><testcase classname="tests.a" name="b"><skipped/></testcase></testsuites>')
+    assert main(["tests/gone.py"]) == 2
+    assert "no test ran in tests/gone.py" in capsys.readouterr().out
+
+
 def test_a_file_that_cannot_be_imported_does_not_stop_the_others(tmp_path):
     (tmp_path / "test_gone.py").write_text("import nothing_of_that_name\n")
     (tmp_path / "test_there.py").write_text("def test_it():\n    pass\n")

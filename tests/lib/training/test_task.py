@@ -85,7 +85,7 @@ def test_what_is_known_of_classes_that_were_not_drawn_reaches_the_loss(world, tm
     assert image in job.splits[0]
 
 
-def test_how_small_annotated_lesions_are_reaches_the_segmentation(world, tmp_path, monkeypatch):
+def test_the_size_of_lesions_and_the_shifts_reach_the_segmentation(world, tmp_path, monkeypatch):
     folder = tmp_path / "upload"
     folder.mkdir()
     for image, side in zip(sorted(world.store.list_images()), (4, 0, 3), strict=True):
@@ -106,8 +106,10 @@ def test_how_small_annotated_lesions_are_reaches_the_segmentation(world, tmp_pat
     probs[2, :1, :1, :13] = probs[2, 10:11, 10:11, 10:24] = probs[1, 20, 20, 20] = 0.6
     monkeypatch.setattr(ensemble, "mean", lambda volume, overlap, mirrored: probs)
     assert np.bincount(segment(ensemble, scan, 3, tmp_path).ravel())[1:].tolist() == [1, 14]
-    world.train(smallest=0)
+    assert ensemble.shifts == 4
+    world.train(smallest=0, shifts=2)
     assert world.segmenter.ensemble().smallest_mm3 == {2: 0}
+    assert world.segmenter.ensemble().shifts == 2
 
 
 def test_a_training_killed_inside_a_member_goes_on_from_its_checkpoint(folders, tmp_path, monkeypatch):

@@ -38,15 +38,20 @@ class Backup:
 
 
 def backup(studies: Path, folder: Path) -> Backup:
-    """Copies the ledger, then the files that it names, and compares their digests; images are left where they are.
+    """Copies the journal, the ledger, then the files that it names, and compares digests; images stay where they are.
 
-    A raw file is on disk before the ledger names it and is never changed, so a copy of the ledger that is taken first
-    names files that are all there. Labels of answered images are left out: the server makes them again from the raw
-    answers when it finds them missing, and so they cannot contradict the ledger.
+    A raw file is on disk before the ledger names it and is never changed, so a copy of the ledger that is taken before
+    names files that are all there. The journal gets its line after the ledger, so a copy that is taken first knows of
+    no answer that the ledger's copy lacks; what it lacks itself the next start adds. Labels of answered images are left
+    out: the server makes them again from the raw answers when it finds them missing, and so they cannot contradict the
+    ledger.
 
     Raises:
         RefereeError: no ledger there, `folder` exists, or a raw file is missing or is not what was submitted.
     """
+    add_app()
+    from lib.ledger_store import JOURNAL
+
     if not (studies / LEDGER).is_file():
         raise RefereeError(f"{studies}: no {LEDGER} there; name the studies folder that the server runs on")
     if folder.exists():
@@ -55,10 +60,11 @@ def backup(studies: Path, folder: Path) -> Backup:
     partial = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
     try:
         (partial / LEDGER).parent.mkdir()
+        _copy(studies / LEDGER.with_name(JOURNAL), partial / LEDGER.with_name(JOURNAL))
         copy_ledger(studies / LEDGER, partial / LEDGER)
         _copy_models(studies / LEDGER.parent, partial / LEDGER.parent)
         for path in sorted((studies / LEDGER.parent).iterdir()):
-            if path.name not in _SKIPPED and path.name != "models" and not path.name.startswith(LEDGER.name):
+            if path.name not in (*_SKIPPED, "models", JOURNAL) and not path.name.startswith(LEDGER.name):
                 _copy(path, partial / LEDGER.parent / path.name)
         if (studies / "dataset.json").is_file():
             _copy(studies / "dataset.json", partial / "dataset.json")
@@ -87,7 +93,6 @@ def _copy(source: Path, target: Path) -> None:
 
 def _copy_models(state: Path, target: Path) -> None:
     """The current model of every bundle: older ones and unfinished trainings are no loss."""
-    add_app()
     from lib.files import write_json
     from lib.models import ModelStore
 

@@ -12,12 +12,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from eval import backup as backup_module
 from eval.__main__ import main
-from eval.audit import audit
+from eval.audit import audit, copy_ledger
 from eval.backup import backup
 from eval.errors import RefereeError
 from lib.annotations import Annotations
+from lib.journal import Journal
 from lib.ledger import QueryLedger
+from lib.ledger_store import JOURNAL
 from lib.models import ModelStore
 from tests.eval.answered import CLASSES, SHAPE, Studies, write
 
@@ -85,6 +88,19 @@ def test_answers_may_arrive_meanwhile(studies, tmp_path):
     folder, ledger, _ = restored(studies, tmp_path / "saved_4")
     assert audit(folder).problems == []
     assert len(ledger.answers("a", withdrawn=True)) + 1 == counts[-1][1]
+
+
+def test_an_answer_right_after_the_copy_of_the_ledger_is_in_neither_record(studies, tmp_path, monkeypatch):
+    def copied_then_answered(source, target):
+        copy_ledger(source, target)
+        studies.save("a", np.ones(SHAPE), whole=True)
+
+    monkeypatch.setattr(backup_module, "copy_ledger", copied_then_answered)
+    assert backup(studies.folder, tmp_path / "saved").answers == 3
+    folder, ledger, _ = restored(studies, tmp_path / "saved")
+    assert audit(folder).problems == []
+    known = {answer.raw for image in ("a", "b") for answer in ledger.answers(image, withdrawn=True)}
+    assert {e["answer"]["raw"] for e in Journal(folder / ".patchwise" / JOURNAL).entries() if "answer" in e} == known
 
 
 def test_labels_that_nobody_answered_for_and_the_current_model_are_kept(studies, tmp_path):

@@ -136,7 +136,17 @@ class ModelStore:
         known_mm3 = model.facts.get("smallest_mm3", {})
         smallest_mm3 = {model.facts["classes"][name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
         return Ensemble(
-            *(networks, crop, divisor, spacing, device, heads, taps, grey, mirrored, sure, smallest_mm3),
+            networks,
+            crop,
+            divisor,
+            spacing,
+            device,
+            heads,
+            taps,
+            normalisation=grey,
+            mirrored=mirrored,
+            confidence=sure,
+            smallest_mm3=smallest_mm3,
             precision=recipe.precision,
             shifts=recipe.shifts,
         )

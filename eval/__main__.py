@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from eval.errors import RefereeError
 
 if TYPE_CHECKING:
-    from eval.run import Options
+    from eval.runner.run import Options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +50,8 @@ def _interrupted(options: argparse.Namespace) -> str:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from eval.grid import load_grid, plan_grid
-    from eval.run import start_grid
+    from eval.runner.grid import load_grid, plan_grid
+    from eval.runner.run import start_grid
 
     studies = load_grid(options.study)
     if options.dry_run:
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _how(options: argparse.Namespace) -> Options:
-    from eval.run import Options
+    from eval.runner.run import Options
 
     if options.scheduler is not None and (options.server is not None or options.workers != 1):
         raise RefereeError("--scheduler uses the cluster's workers, one server each; leave --workers and --server out")
@@ -74,14 +74,14 @@ def _how(options: argparse.Namespace) -> Options:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from eval.run import resume_grid
+    from eval.runner.run import resume_grid
 
     folders = resume_grid(options.folder, _how(options))
     _report_on(folders, pictures=True)
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from eval.parts import merge_parts
+    from eval.records.merge import merge_parts
 
     there, planned = merge_parts(options.folders, options.out, mixed=options.mixed)
     sys.stdout.write(f"{there} of {planned} cells: {options.out}\n")
@@ -89,15 +89,15 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from eval.report import check_folders
+    from eval.reporting.report import check_folders
 
     check_folders(options.folders, claim=options.claim, mixed=options.mixed)
     _report_on(options.folders, pictures=not options.no_pictures, deidentify=options.deidentify)
 
 
 def _report_on(folders: Sequence[Path], pictures: bool, deidentify: bool = False) -> None:
-    from eval.report import summary_text, write_report
-    from eval.tables import read_table
+    from eval.records.tables import read_table
+    from eval.reporting.report import summary_text, write_report
 
     rounds = {folder.name: read_table(folder, "rounds") for folder in folders}
     for folder in folders:
@@ -107,8 +107,8 @@ def _report_on(folders: Sequence[Path], pictures: bool, deidentify: bool = False
 
 
 def _export(options: argparse.Namespace) -> None:
-    from eval.deidentify import hidden_of
-    from eval.exchange import write_loops, write_nnunet
+    from eval.reporting.deidentify import hidden_of
+    from eval.reporting.exchange import write_loops, write_nnunet
 
     if options.nnactive is None and options.nnunet is None:
         raise RefereeError("export needs --nnactive FOLDER or --nnunet FOLDER, where to write to")
@@ -122,13 +122,13 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from eval.bench_cli import bench
+    from eval.app_tools.bench import bench
 
     bench(options.name, options.json, options.cases, options.seed)
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from eval.methods_cli import methods_json
+    from eval.app_tools.list_methods import methods_json
 
     rows: list[dict[str, Any]] = methods_json()
     if options.json:
@@ -139,26 +139,26 @@ def _methods(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from eval.plan_cli import plan_text
+    from eval.app_tools.show_plan import plan_text
 
     text = plan_text(options.folder, options.bundle, options.device, options.memory, options.out)
     sys.stdout.write(f"{text}\n")
 
 
 def _gallery(options: argparse.Namespace) -> None:
-    from eval.gallery import write_gallery
+    from eval.app_tools.gallery import write_gallery
 
     sys.stdout.write(f"gallery: {write_gallery(options.out)}\n")
 
 
 def _backup(options: argparse.Namespace) -> None:
-    from eval.backup import backup
+    from eval.app_tools.backup import backup
 
     sys.stdout.write(backup(options.studies, options.folder).text() + "\n")
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from eval.audit import audit, audit_json, audit_text
+    from eval.app_tools.audit import audit, audit_json, audit_text
 
     found = audit(options.studies)
     sys.stdout.write((audit_json(found) if options.json else audit_text(found)) + "\n")
@@ -167,7 +167,7 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from eval.doctor import as_json, as_table, findings
+    from eval.app_tools.doctor import as_json, as_table, findings
 
     found = findings(options.studies, options.port)
     sys.stdout.write((as_json(found) if options.json else as_table(found)) + "\n")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.__main__ import main as referee
-from eval.server import PROJECT
+from eval.runner.server import PROJECT
 
 CASES, SEED = 24, 1
 

@@ -24,38 +24,38 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
+from lib.adapters.infer_tasks import QueryRegionTask, SegmentationTask
+from lib.adapters.pool_evidence import COMPOSE
+from lib.adapters.query_strategy import QueryStrategy
+from lib.adapters.scoring_method import MomentsScoring
+from lib.adapters.train_task import EnsembleTrainTask
 from lib.agreement import summarise
-from lib.auto_rounds import AutoRounds
-from lib.background import Background
-from lib.classes import check_same_ids, resolve_classes
-from lib.clients import Clients
-from lib.datastore import STATE_FOLDER, PartialLabelDatastore, saved_answer
-from lib.dicom_datastore import DicomDatastore, state_folder
-from lib.dicom_web import Pacs
+from lib.annotator.explanations import Reasons
+from lib.annotator.predicted_regions import Proposals
+from lib.automation.auto_rounds import AutoRounds
+from lib.automation.background_tasks import Failures, Kind, one_at_a_time
+from lib.automation.server_rounds import ServerWork
+from lib.automation.ticker import Background
+from lib.dashboard.counts import Measures
+from lib.dashboard.snapshot import Progress
+from lib.dicom.datastore import DicomDatastore, state_folder
+from lib.dicom.web_client import Pacs
 from lib.errors import SPEAKING, refuse
-from lib.evidence import COMPOSE
-from lib.inference import QueryRegionTask, SegmentationTask
-from lib.ledger import QueryLedger
-from lib.listening import check_listening
-from lib.measures import Measures
-from lib.mending import mend
-from lib.methods import listed, resolve
-from lib.models import ModelStore
-from lib.moments_cache import MomentsCache
+from lib.ledger.queries import QueryLedger
+from lib.middleware.bind_check import check_listening
+from lib.middleware.client_identity import Clients
+from lib.models.checkpoints import ModelStore
+from lib.models.class_names import check_same_ids, resolve_classes
+from lib.models.plan import Plan
+from lib.models.recipe import Bundle
+from lib.models.trusted_bundles import trusted_bundle
 from lib.options import AppOptions, OptionError, describe_options, parse_options
-from lib.processes import Failures, Kind, one_at_a_time
-from lib.progress import Progress
-from lib.proposals import Proposals
-from lib.reasons import Reasons
-from lib.registry import REGISTRY
-from lib.rounds_work import ServerWork
-from lib.routes import install
-from lib.scoring import MomentsScoring
-from lib.strategies import QueryStrategy
-from lib.training.plan import Plan
-from lib.training.recipe import Bundle
-from lib.training.task import EnsembleTrainTask
-from lib.trusted_bundles import trusted_bundle
+from lib.prediction.moments_cache import MomentsCache
+from lib.querying.methods import listed, resolve
+from lib.querying.registry import REGISTRY
+from lib.routes.install import install
+from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore, saved_answer
+from lib.studies.startup_repair import mend
 from lib.uncertainty import SCORE_MAPS
 
 logger = logging.getLogger(__name__)

@@ -27,13 +27,13 @@ from eval.benchmarks import Row
 from eval.benchmarks.nnunet import mean_dice, real_scans, training_case
 from eval.benchmarks.timing import one_thread, row
 from eval.benchmarks.training import monai_batches, monai_batches_alike
-from eval.dataset import Case
-from eval.server import PROJECT
-from lib.images import load_image
-from lib.posterior import Ensemble
-from lib.training.cases import TrainingCase
+from eval.protocol.dataset import Case
+from eval.runner.server import PROJECT
+from lib.models.preprocessing import TrainingCase
+from lib.models.recipe import Bundle, Recipe
+from lib.prediction.posterior import Ensemble
+from lib.storage.volumes import load_image
 from lib.training.loss import PartialDiceCELoss
-from lib.training.recipe import Bundle, Recipe
 from lib.training.trainer import learning_rate, train_member
 
 SEEDS = (1, 2, 3)

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from eval.benchmarks import Row
 from eval.benchmarks.rounds import BUNDLE
 from eval.benchmarks.timing import row
-from eval.client import LabelClient
-from eval.server import ServerProcess
+from eval.runner.client import LabelClient
+from eval.runner.server import ServerProcess
 
 BAR_MIB = 8192.0
 ACROSS = 512

@@ -33,8 +33,8 @@ import numpy as np
 from eval.benchmarks import Row
 from eval.benchmarks.rounds import BUNDLE, phantoms
 from eval.benchmarks.timing import row
-from eval.client import LabelClient
-from eval.server import ServerProcess
+from eval.runner.client import LabelClient
+from eval.runner.server import ServerProcess
 
 ANNOTATORS = 8
 CASES = 40

@@ -33,8 +33,8 @@ from eval.benchmarks import Row
 from eval.benchmarks.latency import ANNOTATORS, CLASSES, Annotators, Times, make_pool, submit
 from eval.benchmarks.rounds import BUNDLE
 from eval.benchmarks.timing import row
-from eval.client import LabelClient
-from eval.server import ServerProcess
+from eval.runner.client import LabelClient
+from eval.runner.server import ServerProcess
 
 GROWTH_BAR = 1.05
 START_BAR, NEXT_BAR = 10.0, 0.200

@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from eval.benchmarks import Row
 from eval.benchmarks.nnunet_driver import DATASET
 from eval.benchmarks.timing import row
-from eval.dataset import Case, read_dataset, split_by_hash
 from eval.errors import RefereeError
 from eval.metrics.segmentation import dice
-from eval.server import PROJECT
-from lib.images import load_image, load_label
-from lib.posterior import Ensemble
-from lib.training.cases import TrainingCase, network_image, network_label
-from lib.training.recipe import Bundle
+from eval.protocol.dataset import Case, read_dataset, split_by_hash
+from eval.runner.server import PROJECT
+from lib.models.preprocessing import TrainingCase, network_image, network_label
+from lib.models.recipe import Bundle
+from lib.prediction.posterior import Ensemble
+from lib.storage.volumes import load_image, load_label
 from lib.training.trainer import train_member
 
 MINUTES = 22.0

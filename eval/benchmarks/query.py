@@ -18,14 +18,14 @@ from sklearn.cluster import kmeans_plusplus as sklearn_kmeans_plusplus
 
 from eval.benchmarks import Row
 from eval.benchmarks.timing import limit, memory, ratio
-from lib.engine import PoolImage, select
-from lib.methods import resolve
+from lib.querying.candidate_cache import MemorySummaries
+from lib.querying.methods import resolve
+from lib.querying.selection import PoolImage, select
 from lib.regions import Box, boxes_overlap
 from lib.selectors.badge import kmeans_plus_plus
 from lib.selectors.core_set import k_center
 from lib.selectors.greedy import best_boxes_over
 from lib.selectors.submodular import flqmi
-from lib.summaries import MemorySummaries
 from lib.uncertainty import Moments
 from lib.units import box_mean
 

@@ -25,9 +25,9 @@ import psutil
 
 from eval.benchmarks import Row
 from eval.benchmarks.timing import row
-from eval.client import LabelClient
-from eval.oracle import to_nifti
-from eval.server import PROJECT, ServerProcess
+from eval.protocol.oracle import to_nifti
+from eval.runner.client import LabelClient
+from eval.runner.server import PROJECT, ServerProcess
 
 BUNDLE = "segmentation_dynunet_3d"
 MEMBERS = 5

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from eval.benchmarks import Row
 from eval.benchmarks.nnunet import mean_dice, real_scans, training_case
 from eval.benchmarks.timing import one_thread, row
-from eval.dataset import Case
-from eval.server import PROJECT
-from lib.images import load_image
-from lib.posterior import Ensemble
-from lib.training.cases import network_image
-from lib.training.recipe import Bundle
+from eval.protocol.dataset import Case
+from eval.runner.server import PROJECT
+from lib.models.preprocessing import network_image
+from lib.models.recipe import Bundle
+from lib.prediction.posterior import Ensemble
+from lib.storage.volumes import load_image
 from lib.training.trainer import autocast_type, train_member
 from lib.uncertainty import Moments
 

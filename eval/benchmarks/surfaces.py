@@ -20,8 +20,8 @@ from scipy.ndimage import binary_dilation
 
 from eval.benchmarks import Row
 from eval.benchmarks.timing import ratio
-from eval.dataset import read_dataset, read_volume
 from eval.metrics.surfaces import Surfaces
+from eval.protocol.dataset import read_dataset, read_volume
 
 Bools = NDArray[np.bool_]
 Pair = tuple[Bools, Bools]

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from eval.benchmarks import Row
 from eval.benchmarks.timing import ratio
+from lib.models.preprocessing import TrainingCase
+from lib.models.recipe import Bundle, Recipe
 from lib.partial_labels import UNLABELLED
-from lib.training.cases import TrainingCase
 from lib.training.loss import PartialDiceCELoss
-from lib.training.recipe import Bundle, Recipe
 from lib.training.trainer import CropStream, autocast_type
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation_dynunet_3d"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.files import write_json
-from eval.manifest import describe_run, now
+from eval.protocol.manifest import describe_run, now
 from eval.upkeep.licences import ROOT
 
 BAR = 0.85
@@ -57,15 +57,15 @@ GROUPS = {
     "partial_labels": Group(("partial_labels.py",), ("lib/test_partial_labels.py",)),
     "selectors": Group(("selectors/*.py",), ("lib/selectors",)),
     "ledger": Group(
-        ("ledger*.py", "journal.py"),
+        ("ledger/*.py",),
         (
-            "lib/test_ledger.py",
-            "lib/test_ledger_leases.py",
-            "lib/test_ledger_overview.py",
-            "lib/test_ledger_recovery.py",
-            "lib/test_ledger_schema.py",
-            "lib/test_journal.py",
-            "lib/test_annotations.py",
+            "lib/ledger/test_queries.py",
+            "lib/ledger/test_leases.py",
+            "lib/ledger/test_overview.py",
+            "lib/ledger/test_recovery.py",
+            "lib/ledger/test_schema.py",
+            "lib/ledger/test_journal.py",
+            "lib/studies/test_submissions.py",
         ),
         (
             "processes_that_make_the_ledger",

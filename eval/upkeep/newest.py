@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from eval.manifest import describe_run, now
+from eval.protocol.manifest import describe_run, now
 from eval.upkeep.licences import ROOT, required
 
 FILES = ("requirements.txt", "requirements-dev.txt")

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from eval.server import ServerProcess
+from eval.runner.server import ServerProcess
 from tests.system.conftest import BUNDLE, ROOT
 
 SHAPE = (20, 16, 12)

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from monailabel.client.client import MONAILabelClientException, MONAILabelUtils
 
-from eval.server import ServerProcess
-from lib.ledger import QueryLedger
+from eval.runner.server import ServerProcess
+from lib.ledger.queries import QueryLedger
 from tests.clients.conftest import SHAPE
 from tests.clients.slicer import SlicerModule, recorded
 from tests.clients.wire import AUTH, get, multipart, sent

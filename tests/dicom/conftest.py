@@ -25,7 +25,7 @@ import pydicom
 import pytest
 from dicomweb_client import DICOMwebClient
 
-from eval.server import ServerProcess, free_port
+from eval.runner.server import ServerProcess, free_port
 from tests.system.conftest import BUNDLE, ROOT, load_script
 
 ORTHANC = shutil.which("Orthanc") or "/usr/sbin/Orthanc"

@@ -20,9 +20,9 @@ import pytest
 from dicomweb_client import DICOMwebClient
 
 from eval.errors import RefereeError
-from eval.server import free_port
+from eval.runner.server import free_port
 from tests.dicom.conftest import SOON, until
-from tests.lib.dicom_objects import segmentation
+from tests.lib.dicom.objects import segmentation
 
 
 class Site:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 
-from lib.annotations import Annotations
-from lib.ledger import QueryLedger
-from lib.ledger_records import Asked
+from lib.ledger.queries import QueryLedger
+from lib.ledger.records import Asked
 from lib.regions import Region
+from lib.studies.submissions import Annotations
 
 CLASSES = {"anterior": 1, "posterior": 2}
 SHAPE = (6, 5, 4)

@@ -62,7 +62,7 @@ def write_study(data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr("eval.cell.ServerProcess", StandIn)
+    monkeypatch.setattr("eval.runner.cell.ServerProcess", StandIn)
     monkeypatch.setattr(StandIn, "calls", [])
     monkeypatch.setattr(StandIn, "fail_on", None)
     monkeypatch.setattr(StandIn, "minutes_each", None)

@@ -7,7 +7,7 @@
 
 import time
 
-import eval.cell
+import eval.runner.cell
 from tests.eval.standin import StandIn
 
 
@@ -20,4 +20,4 @@ def dask_setup(worker):
         count(self, route)
 
     StandIn._count = slow
-    eval.cell.ServerProcess = StandIn
+    eval.runner.cell.ServerProcess = StandIn

@@ -22,13 +22,13 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, Form, HTTPException, Request, Response, UploadFile
 
-from eval.dataset import read_volume
-from eval.oracle import from_nifti, to_nifti
-from eval.server import free_port
+from eval.protocol.dataset import read_volume
+from eval.protocol.oracle import from_nifti, to_nifti
+from eval.runner.server import free_port
 
 
 class StandIn:
-    """Looks like `eval.server.ServerProcess` to a cell. Class attributes say what goes wrong, and when."""
+    """Looks like `eval.runner.server.ServerProcess` to a cell. Class attributes say what goes wrong, and when."""
 
     fail_on: str | None = None  # "route count": that call of a route is refused
     calls: ClassVar[list[str]] = []

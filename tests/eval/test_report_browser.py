@@ -10,8 +10,8 @@ import re
 import subprocess
 
 from eval.__main__ import main
-from eval.run import Options, start_run
-from eval.study import load_study
+from eval.protocol.study import load_study
+from eval.runner.run import Options, start_run
 
 COUNT = """<script>addEventListener("load", () => { document.title = JSON.stringify({
  broken: [...document.images].filter(i => !i.naturalWidth).length,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.manifest import describe_machine, describe_versions
+from eval.protocol.manifest import describe_machine, describe_versions
 from tests.faults.kinds import FAULTS, LONG_FAULTS, Fault
 from tests.faults.referee import BackgroundStudy
 from tests.faults.world import RESTART_SECONDS, World

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from eval.server import stop_leftover
+from eval.runner.server import stop_leftover
 from tests.system.conftest import ROOT, TINY_STUDY
 
 TABLES = ("rounds", "cases", "queries")

@@ -20,8 +20,8 @@ import pytest
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
-from lib.datastore import PartialLabelDatastore
-from lib.ledger import QueryLedger
+from lib.ledger.queries import QueryLedger
+from lib.studies.datastore import PartialLabelDatastore
 
 FORK = multiprocessing.get_context("fork")
 Open = Callable[[Path], Datastore]

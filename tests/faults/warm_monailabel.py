@@ -26,12 +26,12 @@ MODULES = (
     "monai.networks.nets",
     "sklearn.cluster",
     "matplotlib",
-    "lib.engine",
-    "lib.routes",
-    "lib.strategies",
-    "lib.training.task",
-    "lib.mending",
-    "lib.progress",
+    "lib.querying.selection",
+    "lib.routes.install",
+    "lib.adapters.query_strategy",
+    "lib.adapters.train_task",
+    "lib.studies.startup_repair",
+    "lib.dashboard.snapshot",
 )
 
 

@@ -25,9 +25,9 @@ import nibabel as nib
 import numpy as np
 import psutil
 
-from eval.audit import audit
-from eval.client import LabelClient
-from eval.server import APP, ServerProcess
+from eval.app_tools.audit import audit
+from eval.runner.client import LabelClient
+from eval.runner.server import APP, ServerProcess
 from tests.faults.stream import CLASSES, Annotator, Told
 
 BUNDLE = "segmentation_dynunet_3d"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lib.engine import PoolImage
+from lib.querying.selection import PoolImage
 from lib.uncertainty import Moments
 
 LABELS = {"background": 0, "one": 1, "two": 2}

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from eval.dataset import content_digest, load_scan, read_dataset
+from eval.protocol.dataset import content_digest, load_scan, read_dataset
 
 
 def test_same_seed_same_bytes_and_a_longer_set_starts_alike(phantoms, tmp_path):

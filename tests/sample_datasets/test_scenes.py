@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
-from eval.dataset import load_scan, read_dataset
+from eval.protocol.dataset import load_scan, read_dataset
 
 
 def case(phantoms, name, index=0, **knobs):

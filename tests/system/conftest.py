@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from eval.server import ServerProcess
+from eval.runner.server import ServerProcess
 from tests.system.realm import GuardedServer, guarded_server
 
 ROOT = Path(__file__).resolve().parents[2]

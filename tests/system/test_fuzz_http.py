@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eval.benchmarks.fuzz_http import Asker, fuzz_bodies, fuzz_openapi, fuzz_uploads, send
-from eval.benchmarks.fuzz_tally import Tally
+from eval.fuzzing.http import Asker, fuzz_bodies, fuzz_openapi, fuzz_uploads, send
+from eval.fuzzing.tally import Tally
 from tests.system.conftest import Start, fill
 
 

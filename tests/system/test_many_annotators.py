@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 import pytest
 
-from eval.audit import audit
-from eval.server import ServerProcess
+from eval.app_tools.audit import audit
+from eval.runner.server import ServerProcess
 from tests.system.conftest import BUNDLE, Client, Start, fill
 
 UNLABELLED = 255

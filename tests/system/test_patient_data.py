@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 
-from eval.server import ServerProcess
-from tests.lib.dicom_archive import Archive
-from tests.lib.dicom_objects import SHAPE, segmentation, series
+from eval.runner.server import ServerProcess
+from tests.lib.dicom.archive import Archive
+from tests.lib.dicom.objects import SHAPE, segmentation, series
 from tests.system.conftest import BUNDLE, CLASSES
 
 MARK = "Zebrowski"

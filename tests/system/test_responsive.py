@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from eval.audit import audit
+from eval.app_tools.audit import audit
 from tests.system.conftest import BUNDLE, Client, Start, fill
 
 UNLABELLED = 255

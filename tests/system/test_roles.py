@@ -125,7 +125,7 @@ def known() -> set[str]:
     import monailabel.app
     import monailabel.endpoints as endpoints
 
-    from lib.routes import routers
+    from lib.routes.install import routers
 
     found = routes_of(monailabel.app.app.routes)
     for router in routers(MagicMock()):

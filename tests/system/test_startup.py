@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.server import free_port
+from eval.runner.server import free_port
 from tests.eval.answered import Studies
 from tests.system.conftest import BUNDLE, ROOT, fill
 

@@ -15,13 +15,13 @@ from typing import NoReturn
 
 from fastapi import HTTPException
 
-from lib.images import ImageError
-from lib.ledger_store import LedgerError
-from lib.methods import MethodError
+from lib.ledger.store import LedgerError
+from lib.models.plan import PlanError
+from lib.models.recipe import RecipeError
 from lib.options import OptionError
 from lib.partial_labels import LabelError
-from lib.training.plan import PlanError
-from lib.training.recipe import RecipeError
+from lib.querying.methods import MethodError
+from lib.storage.volume_headers import ImageError
 
 
 class PacsError(RuntimeError):

@@ -15,7 +15,7 @@ import pytest
 from eval.__main__ import main
 from eval.benchmarks import BENCHMARKS
 from eval.errors import RefereeError
-from eval.manifest import describe_machine, describe_versions
+from eval.protocol.manifest import describe_machine, describe_versions
 
 ROWS = [{"name": n, "ours_s": 0.002, "reference_s": 0.004, "ratio": 2.0, "bar": 1.5, "unit": "s"} for n in ("a", "b")]
 

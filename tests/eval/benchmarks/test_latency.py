@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from eval.benchmarks.latency import BARS, Annotators, Times
-from eval.server import free_port
+from eval.runner.server import free_port
 
 
 def test_rows_tell_the_95th_percentile_against_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from eval.benchmarks.training import BUNDLE, monai_batches, monai_batches_alike
+from lib.models.recipe import Bundle
 from lib.partial_labels import UNLABELLED
-from lib.training.recipe import Bundle
 
 SHAPE = (24, 20, 16)
 BLOCK = (slice(8, 14), slice(6, 12), slice(4, 10))

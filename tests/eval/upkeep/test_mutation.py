@@ -26,21 +26,21 @@ from eval.upkeep.mutation import (
 )
 
 RESULTS = """
-    lib.ledger.x_ask__mutmut_1: killed
-    lib.ledger.x_ask__mutmut_2: survived
-    lib.ledger.xǁLedgerǁlease__mutmut_1: timeout
-    lib.ledger.xǁLedgerǁlease__mutmut_2: no tests
-    lib.journal.x_write__mutmut_1: killed
-    lib.journal.x_write__mutmut_2: not checked
+    lib.ledger.queries.x_ask__mutmut_1: killed
+    lib.ledger.queries.x_ask__mutmut_2: survived
+    lib.ledger.queries.xǁLedgerǁlease__mutmut_1: timeout
+    lib.ledger.queries.xǁLedgerǁlease__mutmut_2: no tests
+    lib.ledger.journal.x_write__mutmut_1: killed
+    lib.ledger.journal.x_write__mutmut_2: not checked
 done in 3 s: fine
 """
 FOUND = {
-    "lib.ledger.x_ask__mutmut_1": "killed",
-    "lib.ledger.x_ask__mutmut_2": "survived",
-    "lib.ledger.xǁLedgerǁlease__mutmut_1": "timeout",
-    "lib.ledger.xǁLedgerǁlease__mutmut_2": "no tests",
-    "lib.journal.x_write__mutmut_1": "killed",
-    "lib.journal.x_write__mutmut_2": "not checked",
+    "lib.ledger.queries.x_ask__mutmut_1": "killed",
+    "lib.ledger.queries.x_ask__mutmut_2": "survived",
+    "lib.ledger.queries.xǁLedgerǁlease__mutmut_1": "timeout",
+    "lib.ledger.queries.xǁLedgerǁlease__mutmut_2": "no tests",
+    "lib.ledger.journal.x_write__mutmut_1": "killed",
+    "lib.ledger.journal.x_write__mutmut_2": "not checked",
 }
 
 
@@ -51,8 +51,8 @@ def test_results_are_read():
 def test_what_no_test_reaches_is_not_noticed_and_what_was_not_tried_is_left_out():
     assert summary(FOUND) == {"changes": 5, "noticed": 3, "share": 0.6}
     assert by_module(FOUND) == {
-        "lib.journal": {"changes": 1, "noticed": 1, "share": 1.0},
-        "lib.ledger": {"changes": 4, "noticed": 2, "share": 0.5},
+        "lib.ledger.journal": {"changes": 1, "noticed": 1, "share": 1.0},
+        "lib.ledger.queries": {"changes": 4, "noticed": 2, "share": 0.5},
     }
     assert summary({}) == {"changes": 0, "noticed": 0, "share": 0.0}
 

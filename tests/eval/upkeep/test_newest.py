@@ -19,8 +19,8 @@ JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
 <testcase classname="tests.lib.test_units" name="test_fine"/>
 <testcase classname="tests.lib.test_units" name="test_odd[1]"><failure message="assert">trace</failure></testcase>
 <testcase classname="tests.lib.test_units" name="test_late"><error message="fixture">trace</error></testcase>
-<testcase classname="" name="tests.eval.test_run"><error message="collection failure">trace</error></testcase>
-<testcase classname="tests.lib.test_cues" name="test_skipped"><skipped message="no"/></testcase>
+<testcase classname="" name="tests.eval.runner.test_run"><error message="collection failure">trace</error></testcase>
+<testcase classname="tests.lib.annotator.test_captions" name="test_skipped"><skipped message="no"/></testcase>
 </testsuite></testsuites>"""
 
 

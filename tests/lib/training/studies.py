@@ -15,14 +15,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from lib.datastore import STATE_FOLDER, PartialLabelDatastore
-from lib.images import load_image
-from lib.inference import SegmentationTask
-from lib.ledger import QueryLedger
-from lib.models import ModelStore
+from lib.adapters.infer_tasks import SegmentationTask
+from lib.adapters.train_task import EnsembleTrainTask
+from lib.ledger.queries import QueryLedger
+from lib.models.checkpoints import ModelStore
+from lib.models.recipe import Bundle
 from lib.options import parse_options
-from lib.training.recipe import Bundle
-from lib.training.task import EnsembleTrainTask
+from lib.storage.volumes import load_image
+from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
 
 ROOT = Path(__file__).resolve().parents[3]
 CLASSES = {"anterior": 1, "posterior": 2}

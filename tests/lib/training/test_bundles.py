@@ -17,15 +17,15 @@ import torch
 import yaml
 from fastapi import HTTPException
 
-from lib.features import bottleneck_features, gradient_embeddings
-from lib.images import Volume, load_image
-from lib.posterior import Ensemble, PosteriorSpec
-from lib.training.learned_loss import tapped
+from lib.models.loss_head import tapped
+from lib.models.plan import PlanError
+from lib.models.recipe import Bundle
+from lib.planning.fingerprint import Fingerprint, Grey
+from lib.planning.planner import Budget, make_plan
+from lib.prediction.features import bottleneck_features, gradient_embeddings
+from lib.prediction.posterior import Ensemble, PosteriorSpec
+from lib.storage.volumes import Volume, load_image
 from lib.training.networks import AnisotropicUNet, Slicewise, SpaceToDepth
-from lib.training.plan import PlanError
-from lib.training.planner import Budget, make_plan
-from lib.training.planner_fingerprint import Fingerprint, Grey
-from lib.training.recipe import Bundle
 from tests.lib.training.studies import World
 
 ROOT = Path(__file__).resolve().parents[3]

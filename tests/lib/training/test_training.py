@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.images import Volume
+from lib.models.loss_head import fresh_head
+from lib.models.preprocessing import TrainingCase, network_image, network_label, network_shape, normalise, to_grid
+from lib.models.recipe import Bundle, RecipeError
 from lib.partial_labels import UNLABELLED
-from lib.posterior import Ensemble
+from lib.prediction.posterior import Ensemble
+from lib.storage.volumes import Volume
 from lib.training.augmentation import Augmentation, Changes, changed, crop, draw_changes, rotation
-from lib.training.cases import TrainingCase, network_image, network_label, network_shape, normalise, to_grid
 from lib.training.folds import training_splits
-from lib.training.learned_loss import fresh_head
 from lib.training.networks import SpaceToDepth
-from lib.training.recipe import Bundle, RecipeError
 from lib.training.trainer import CropStream, Replica, TrainingDivergedError, learning_rate, train_member
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d"

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from lib.classes import resolve_classes
-from lib.files import file_digest, text_digest
-from lib.images import EXTENSIONS, check_same_grid, load_image, load_label, save_label
-from lib.models import ModelStore, choose_device
+from lib.models.checkpoints import ModelStore, choose_device
+from lib.models.class_names import resolve_classes
+from lib.models.preprocessing import TrainingCase, network_image, network_label
+from lib.models.recipe import Bundle
 from lib.options import AppOptions, OptionError
 from lib.partial_labels import check_values
-from lib.segmentation import segment
-from lib.training.cases import TrainingCase, network_image, network_label
-from lib.training.members import Job, Layout, train_members
-from lib.training.planner_store import PlanStore
-from lib.training.recipe import Bundle
-from lib.training.structures import SmallestStructures
+from lib.planning.plan_store import PlanStore
+from lib.prediction.segmentation import segment
+from lib.storage.atomic_files import file_digest, text_digest
+from lib.storage.volumes import EXTENSIONS, check_same_grid, load_image, load_label, save_label
+from lib.training.ensemble import Job, Layout, train_members
+from lib.training.smallest_structures import SmallestStructures
 from lib.training.trainer import Progress
 
 logger = logging.getLogger(__name__)

@@ -23,14 +23,14 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.cpu_convolution import FullWhereShort
-from lib.files import write_atomic
+from lib.models.cpu_convolutions import FullWhereShort
+from lib.models.loss_head import LossHead, pair_loss, sample_losses, tapped
+from lib.models.preprocessing import TrainingCase
+from lib.models.recipe import Recipe
 from lib.partial_labels import UNLABELLED
+from lib.storage.atomic_files import write_atomic
 from lib.training.augmentation import Augmentation, changed, crop, draw_changes
-from lib.training.cases import TrainingCase
-from lib.training.learned_loss import LossHead, pair_loss, sample_losses, tapped
 from lib.training.loss import LOSSES, DeepSupervisionLoss
-from lib.training.recipe import Recipe
 from lib.training.sampling import AnnotatedCase, RegionSampler
 
 POLY_POWER = 0.9

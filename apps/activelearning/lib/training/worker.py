@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lib.training.members import Job, train_one
+from lib.training.ensemble import Job, train_one
 from lib.training.trainer import Progress, Replica
 
 

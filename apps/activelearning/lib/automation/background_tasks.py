@@ -1,0 +1,106 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Trainings and scorings in child processes, as MONAI Label starts them: does one run, and how did the last one end."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from monailabel.utils.async_tasks.task import AsyncTask
+from monailabel.utils.async_tasks.utils import tasks
+
+from lib.errors import refuse
+from lib.ledger.queries import QueryLedger
+
+Kind = Literal["train", "scoring"]
+
+UNFINISHED = ("SUBMITTED", "RUNNING")
+_TIME = "%Y-%m-%d %H:%M:%S"
+_LOG_HEAD = re.compile(r"^(\[[^\]]*\] ?)+(\([^)]*\))?\s*-?\s*")
+_SPOKEN = re.compile(r"refused: (.+)$")
+
+
+class Failures:
+    """How the last run of each kind failed, kept in the ledger, where child processes write it."""
+
+    def __init__(self, ledger: QueryLedger) -> None:
+        self.ledger = ledger
+
+    def note(self, kind: Kind, sentence: str | None) -> None:
+        """Keeps why a run failed; None: it did not."""
+        if sentence is not None:
+            self.ledger.set_meta(f"failed:{kind}", {"sentence": sentence[:2000], "at": time.time()})
+        elif self.get(kind) is not None:
+            self.ledger.set_meta(f"failed:{kind}", None)
+
+    def get(self, kind: Kind) -> dict[str, Any] | None:
+        """`sentence` and `at` (seconds since 1970) of the last failure; None when the last run did well."""
+        found: dict[str, Any] | None = self.ledger.get_meta(f"failed:{kind}")
+        return found
+
+
+def last(kind: Kind) -> dict[str, Any] | None:
+    """MONAI Label's record of the newest run of this server process."""
+    listed = tasks(kind)
+    return dict(listed[-1]) if listed else None
+
+
+def is_running(kind: Kind) -> bool:
+    """Whether a run is going on or waits for its turn, whoever asked for it."""
+    return any(task["status"] in UNFINISHED for task in list(tasks(kind)))
+
+
+def start(kind: Kind, request: Mapping[str, Any]) -> None:
+    """Starts a run in a child process, as `POST /train` and `POST /scoring` do."""
+    AsyncTask.run(kind, request=dict(request), enqueue=True)
+
+
+def started_at(task: Mapping[str, Any]) -> float:
+    """Seconds since 1970 when a run of `last` was asked for."""
+    return datetime.strptime(task["start_ts"], _TIME).timestamp()
+
+
+@contextmanager
+def one_at_a_time(lock: Path, wait: bool) -> Iterator[None]:
+    """Only one process is inside: a server that was killed may leave a training running that the next one meets.
+
+    Raises:
+        HTTPException: 409 without `wait` while another one is inside.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=-1 if wait else 0, poll_interval=0.2):
+            yield
+    except Timeout:
+        refuse("another training is running; ask again when it has ended", 409)
+
+
+def how_it_ended(kind: Kind, task: Mapping[str, Any], failures: Failures, since: float) -> str:
+    """Why a run failed, in one sentence: what the child noted, or what its log ends with."""
+    noted = failures.get(kind)
+    if noted and noted["at"] >= since:
+        return str(noted["sentence"])
+    what = "the training" if kind == "train" else "the scoring"
+    if task["status"] == "STOPPED":
+        return f"{what} was stopped by hand"
+    return f"{what} ended without saying why (killed, or out of memory?); {_last_words(task.get('details') or ())}"
+
+
+def _last_words(details: Sequence[str]) -> str:
+    for line in reversed(list(details)):
+        spoken = _SPOKEN.search(line)
+        if spoken:
+            return spoken[1]
+    said = [_LOG_HEAD.sub("", line).strip() for line in details]
+    said = [line for line in said if line]
+    return f"its log ends with: {said[-1][:300]}" if said else "its log is empty"

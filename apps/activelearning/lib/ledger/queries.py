@@ -1,0 +1,178 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""QueryLedger: what was asked, of whom, and what came back. SQLite in WAL mode under the studies folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lib.ledger.answers import Answers
+from lib.ledger.overview import Overview
+from lib.ledger.records import SECOND, TAKEN, Asked, Query, to_query, to_region
+from lib.regions import Region
+
+
+class QueryLedger(Answers, Overview):
+    """The record of queries, leases, answers and rounds of one studies folder (see `LedgerStore` for its file)."""
+
+    # --- asking ------------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, batch: str, method: str, round_: int, asked: Sequence[Asked], twice: Collection[int] = ()
+    ) -> list[Query]:
+        """Records a batch of regions as proposed; the same `batch` again returns what was recorded first.
+
+        A request that was repeated because its answer got lost therefore gets the same regions. Of the regions at the
+        places `twice` a second reading is recorded too, which `second_readings` offers to other clients.
+        """
+        now, highest = self.clock(), 0
+        with self._transaction() as connection:
+            known = connection.execute("SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)).fetchall()
+            if not known:
+                connection.executemany(
+                    "INSERT INTO queries (image, x, y, z, dx, dy, dz, unit, score, method, round, rank, batch, reason,"
+                    " status, asked) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'proposed', ?)",
+                    [
+                        (a.region.image, *a.region.start, *a.region.size, a.unit, a.score, method, round_, rank, batch,
+                         json.dumps(a.reason), now)
+                        for rank, a in enumerate(asked)
+                    ],
+                )  # fmt: skip
+                marks = ",".join("?" * len(twice))
+                connection.execute(
+                    "INSERT INTO queries (image, x, y, z, dx, dy, dz, unit, score, method, round, rank, batch, reason,"
+                    " status, asked, twin) SELECT image, x, y, z, dx, dy, dz, unit, score, method, round, rank,"
+                    " batch || ?, reason, 'proposed', asked, id FROM queries"
+                    f" WHERE batch = ? AND rank IN ({marks}) ORDER BY rank, id",
+                    (SECOND, batch, *twice),
+                )
+                known = connection.execute(
+                    "SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)
+                ).fetchall()
+                # Second readings have numbers too, which the rows of the batch itself do not show.
+                highest = int(connection.execute("SELECT COALESCE(MAX(id), 0) FROM queries").fetchone()[0])
+        if highest:
+            self.write_down([{"query": highest}])
+        return [to_query(row) for row in known]
+
+    def batch(self, batch: str) -> list[Query]:
+        """Queries of one batch in rank order; empty when there is none."""
+        return self._queries("batch = ? ORDER BY rank, id", (batch,))
+
+    def join_batch(self, ids: Sequence[int], batch: str) -> None:
+        """Makes regions part of a batch, so that a repeated request gets them too."""
+        with self._transaction() as connection:
+            connection.executemany("UPDATE queries SET batch = ? WHERE id = ?", [(batch, query) for query in ids])
+
+    def proposed(self, method: str, round_: int, unit: str, limit: int | None = None) -> list[Query]:
+        """Regions that were chosen but not yet handed out, best first; second readings are not among them."""
+        condition = (
+            "status = 'proposed' AND twin IS NULL AND method = ? AND round = ? AND unit = ? ORDER BY asked, rank"
+        )
+        return self._queries(f"{condition} LIMIT ?", (method, round_, unit, -1 if limit is None else limit))
+
+    def withdraw_planned(self, before_round: int) -> int:
+        """Gives up regions planned in earlier rounds that nobody was handed; how many.
+
+        They were chosen by an older model; kept, they would bar the newer one from asking there. A second reading stays
+        while its first one does: it bars nothing that is not barred anyway.
+        """
+        with self._transaction() as connection:
+            cursor = connection.execute(
+                "UPDATE queries SET status = 'withdrawn' WHERE status = 'proposed' AND round < ? AND (twin IS NULL OR"
+                " twin IN (SELECT id FROM queries WHERE status NOT IN ('open', 'answered')))",
+                (before_round,),
+            )
+            return int(cursor.rowcount)
+
+    def taken(self) -> dict[str, list[Region]]:
+        """Regions a method must not ask for again, by image."""
+        boxes: dict[str, list[Region]] = {}
+        marks = ",".join("?" * len(TAKEN))
+        with self._connect() as connection:
+            asked = connection.execute(
+                f"SELECT image, x, y, z, dx, dy, dz FROM queries WHERE status IN ({marks})", TAKEN
+            ).fetchall()
+            free = connection.execute(
+                "SELECT answers.image, answered.* FROM answered JOIN answers ON answers.id = answered.answer"
+                " WHERE answers.active = 1 AND answered.query IS NULL"
+            ).fetchall()
+        for row in (*asked, *free):
+            boxes.setdefault(row["image"], []).append(to_region(row))
+        return boxes
+
+    def query(self, query_id: int) -> Query | None:
+        """One query, or None."""
+        return next(iter(self._queries("id = ?", (query_id,))), None)
+
+    def was_asked(self, image: str) -> bool:
+        """Whether anybody was ever asked about the image."""
+        with self._connect() as connection:
+            row = connection.execute("SELECT 1 FROM queries WHERE image = ? LIMIT 1", (image,)).fetchone()
+        return row is not None
+
+    def asked(self, image: str) -> list[Region]:
+        """Every region of an image that anybody was ever asked about."""
+        return list(dict.fromkeys(query.region for query in self._queries("image = ?", (image,))))
+
+    def counts(self) -> dict[str, int]:
+        """Number of queries in each status."""
+        with self._connect() as connection:
+            return dict(connection.execute("SELECT status, COUNT(*) FROM queries GROUP BY status").fetchall())
+
+    # --- rounds and infos --------------------------------------------------------------------------------------------
+
+    def record_round(
+        self, round_: int, bundle: str, model: str, request: Mapping[str, Any], stats: Mapping[str, Any]
+    ) -> None:
+        """A finished training; recording it twice changes nothing."""
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO rounds (round, bundle, model, request, stats, finished) VALUES (?,?,?,?,?,?)",
+                (round_, bundle, model, json.dumps(dict(request), default=str), json.dumps(dict(stats)), self.clock()),
+            )
+
+    def get_info(self, image: str, tag: str = "") -> dict[str, Any]:
+        """What clients stored about an image (tag '') or one of its labels."""
+        with self._connect() as connection:
+            row = connection.execute("SELECT content FROM info WHERE image = ? AND tag = ?", (image, tag)).fetchone()
+        return json.loads(row[0]) if row else {}
+
+    def update_info(self, image: str, info: Mapping[str, Any], tag: str = "") -> None:
+        """Adds keys to the info of an image or label; read and written in one transaction, so no writer loses keys."""
+        with self._transaction() as connection:
+            row = connection.execute("SELECT content FROM info WHERE image = ? AND tag = ?", (image, tag)).fetchone()
+            content = {**(json.loads(row[0]) if row else {}), **info}
+            connection.execute(
+                "INSERT OR REPLACE INTO info VALUES (?, ?, ?)", (image, tag, json.dumps(content, default=str))
+            )
+
+    def infos(self, tag: str = "") -> dict[str, dict[str, Any]]:
+        """Every info under a tag, by image."""
+        with self._connect() as connection:
+            rows = connection.execute("SELECT image, content FROM info WHERE tag = ?", (tag,)).fetchall()
+        return {image: json.loads(content) for image, content in rows}
+
+    def update_infos(self, infos: Mapping[str, Mapping[str, Any]], tag: str = "") -> None:
+        """Replaces the infos of many images at once."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO info VALUES (?, ?, ?)",
+                [(image, tag, json.dumps(content, default=str)) for image, content in infos.items()],
+            )
+
+    def get_meta(self, key: str) -> Any:
+        """A fact about the studies folder as a whole; None when it was never noted."""
+        with self._connect() as connection:
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", (f"fact:{key}",)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Notes a fact about the studies folder as a whole."""
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"fact:{key}", json.dumps(value)))

@@ -1,0 +1,97 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Who is asking: the id a client sends, or its address and user where it sends none."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import from_token
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lib.ledger.records import ANONYMOUS
+
+MOST_ALIASES = 50
+
+_current: ContextVar[str | None] = ContextVar("client", default=None)
+
+
+def current_client() -> str | None:
+    """`user@address` of the request that is being answered; None outside of one."""
+    return _current.get()
+
+
+class Clients:
+    """Ids of clients, and which of them come from one address: a download, which names no client, is one of theirs."""
+
+    def __init__(self) -> None:
+        self._aliases: dict[str, dict[str, None]] = {}
+        self._lock = threading.Lock()
+
+    def identify(self, request: Mapping[str, Any]) -> str:
+        """The `client_id` of a request, or else who the connection says it is."""
+        here, given = current_client(), request.get("client_id")
+        if not given:
+            return here or ANONYMOUS
+        if here:
+            with self._lock:
+                known = self._aliases.setdefault(here, {})
+                known.pop(str(given), None)
+                known[str(given)] = None
+                if len(known) > MOST_ALIASES:
+                    del known[next(iter(known))]
+        return str(given)
+
+    def here(self) -> list[str]:
+        """Every id that the current connection's user and address have used, newest first."""
+        here = current_client()
+        with self._lock:
+            return [] if here is None else [*reversed(self._aliases.get(here, {})), here]
+
+
+class IdentifiedClients:
+    """Notes for every request who sent it, so that clients without an id are told apart.
+
+    Args:
+        header: name of the header in which a trusted proxy tells the client's address; its last entry counts, which is
+            the one the proxy itself has added.
+    """
+
+    def __init__(self, app: ASGIApp, header: str | None) -> None:
+        self.app = app
+        self.header = header
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        connection = HTTPConnection(scope)
+        token = _current.set(f"{_user(connection)}@{self._address(connection)}")
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            _current.reset(token)
+
+    def _address(self, connection: HTTPConnection) -> str:
+        told = connection.headers.get(self.header, "") if self.header else ""
+        return told.rsplit(",", 1)[-1].strip() or (connection.client.host if connection.client else "unknown")
+
+
+def _user(connection: HTTPConnection) -> str:
+    """Name of the user where MONAI Label's authentication is on; the routes themselves refuse a wrong token."""
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    if not settings.MONAI_LABEL_AUTH_ENABLE or scheme.lower() != "bearer":
+        return ANONYMOUS
+    try:
+        return from_token(token).username or ANONYMOUS
+    except Exception:
+        # Whatever is wrong with the token, the route says so; here it only means that nobody is known.
+        return ANONYMOUS

@@ -1,0 +1,189 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Trained ensembles on disk: whole or absent, found again by the digest of what they were trained on."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.models.loss_head import LossHead, fresh_head
+from lib.models.plan import Plan
+from lib.models.recipe import Bundle, Recipe
+from lib.prediction.posterior import Ensemble
+from lib.storage.atomic_files import file_digest, read_json, write_atomic, write_json
+
+KEPT_TRAININGS = 2
+_FACTS = "facts.json"
+QUERY_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A finished training: its digest, its round, and what was said when it was recorded."""
+
+    digest: str
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def round(self) -> int:
+        return int(self.facts["round"])
+
+
+class ModelStore:
+    """Checkpoints of one bundle: `<root>/<bundle>/<digest>/member_<i>.pt`, and `current.json` that names the newest.
+
+    A member that is on disk is complete, so a training that was killed goes on with the next one; `current.json`
+    changes only when all members are there.
+    """
+
+    def __init__(self, root: Path, bundle: str) -> None:
+        self.folder = root / bundle
+        self.bundle = bundle
+
+    def member_path(self, digest: str, member: int) -> Path:
+        """File of one member of a training."""
+        return self.folder / digest[:16] / f"member_{member}.pt"
+
+    def head_path(self, digest: str, member: int) -> Path:
+        """File of the head that predicts a member's losses; absent where it was trained without one."""
+        return self.folder / digest[:16] / f"member_{member}.head.pt"
+
+    def checkpoint_path(self, digest: str, member: int) -> Path:
+        """File that an unfinished member goes on from."""
+        return self.folder / digest[:16] / f"member_{member}.unfinished.pt"
+
+    def save_member(
+        self, digest: str, member: int, weights: Mapping[str, Tensor], head: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Stores a finished member; its own file is written last, so that it is only there when all is."""
+        if head is not None:
+            write_atomic(self.head_path(digest, member), lambda stream: torch.save(dict(head), stream))
+        write_atomic(self.member_path(digest, member), lambda stream: torch.save(dict(weights), stream))
+
+    def finished_members(self, digest: str, members: int) -> list[int]:
+        """Members of a training that are on disk and whole."""
+        return [member for member in range(members) if zipfile.is_zipfile(self.member_path(digest, member))]
+
+    def publish(self, digest: str, facts: Mapping[str, Any]) -> Model:
+        """Makes a training the current one and removes all but the newest few."""
+        folder = self.folder / digest[:16]
+        files = {path.name: file_digest(path) for path in sorted(folder.glob("member_*.pt"))}
+        # What `repair` needs to make this training the current one again, should a newer one be damaged.
+        write_json(folder / _FACTS, {"facts": {"digest": digest, **facts}, "files": files})
+        write_json(self.folder / "current.json", {"digest": digest, **facts})
+        for old in self._folders()[KEPT_TRAININGS:]:
+            if old.name != digest[:16]:
+                shutil.rmtree(old, ignore_errors=True)
+        return Model(digest, self.folder / digest[:16], dict(facts))
+
+    def current(self) -> Model | None:
+        """The newest finished training, or None before the first."""
+        facts = read_json(self.folder / "current.json")
+        return Model(facts["digest"], self.folder / facts["digest"][:16], facts) if facts else None
+
+    def repair(self) -> str | None:
+        """Goes back to the newest whole training where the current one is damaged; what was done, in a sentence.
+
+        For the start of a server: every checkpoint of the current training is read and compared with its digest.
+        """
+        pointer = self.folder / "current.json"
+        if not pointer.is_file():
+            return None
+        model = _tolerant(pointer)
+        if model and _is_whole(self.folder / str(model.get("digest"))[:16]):
+            return None
+        for folder in self._folders():
+            if (folder / _FACTS).is_file() and _is_whole(folder):
+                facts = _tolerant(folder / _FACTS)["facts"]
+                write_json(pointer, facts)
+                return f"{self.bundle}: the current model is damaged; that of round {facts['round']} is used again"
+        pointer.unlink()
+        return f"{self.bundle}: the only model is damaged and was set aside; train again"
+
+    def load(self, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
+        """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
+        bundle = trained_bundle(model, bundle)
+        recipe = Recipe.model_validate(model.facts["recipe"])
+        networks: list[nn.Module] = []
+        heads: list[LossHead] = []
+        for member in range(int(model.facts["members"])):
+            # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
+            network = bundle.network(len(model.facts["classes"]), QUERY_DROPOUT, recipe.deep_supervision)
+            path = self.member_path(model.digest, member)
+            network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            networks.append(network)
+            if self.head_path(model.digest, member).is_file():
+                head = fresh_head(network, bundle.layers("loss_taps"), bundle.divisor)
+                weights = torch.load(self.head_path(model.digest, member), map_location=device, weights_only=True)
+                head.load_state_dict(weights)
+                heads.append(head)
+        taps = bundle.layers("loss_taps") if heads else []
+        spacing, grey = model.facts["spacing"], bundle.normalisation
+        mirrored = recipe.mirror if recipe.mirror_predictions else ()
+        crop, divisor, sure = recipe.patch, bundle.divisor, recipe.confidence
+        known_mm3 = model.facts.get("smallest_mm3", {})
+        smallest_mm3 = {model.facts["classes"][name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
+        return Ensemble(
+            networks,
+            crop,
+            divisor,
+            spacing,
+            device,
+            heads,
+            taps,
+            normalisation=grey,
+            mirrored=mirrored,
+            confidence=sure,
+            smallest_mm3=smallest_mm3,
+            precision=recipe.precision,
+            shifts=recipe.shifts,
+        )
+
+    def _folders(self) -> list[Path]:
+        """Folders of trainings, newest first."""
+        folders = [path for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _tolerant(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that may be missing or cut short; empty then."""
+    try:
+        found = read_json(path)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every checkpoint of a finished training is what was published."""
+    files = _tolerant(folder / _FACTS).get("files")
+    if files is None:
+        # Trained before digests were noted: what was cut short lacks the end of its archive.
+        members = list(folder.glob("member_*.pt"))
+        return bool(members) and all(zipfile.is_zipfile(path) for path in members)
+    return all((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in files.items())
+
+
+def trained_bundle(model: Model | None, bundle: Bundle) -> Bundle:
+    """The bundle with the plan that `model` was trained by, whatever the plan is now."""
+    plan = model.facts.get("plan") if model else None
+    return bundle.planned(Plan.model_validate(plan)) if plan else bundle
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` takes a GPU when there is one."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)

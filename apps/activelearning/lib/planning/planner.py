@@ -1,0 +1,366 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The planner: from the fingerprint of a pool and the memory there is to spacing, crops, network and normalisation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from lib.models.plan import Configuration, Normalisation, Plan
+from lib.planning.fingerprint import Fingerprint
+from lib.planning.topology import Ladder, activations, features, ladder
+from lib.regions import Triple
+
+Spacing = tuple[float, float, float]
+
+GIB = 1 << 30
+# An axis this many times coarser than the finest, and shorter than the others by the same factor, is anisotropic.
+ANISOTROPIC = 3.0
+# nnU-Net's measure: so many activations a crop train in 8 GiB with so many crops.
+REFERENCE_GIB = 8.0
+REFERENCE_3D, CROPS_3D = 560e6, 2
+REFERENCE_2D, CROPS_2D = 85e6, 12
+# Largest crops the search starts from, in voxels of equal spacing.
+START_3D, START_2D = 256.0**3, 2048.0**2
+# A batch covers at most this share of the voxels of the pool.
+COVERED = 0.05
+SMALLEST_BATCH = 2
+# Where a crop shows most of the image: nnU-Net's third of the crops centred on a class, and the steps of the recipe.
+# Where it shows less than half: twice of both, because trainings as short as these do not find small classes otherwise,
+# and mirror images along every axis (nnU-Net's default anywhere), because few cases hold a small class in each place.
+# On small scans mirror images made no difference.
+FOREGROUND, MOST, LARGE = 1 / 3, 0.5, 2
+SIDES = frozenset(("left", "right", "l", "r", "lt", "rt", "lh", "rh"))
+# The anisotropic u-net has five levels, of which the upper two look along the slices only.
+AUNET_LEVELS, AUNET_FLAT = 5, 2
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What differs between hardware.
+
+    first, largest: channels of the first level and of any (3D, 2D). fold: space-to-depth factor on the finely resolved
+    axes. batch: crops a step, None for what fits. positions: limit of the folded crop in voxels, which is what bounds
+    the seconds a step. cover: a crop may be this share of the median image rather than be padded beyond it.
+    thickness: slices of a 2D crop.
+    """
+
+    first: int
+    largest: tuple[int, int]
+    fold: int = 1
+    batch: int | None = None
+    positions: int | None = None
+    cover: float = 1.0
+    thickness: int = 1
+
+
+# CPU: the recipe measured on hippocampi (two crops of 40 x 48 x 40 folded by two, 24-48-96 channels); no crop is
+# costlier than a quarter above that, so a step stays below a second on one core.
+RULES = {
+    "cuda": Rules(first=32, largest=(320, 512)),
+    "cpu": Rules(first=24, largest=(192, 192), fold=2, batch=2, positions=12_000, cover=0.95, thickness=8),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory a training step may take, in GiB, and on what."""
+
+    device: Literal["cpu", "cuda"]
+    memory_gib: float
+
+
+def measure_budget(device: str, memory_gib: float | None = None) -> Budget:
+    """Budget of this machine: given, or measured.
+
+    Of a GPU nine tenths of its memory but at most 8 GiB, which is what nnU-Net plans for on any GPU: plans are then
+    the same on all that have as much. Of a CPU a quarter of the RAM: the pool is in memory besides.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        measured = torch.cuda.get_device_properties(device).total_memory / GIB if memory_gib is None else 0.0
+        return Budget("cuda", memory_gib or round(min(0.9 * measured, REFERENCE_GIB), 2))
+    import psutil
+
+    return Budget("cpu", memory_gib or round(psutil.virtual_memory().total / GIB / 4, 2))
+
+
+def make_plan(
+    pool: Fingerprint,
+    budget: Budget,
+    configuration: Configuration = "3d_fullres",
+    classes: int = 3,
+    spacing: Spacing | None = None,
+    sided: bool = False,
+) -> Plan:
+    """The plan of a pool; a pure function of its arguments.
+
+    Args:
+        classes: outputs of the network, background included.
+        spacing: mm the network works at; None decides by `target_spacing`.
+        sided: whether classes tell left from right (`names_sides`), so that a mirror image would be labelled wrongly.
+
+    Source: Isensee et al. 2021, online methods (rule-based parameters), where Rules do not say otherwise.
+    """
+    rules = RULES[budget.device]
+    wanted, why_spacing = (spacing, "as asked for") if spacing else target_spacing(pool)
+    axis = coarse_axis(wanted)
+    search = _Search(pool, budget, rules, configuration, axis, wanted, classes)
+    if configuration == "2d":
+        found = search.slices()
+        own = cast(Spacing, tuple(0.0 if a == axis else mm for a, mm in enumerate(wanted)))
+        wanted, why_spacing = own, f"{why_spacing}; slices stay where they are (0: each image's own)"
+    else:
+        found = search.volumes()
+    return _with_pool(_with_mirror(found, sided), wanted, why_spacing, pool)
+
+
+def names_sides(names: Iterable[str]) -> bool:
+    """Whether a class is called left or right: "left kidney", "Kidney_R", "hippocampus-lh"."""
+    words = (re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) for name in names)
+    return any(not SIDES.isdisjoint(found) for found in words)
+
+
+def target_spacing(pool: Fingerprint) -> tuple[Spacing, str]:
+    """Median spacing; on an axis that is both much coarser and much shorter the 10th percentile instead.
+
+    Where that is finer than the other axes, it is theirs.
+
+    Source: Isensee et al. 2021, online methods, "Image target spacing".
+    """
+    median = pool.median_spacing()
+    sizes = sorted((shape for shape in pool.shapes), key=math.prod)
+    shape = [sorted(s[a] for s in sizes)[len(sizes) // 2] for a in range(3)]
+    axis = coarse_axis(median)
+    others = [a for a in range(3) if a != axis]
+    if not (
+        median[axis] > ANISOTROPIC * min(median[a] for a in others)
+        and shape[axis] * ANISOTROPIC < min(shape[a] for a in others)
+    ):
+        return median, "median of the pool"
+    fine = max(max(median[a] for a in others), pool.percentile_spacing(axis, 10))
+    wanted = cast(Spacing, tuple(fine if a == axis else median[a] for a in range(3)))
+    return wanted, f"median of the pool; on axis {axis}, coarse and short, its 10th percentile, not finer than in-plane"
+
+
+def coarse_axis(spacing: Sequence[float]) -> int:
+    """Axis that slices lie across: the one of the largest spacing, the last of equals."""
+    return max(range(3), key=lambda a: (round(spacing[a] / min(spacing), 1), a))
+
+
+def normalisation(pool: Fingerprint) -> tuple[Normalisation, str]:
+    """CT: clipping and z-score with numbers of annotated foreground; others: z-score of each image."""
+    if pool.modality != "CT":
+        return Normalisation(), f"{pool.modality_source}: grey values mean nothing across images"
+    grey = pool.foreground or pool.grey
+    of = "annotated foreground" if pool.foreground else "whole sampled images, as hardly any foreground is annotated"
+    made = Normalisation(scheme="ct", low=grey.low, high=grey.high, mean=grey.mean, std=max(grey.std, 1e-6))
+    return made, f"CT ({pool.modality_source}): percentiles, mean and deviation of {of}"
+
+
+def _with_mirror(plan: Plan, sided: bool) -> Plan:
+    """The plan with the axes to mirror: all of them where crops show little of an image, unless classes have sides."""
+    little = plan.effort > 1
+    mirror = (0, 1, 2) if little and not sided else ()
+    why = f"a crop shows {'little' if little else 'most'} of an image"
+    why = "classes tell left from right" if little and sided else why
+    return plan.model_copy(update={"mirror": mirror, "why": {**plan.why, "mirror": why}})
+
+
+def _with_pool(plan: Plan, spacing: Spacing, why_spacing: str, pool: Fingerprint) -> Plan:
+    """The plan with its spacing and normalisation, and why."""
+    grey, why_grey = normalisation(pool)
+    why = {**plan.why, "spacing": why_spacing, "normalisation": why_grey}
+    return plan.model_copy(update={"spacing": spacing, "normalisation": grey, "why": why})
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Largest crop whose network fits, for one pool, budget and configuration."""
+
+    pool: Fingerprint
+    budget: Budget
+    rules: Rules
+    configuration: Configuration
+    axis: int
+    spacing: Spacing
+    classes: int
+
+    def volumes(self) -> Plan:
+        """3D crops."""
+        median = self.pool.median_shape(self.spacing)
+        factor = self._factor(median, range(3))
+        start = _start(self.spacing, START_3D)
+        flat, levels = None, 99
+        if self.configuration == "3d_anisotropic":
+            flat, levels = (self.axis, AUNET_FLAT), AUNET_LEVELS
+        limit = REFERENCE_3D * self.budget.memory_gib / REFERENCE_GIB
+        if self.rules.batch:
+            limit = limit * CROPS_3D / self.rules.batch
+        found, cost = self._shrunk(start, median, range(3), factor, limit, self.rules.largest[0], levels, flat)
+        size = cast(Triple, found.size)
+        patch = cast(Triple, tuple(n * f for n, f in zip(size, factor, strict=True)))
+        batch, why = self._batch(cost, limit, CROPS_3D, patch, median)
+        return self._plan(found, patch, factor, batch, cost * batch / CROPS_3D / REFERENCE_3D, median, why)
+
+    def slices(self) -> Plan:
+        """Crops of a few slices, each of which goes through a 2D network by itself."""
+        axes = [a for a in range(3) if a != self.axis]
+        median = self.pool.median_shape(self.spacing)
+        factor = self._factor(median, axes)
+        start = _start([self.spacing[a] for a in axes], START_2D)
+        limit = REFERENCE_2D * self.budget.memory_gib / REFERENCE_GIB
+        flat_median = [median[a] for a in axes]
+        found, cost = self._shrunk(start, flat_median, axes, factor, limit, self.rules.largest[1], 99, None)
+        thick = self.rules.thickness
+        if self.rules.positions:
+            thick = max(1, min(thick, self.rules.positions // math.prod(found.size), int(median[self.axis])))
+        ladder_3d = replace(
+            found,
+            kernels=tuple(_with(level, self.axis, 1) for level in found.kernels),
+            strides=tuple(_with(level, self.axis, 1) for level in found.strides),
+        )
+        patch = cast(Triple, _with([n * factor[a] for n, a in zip(found.size, axes, strict=True)], self.axis, thick))
+        batch, why = self._batch(cost * thick, limit, CROPS_2D, patch, median)
+        return self._plan(ladder_3d, patch, factor, batch, cost * thick * batch / CROPS_2D / REFERENCE_2D, median, why)
+
+    def _factor(self, median: Sequence[float], axes: Sequence[int]) -> Triple:
+        """Folding on finely resolved axes that keep room for two halvings."""
+        fine = min(self.spacing[a] for a in axes)
+        folds = [a for a in axes if self.spacing[a] < 2 * fine and median[a] / self.rules.fold >= 14]
+        return cast(Triple, tuple(self.rules.fold if a in folds else 1 for a in range(3)))
+
+    def _shrunk(
+        self,
+        start: Sequence[float],
+        median: Sequence[float],
+        axes: Sequence[int],
+        factor: Triple,
+        limit: float,
+        largest: int,
+        levels: int,
+        flat: tuple[int, int] | None,
+    ) -> tuple[Ladder, int]:
+        """Ladder and activations of the largest crop below `limit`.
+
+        The crop starts as the median image, at most `start`; the axis that covers most of the image gives way by one
+        step of its divisor until the network fits.
+        """
+        fold = [factor[a] for a in axes]
+        spacing = [self.spacing[a] * f for a, f in zip(axes, fold, strict=True)]
+        whole = [m / f for m, f in zip(median, fold, strict=True)]
+        wanted: list[float] = [min(s / f, w) for s, f, w in zip(start, fold, whole, strict=True)]
+        found = ladder(wanted, spacing, levels, flat)
+        if self.rules.cover < 1:
+            lower = [n - d for n, d in zip(found.size, found.divisor, strict=True)]
+            wanted = [
+                low if n > w and low >= self.rules.cover * w else n
+                for n, low, w in zip(found.size, lower, whole, strict=True)
+            ]
+            found = ladder(wanted, spacing, levels, flat)
+        cost = self._cost(found, largest)
+        while cost > limit or (self.rules.positions and math.prod(found.size) > self.rules.positions):
+            share = [n / w for n, w in zip(found.size, whole, strict=True)]
+            shrinkable = [a for a, (n, d) in enumerate(zip(found.size, found.divisor, strict=True)) if n > d]
+            if not shrinkable:
+                break
+            widest = max(shrinkable, key=lambda a: (share[a], -a))
+            smaller: list[float] = list(found.size)
+            smaller[widest] -= found.divisor[widest]
+            step = ladder(smaller, spacing, levels, flat).divisor[widest]
+            smaller[widest] = found.size[widest] - step
+            found = ladder(smaller, spacing, levels, flat)
+            cost = self._cost(found, largest)
+        # MONAI's DynUNet has three levels at least.
+        missing = max(0, 3 - len(found.strides))
+        ones = ((1,) * len(spacing),) * missing
+        found = replace(found, kernels=found.kernels + found.kernels[-1:] * missing, strides=found.strides + ones)
+        return found, self._cost(found, largest)
+
+    def _cost(self, found: Ladder, largest: int) -> int:
+        channels = features(self.rules.first, largest, len(found.strides))
+        return activations(found.size, found.strides, channels, self.classes)
+
+    def _batch(self, cost: float, limit: float, crops: int, patch: Triple, median: Sequence[float]) -> tuple[int, str]:
+        if self.rules.batch:
+            return self.rules.batch, "fixed on a CPU: more steps train further than larger ones"
+        fits = round(limit / cost * crops)
+        share = round(math.prod(median) * len(self.pool.shapes) * COVERED / math.prod(patch))
+        batch = max(SMALLEST_BATCH, min(fits, share))
+        if batch == fits:
+            return batch, "what fits the memory"
+        if batch == share:
+            return batch, f"{COVERED:.0%} of the pool's voxels, although {fits} would fit"
+        return batch, "the smallest that is trained with"
+
+    def _why_configuration(self) -> str:
+        thick = self.spacing[self.axis] / min(self.spacing)
+        if self.configuration != "3d_fullres" or thick <= ANISOTROPIC:
+            return f"as the bundle asks; slices lie across axis {self.axis}"
+        advice = "bundles for 3d_anisotropic and 2d are made for that"
+        return f"as the bundle asks; slices across axis {self.axis} are {thick:.1f} times coarser: {advice}"
+
+    def _plan(
+        self,
+        found: Ladder,
+        patch: Triple,
+        factor: Triple,
+        batch: int,
+        share: float,
+        median: Sequence[float],
+        why_batch: str,
+    ) -> Plan:
+        largest = self.rules.largest[1 if self.configuration == "2d" else 0]
+        image = " x ".join(f"{m:g}" for m in median)
+        gib = round(share * REFERENCE_GIB, 3)
+        shown = math.prod(min(1.0, p / m) for p, m in zip(patch, median, strict=True))
+        more = LARGE if shown < MOST else 1
+        return Plan(
+            configuration=self.configuration,
+            axis=self.axis,
+            spacing=self.spacing,
+            patch=patch,
+            batch=batch,
+            foreground=FOREGROUND * more,
+            effort=more,
+            factor=factor,
+            kernels=cast("tuple[Triple, ...]", found.kernels),
+            strides=cast("tuple[Triple, ...]", found.strides),
+            features=features(self.rules.first, largest, len(found.strides)),
+            device=self.budget.device,
+            memory_gib=self.budget.memory_gib,
+            estimate_gib=gib,
+            why={
+                "configuration": self._why_configuration(),
+                "patch": f"median image is {image} at this spacing; the largest crop within the budget",
+                "batch": why_batch,
+                "foreground": f"a crop shows {shown:.0%} of the median image; doubled below {MOST:.0%}",
+                "effort": "doubled with it",
+                "factor": "folding keeps every voxel and makes a step cheaper on a CPU" if max(factor) > 1 else "none",
+                "kernels": "an axis is looked along once it is less than twice as coarse as the finest",
+                "strides": "an axis is halved while it has 8 voxels and is among the finest",
+                "features": f"doubled from level to level, at most {largest}",
+                "memory_gib": f"of the {'GPU' if self.budget.device == 'cuda' else 'RAM'}",
+                "estimate_gib": "from the number of activations",
+            },
+        )
+
+
+def _start(spacing: Sequence[float], voxels: float) -> list[float]:
+    """A crop of `voxels` voxels with the same millimetres on every axis."""
+    density = [1 / mm for mm in spacing]
+    scale = (voxels / math.prod(density)) ** (1 / len(density))
+    return [float(round(d * scale)) for d in density]
+
+
+def _with(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:
+    """`values` of the other axes with `value` put in at `axis`."""
+    return (*values[:axis], value, *values[axis:])

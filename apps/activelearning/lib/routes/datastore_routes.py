@@ -1,0 +1,242 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Routes of MONAI Label that would read, write or keep more than they are asked for, answered here instead."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, File, Form, Query, UploadFile
+from fastapi.background import BackgroundTasks
+from monailabel.config import settings
+from monailabel.endpoints import datastore as upstream_datastore
+from monailabel.endpoints import logs as upstream_logs
+from monailabel.endpoints import ohif as upstream_ohif
+from monailabel.endpoints import session as upstream_session
+from monailabel.endpoints.user.auth import User
+from monailabel.utils.others.generic import file_checksum
+from starlette.background import BackgroundTask
+from starlette.responses import FileResponse
+
+from lib.errors import refuse, speaking_errors
+from lib.middleware.request_checks import check_plain_name
+from lib.middleware.roles import ADMIN, ANNOTATOR, USER
+from lib.storage.volumes import EXTENSIONS, check_image
+from lib.studies.datastore import FINAL
+
+if TYPE_CHECKING:
+    from main import PatchwiseApp
+
+_CHECK_SUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
+_MOST_FILES = 10_000
+
+
+@contextmanager
+def cleaned(background: BackgroundTasks) -> Iterator[None]:
+    """Removes what MONAI Label's route wrote into the temporary folder also where it ends with an error."""
+    try:
+        yield
+    except BaseException:
+        for task in background.tasks:
+            task.func(*task.args, **task.kwargs)
+        raise
+
+
+@contextmanager
+def received(file: UploadFile) -> Iterator[Path]:
+    """A copy of an upload under its extension; the upload itself is at its beginning again."""
+    name = Path(file.filename or "").name
+    extension = next((e for e in EXTENSIONS if name.endswith(e)), None)
+    if extension is None:
+        refuse(f"{name[:80]!r}: images must end in {', '.join(EXTENSIONS)}")
+    with tempfile.NamedTemporaryFile(prefix="patchwise-", suffix=extension) as stream:
+        shutil.copyfileobj(file.file, stream)
+        stream.flush()
+        file.file.seek(0)
+        yield Path(stream.name)
+
+
+def datastore_routes(patchwise: PatchwiseApp) -> APIRouter:
+    """Uploads and downloads that leave nothing in the temporary folder."""
+    router = APIRouter(tags=["Datastore"], prefix="/datastore")
+
+    @router.put("/", summary="Upload an image", include_in_schema=False)
+    @router.put("/image", summary="Upload an image")
+    async def add_image(
+        background: BackgroundTasks,
+        image: str | None = None,
+        params: str = Form("{}"),
+        file: UploadFile = File(...),  # noqa: B008
+        user: User = ANNOTATOR,
+    ) -> Any:
+        with cleaned(background):
+            return upstream_datastore.add_image(background, image, params, file, user.username)
+
+    @router.put("/label", summary="Save a label; only what was asked about becomes labelled")
+    async def save_label(
+        background: BackgroundTasks,
+        image: str,
+        params: str = Form("{}"),
+        tag: str = FINAL,
+        label: UploadFile = File(...),  # noqa: B008
+        user: User = ANNOTATOR,
+    ) -> Any:
+        with cleaned(background):
+            return upstream_datastore.save_label(background, image, params, tag, label, user.username)
+
+    @router.head("/image", summary="Check if an image exists")
+    async def check_image_sum(image: str, check_sum: str | None = None, user: User = USER) -> dict[str, Any]:
+        path, found = patchwise.store.get_image_uri(image), _CHECK_SUM.fullmatch(check_sum or "")
+        if check_sum and not found:
+            refuse(f"check_sum {check_sum[:80]!r} cannot be used; send SHA256:, SHA512: or MD5: and hexadecimal digits")
+        if found and not file_checksum(path, found[1] or "SHA256").endswith(f":{found[2].lower()}"):
+            refuse(f"the file of image {image!r} has another check sum", 404)
+        return {}
+
+    @router.get("/dataset", summary="Download images and labels as a ZIP archive")
+    async def dataset(
+        limit_cases: Annotated[int | None, Query(ge=0, le=1_000_000)] = None, user: User = ANNOTATOR
+    ) -> FileResponse:
+        response: FileResponse = upstream_datastore.download_dataset(limit_cases)
+        response.background = BackgroundTask(os.unlink, response.path)
+        return response
+
+    return router
+
+
+def session_routes(patchwise: PatchwiseApp) -> APIRouter:
+    """Sessions: images that clients bring along, kept for a while."""
+    router = APIRouter(tags=["Session"], prefix="/session")
+
+    @router.put("/", summary="New session with an image")
+    async def create(
+        uncompress: bool = False,
+        expiry: int = 0,
+        files: list[UploadFile] = File(...),  # noqa: B008
+        user: User = USER,
+    ) -> dict[str, Any]:
+        sessions = patchwise.sessions()
+        if sessions is None:
+            refuse("sessions are turned off on this server; name an image of the studies folder", 406)
+        with tempfile.TemporaryDirectory(prefix="patchwise-") as folder:
+            kept = _keep(files, Path(folder) / "files")
+            source = kept[0] if len(kept) == 1 else kept[0].parent
+            if uncompress:
+                source = _unpack(source, Path(folder) / "unpacked", patchwise.options.upload_mib * 2**20)
+            elif source.is_file():
+                with speaking_errors():
+                    check_image(source, uploaded=True)
+            number, info = sessions.add_session(str(source), expiry)
+        return {"session_id": number, "session_info": info.to_json()}
+
+    @router.get("/{session_id}", summary="A session, or its image")
+    async def session(session_id: str, update_ts: bool = False, image: bool = False, user: User = USER) -> Any:
+        check_plain_name(session_id, "session_id")
+        answer = upstream_session.get_session(session_id, update_ts, image)
+        if isinstance(answer, FileResponse) and Path(answer.path).is_dir():
+            refuse(f"session {session_id} holds several files; it has no single image to download")
+        return answer
+
+    @router.delete("/{session_id}", summary="Delete a session")
+    async def remove(session_id: str, user: User = USER) -> Any:
+        check_plain_name(session_id, "session_id")
+        return upstream_session.remove_session(session_id)
+
+    return router
+
+
+def other_routes(patchwise: PatchwiseApp) -> APIRouter:
+    """What this app does not do, or does with bounds."""
+    router = APIRouter()
+
+    @router.put("/model/{model}", tags=["Model"], summary="Refused: networks come from trainings")
+    async def upload_model(model: str, user: User = ADMIN) -> None:
+        refuse("weights are not taken from requests; a network comes from POST /train/{bundle} on this server", 409)
+
+    @router.delete("/model/{model}", tags=["Model"], summary="Refused: the folder keeps its networks")
+    async def delete_model(model: str, user: User = ADMIN) -> None:
+        refuse("networks are not deleted by requests; train anew, or remove the folder under .patchwise/models", 409)
+
+    @router.post("/reload", include_in_schema=False)
+    async def reload(user: User = ADMIN) -> None:
+        refuse("the app is not loaded again while it runs; restart the server", 409)
+
+    @router.get("/logs/", tags=["Others"], summary="Last lines of the log")
+    async def logs(
+        lines: Annotated[int, Query(ge=1, le=100_000)] = 300,
+        html: bool = True,
+        text: bool = False,
+        refresh: Annotated[int, Query(ge=0, le=86_400)] = 0,
+        user: User = ADMIN,
+    ) -> Any:
+        path = os.path.join(settings.MONAI_LABEL_APP_DIR, "logs", "app.log")
+        return upstream_logs.get_logs(path, lines, html, text, refresh)
+
+    @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
+    async def gpu(user: User = ADMIN) -> Any:
+        if shutil.which("nvidia-smi") is None:
+            refuse("this machine has no nvidia-smi, so there is nothing to tell about GPUs", 404)
+        return await upstream_logs.gpu_info(user)
+
+    @router.get("/ohif/{path:path}", include_in_schema=False)
+    async def ohif(path: str, user: User = USER) -> FileResponse:
+        pages = Path(upstream_ohif.__file__).parent / "static" / "ohif"
+        answer: FileResponse = upstream_ohif.get_ohif("" if (pages / path).is_dir() else path)
+        return answer
+
+    @router.get("/proxy/dicom/{path:path}", include_in_schema=False)
+    @router.post("/proxy/dicom/{path:path}", include_in_schema=False)
+    async def proxy(path: str, user: User = USER) -> None:
+        refuse("this server works on a folder, so there is no DICOMweb server behind it", 404)
+
+    # In front of MONAI Label's own proxy only where that would lead nowhere.
+    if patchwise.studies.startswith(("http://", "https://")):
+        router.routes[:] = [r for r in router.routes if "/proxy/" not in getattr(r, "path", "")]
+    return router
+
+
+def _keep(files: Sequence[UploadFile], folder: Path) -> list[Path]:
+    folder.mkdir()
+    kept: list[Path] = []
+    for file in files:
+        name = PurePosixPath((file.filename or "image.nii.gz").replace("\\", "/")).name
+        if name == "meta.info" or any(path.name == name for path in kept):
+            refuse(f"the file name {name!r} is taken; give every file of a session a name of its own")
+        kept.append(folder / name)
+        with open(kept[-1], "wb") as stream:
+            shutil.copyfileobj(file.file, stream)
+    return kept
+
+
+def _unpack(source: Path, folder: Path, most: int) -> Path:
+    """A ZIP archive's files; other formats can say to be small and grow, or write elsewhere."""
+    if not source.is_file() or not zipfile.is_zipfile(source):
+        refuse(f"{source.name!r} is no ZIP archive; send one .zip file, or the image itself without uncompress")
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+            size = sum(entry.file_size for entry in entries)
+            if size > most or len(entries) > _MOST_FILES:
+                refuse(
+                    f"{source.name!r} holds {len(entries)} files of {size:,} bytes, at most {_MOST_FILES} of {most:,} "
+                    "are unpacked; send less",
+                    413,
+                )
+            for entry in entries:
+                if entry.filename.startswith("/") or ".." in re.split(r"[/\\]", entry.filename):
+                    refuse(f"{source.name!r} holds a file called {entry.filename[:80]!r}; name files inside of it only")
+            archive.extractall(folder)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, ValueError, EOFError) as error:
+        refuse(f"{source.name!r} cannot be unpacked ({type(error).__name__}); pack it anew as a plain ZIP archive")
+    return folder

@@ -1,0 +1,229 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""Reading and writing volumes on their own grid, with errors that name the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.regions import Triple
+from lib.storage.atomic_files import atomic_path
+from lib.storage.volume_headers import ImageError, check_volume_file, is_nifti, open_nifti
+
+AFFINE_TOLERANCE_MM = 1e-3
+SLAB_VOXELS = 2**22
+# Scans pack to a half or a tenth. What is larger than this, and packed better, is made to fill somebody's memory.
+LARGE_BYTES, MOST_PACKED = 2**28, 100
+_FLAT = 1e-12
+# File names a volume may have; where one id has several, the first of these counts.
+EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
+
+# Shape and affine of an image, and its name.
+Grid = tuple[Triple, NDArray[np.float64], str]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels (X, Y, Z) in the stored axis order, the 4 x 4 affine to RAS millimetres, and the file they came from."""
+
+    array_xyz: NDArray[Any]
+    affine: NDArray[np.float64]
+    path: str
+
+    @property
+    def shape(self) -> Triple:
+        x, y, z = self.array_xyz.shape
+        return x, y, z
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres a voxel along each stored axis."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+
+def load_image(path: str | Path) -> Volume:
+    """An image as float32.
+
+    Raises:
+        ImageError: unreadable, not three-dimensional, or holding NaN or infinite values.
+    """
+    source = _Source.of(path)
+    array_xyz, bad = np.empty(source.shape, np.float32, order="F"), 0
+    for start, slab_xyz in source.slabs():
+        kept = array_xyz[..., start : start + slab_xyz.shape[2]]
+        with np.errstate(over="ignore"):
+            kept[...] = slab_xyz
+        bad += int(kept.size - np.count_nonzero(np.isfinite(kept)))
+    _refuse_bad(path, bad)
+    return Volume(array_xyz, source.affine, str(path))
+
+
+def check_image(path: str | Path, uploaded: bool = False) -> None:
+    """Reads an image as `load_image` does, but keeps none of it: the memory it takes does not grow with the file.
+
+    Args:
+        uploaded: whether it comes from somebody who may mean harm; then what packs like no scan is refused as well.
+
+    Raises:
+        ImageError: as `load_image`, or a file that unpacks to far more than a scan of its size would.
+    """
+    source, packed = _Source.of(path), Path(path).stat().st_size
+    if uploaded and source.declared > max(LARGE_BYTES, MOST_PACKED * packed):
+        raise ImageError(
+            f"{Path(path).name}: {packed:,} bytes that unpack to {source.declared / 2**20:,.0f} MiB are no scan; "
+            "upload a scan, or put the file into the studies folder"
+        )
+    bad = 0
+    for _, slab_xyz in source.slabs():
+        with np.errstate(over="ignore"):
+            bad += int(slab_xyz.size - np.count_nonzero(np.isfinite(slab_xyz.astype(np.float32))))
+    _refuse_bad(path, bad)
+
+
+def load_label(path: str | Path, like: Grid | None = None) -> Volume:
+    """A label map as uint8.
+
+    Args:
+        like: shape, affine and name of the image it belongs to; then its grid is compared before its voxels are read,
+            so that reading takes no more memory than the image's voxels.
+
+    Raises:
+        ImageError: unreadable, not three-dimensional, on another grid than its image, or holding values that are not
+            whole numbers from 0 to 255.
+    """
+    source = _Source.of(path)
+    if like is not None:
+        check_same_grid(source, *like)
+    array_xyz = np.empty(source.shape, np.uint8, order="F")
+    for start, slab_xyz in source.slabs():
+        if slab_xyz.dtype != np.uint8:
+            values = np.unique(slab_xyz)
+            whole = np.isfinite(values) & (values >= 0) & (values <= 255)
+            if not np.all(whole) or np.any(values != np.round(values)):
+                shown = ", ".join(f"{v:g}" for v in values[:8])
+                raise ImageError(f"{Path(path).name}: label values must be whole numbers from 0 to 255, found {shown}")
+        array_xyz[..., start : start + slab_xyz.shape[2]] = slab_xyz
+    return Volume(array_xyz, source.affine, str(path))
+
+
+def image_geometry(path: str | Path) -> tuple[Triple, NDArray[np.float64]]:
+    """Shape and affine from the header alone, without reading voxels.
+
+    Raises:
+        ImageError: unreadable or not three-dimensional.
+    """
+    source = _Source.of(path)
+    return source.shape, source.affine
+
+
+def check_label_file(path: str | Path, like: Grid) -> None:
+    """Refuses a file, by its header alone, that is no label map of an image of this shape, affine and name.
+
+    Raises:
+        ImageError: unreadable, or on another grid.
+    """
+    check_same_grid(_Source.of(path), *like)
+
+
+def check_same_grid(label: Volume | _Source, shape: Triple, affine: NDArray[np.float64], image: str) -> None:
+    """Refuses a label map that does not lie on the grid of its image.
+
+    Raises:
+        ImageError: shapes differ, or affines differ by more than a thousandth of a millimetre.
+    """
+    name = Path(label.path).name
+    if label.shape != shape:
+        raise ImageError(
+            f"{name}: the label for {image} has shape {label.shape}, the image has {shape}; "
+            "export the label on the grid of the image"
+        )
+    if not np.allclose(label.affine, affine, atol=AFFINE_TOLERANCE_MM):
+        raise ImageError(
+            f"{name}: the affine of the label for {image} differs from the image's by up to "
+            f"{np.abs(label.affine - affine).max():.4g} mm; export the label on the grid of the image"
+        )
+
+
+def save_label(path: Path, array_xyz: NDArray[np.uint8], affine: NDArray[np.float64]) -> None:
+    """Writes a label map as NIfTI (uint8), whole or not at all."""
+    with atomic_path(path) as temporary:
+        image = nib.Nifti1Image(array_xyz, affine)
+        image.header.set_data_dtype(np.uint8)
+        nib.save(image, temporary)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An opened volume: its grid, the bytes of voxels its header declares, and the voxels, slab by slab."""
+
+    path: str
+    shape: Triple
+    affine: NDArray[np.float64]
+    declared: int
+    voxels: Any
+
+    @classmethod
+    def of(cls, path: str | Path) -> _Source:
+        voxels, affine, declared = (open_nifti if is_nifti(path) else _read_with_monai)(path)
+        affine = np.asarray(affine, dtype=np.float64)
+        shape = _three(voxels.shape, path)
+        if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < _FLAT:
+            raise ImageError(f"{Path(path).name}: its header gives the voxels no size or place; repair the affine")
+        return cls(str(path), shape, affine, declared, voxels)
+
+    def slabs(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Index of the first slice and the values of some slices, one slab after the other.
+
+        Raises:
+            ImageError: the voxels cannot be read.
+        """
+        depth = max(1, SLAB_VOXELS // (self.shape[0] * self.shape[1]))
+        rest = (0,) * (len(self.voxels.shape) - 3)
+        for start in range(0, self.shape[2], depth):
+            try:
+                slab_xyz = np.asanyarray(self.voxels[(slice(None), slice(None), slice(start, start + depth), *rest)])
+            except Exception as error:
+                raise ImageError(
+                    f"{Path(self.path).name}: the file ends early or is damaged ({type(error).__name__}); "
+                    "replace the file"
+                ) from error
+            yield start, slab_xyz
+
+
+def _refuse_bad(path: str | Path, bad: int) -> None:
+    if bad:
+        raise ImageError(
+            f"{Path(path).name}: {bad} voxels are NaN or infinite; repair the image or take it out of the pool"
+        )
+
+
+def _read_with_monai(path: str | Path) -> tuple[Any, NDArray[np.float64], int]:
+    from monai.transforms import LoadImage
+
+    declared = check_volume_file(path)
+    try:
+        image = LoadImage(image_only=True, ensure_channel_first=False)(str(path))
+        return np.asarray(image), np.asarray(image.affine), declared
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise ImageError(f"{Path(path).name}: not readable as an image ({told}); replace the file") from error
+
+
+def _three(shape: tuple[int, ...], path: str | Path) -> Triple:
+    kept = tuple(int(n) for n in shape)
+    while len(kept) > 3 and kept[-1] == 1:
+        kept = kept[:-1]
+    if len(kept) != 3 or min(kept) < 1:
+        raise ImageError(f"{Path(path).name}: expected a volume of three axes, found shape {tuple(shape)}")
+    return kept[0], kept[1], kept[2]

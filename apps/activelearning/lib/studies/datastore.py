@@ -1,0 +1,351 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""A studies folder as MONAI Label's datastore: images on disk, labels that may be partial, facts in the ledger."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from numpy.typing import NDArray
+
+from lib.errors import refuse, speaking_errors
+from lib.ledger.queries import QueryLedger
+from lib.ledger.records import Answer
+from lib.middleware.client_identity import current_client
+from lib.regions import Triple, triple
+from lib.storage.atomic_files import atomic_path, file_digest
+from lib.storage.volumes import EXTENSIONS, check_image, check_label_file, image_geometry
+from lib.studies.file_cache import FileFacts, Stamped
+from lib.studies.folder_listing import FolderListing, split_name
+from lib.studies.submissions import Annotations
+
+FINAL = DefaultLabelTag.FINAL.value
+STATE_FOLDER = ".patchwise"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
+
+
+class PartialLabelDatastore(Datastore):
+    """Images `<studies>/<id>.nii.gz` and labels `<studies>/labels/<tag>/<id>.nii.gz`, as MONAI Label lays them out.
+
+    Labels under tag `final` go through `Annotations`: only the asked regions become labelled. What clients store about
+    images is kept in the ledger, so no update rewrites a file that grows with the pool, and two processes may write.
+
+    Args:
+        studies: the folder; made when missing.
+        classes: class name -> id.
+        ledger: the record of queries and answers.
+    """
+
+    def __init__(self, studies: Path, classes: dict[str, int], ledger: QueryLedger) -> None:
+        self.studies = studies
+        self.ledger = ledger
+        self._images = FolderListing(studies)
+        self._labels: dict[str, FolderListing] = {}
+        self._lock = threading.Lock()
+        # Held while regions are chosen (long), and while they are handed out (short, also inside of the other one):
+        # what is chosen depends on what is taken, and one region goes to one client.
+        self.choosing, self.handing_out = threading.Lock(), threading.Lock()
+        self._digests = FileFacts[str](ledger, ":sha256", file_digest, str)
+        self._geometries = FileFacts[Geometry](ledger, ":geometry", _read_geometry, _parse_geometry)
+        self._readable: dict[str, Stamped] = {}
+        for tag in (FINAL, DefaultLabelTag.ORIGINAL.value):
+            (studies / "labels" / tag).mkdir(parents=True, exist_ok=True)
+        self.annotations = Annotations(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger)
+
+    def name(self) -> str:
+        return self.studies.name
+
+    def set_name(self, name: str) -> None:
+        refuse("the name of a studies folder is the folder's; rename the folder")
+
+    def description(self) -> str:
+        return "Images and partial labels of a studies folder"
+
+    def set_description(self, description: str) -> None:
+        refuse("the description of a studies folder cannot be changed")
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def list_images(self) -> list[str]:
+        return list(self._images.files())
+
+    def image_path(self, image_id: str) -> Path:
+        """File of an image.
+
+        Raises:
+            HTTPException: 404 with the name asked for.
+        """
+        path = self._images.path(image_id)
+        if path is None:
+            refuse(f"no image {image_id!r} in {self.studies.name}; GET /datastore/ lists the images", 404)
+        return path
+
+    def get_image(self, image_id: str, params: Any = None) -> Any:
+        return io.BytesIO(self.image_path(image_id).read_bytes())
+
+    def get_image_uri(self, image_id: str) -> str:
+        return str(self.image_path(image_id))
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        path = self.image_path(image_id)
+        return {**self.ledger.get_info(image_id), "name": path.name, "path": str(path)}
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        source = Path(image_filename)
+        stem, extension = split_name(source.name) or refuse(
+            f"{source.name}: images must end in {', '.join(EXTENSIONS)}"
+        )
+        image_id = _checked_name(image_id or stem, "image")
+        with speaking_errors():
+            check_image(source, uploaded=True)
+        if self._images.path(image_id) is not None:
+            refuse(f"there is an image {image_id!r} already; choose another name or delete it first", 409)
+        with atomic_path(self.studies / f"{image_id}{extension}") as temporary:
+            shutil.copyfile(source, temporary)
+        self.ledger.update_info(image_id, image_info or {})
+        return image_id
+
+    def remove_image(self, image_id: str) -> None:
+        path = self.image_path(image_id)
+        if self.ledger.answers(image_id):
+            refuse(f"image {image_id!r} has annotations; withdraw them before deleting it", 409)
+        path.unlink()
+
+    # --- labels ------------------------------------------------------------------------------------------------------
+
+    def _listing(self, tag: str) -> FolderListing:
+        with self._lock:
+            if tag not in self._labels:
+                listing = FolderListing(self.studies / "labels" / _checked_name(tag, "tag"))
+                if not listing.folder.is_dir():
+                    return listing  # not kept: anybody may ask for any tag
+                self._labels[tag] = listing
+            return self._labels[tag]
+
+    def tags(self) -> list[str]:
+        """Tags that have a folder, sorted."""
+        return sorted(p.name for p in (self.studies / "labels").iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
+
+    def label_path(self, label_id: str, tag: str) -> Path | None:
+        """File of a label, or None."""
+        return self._listing(tag).path(label_id)
+
+    def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
+        return {tag: image_id for tag in self.tags() if self.label_path(image_id, tag)}
+
+    def get_label_by_image_id(self, image_id: str, tag: str) -> str:
+        return image_id if self.label_path(image_id, tag) else ""
+
+    def get_label(self, label_id: str, label_tag: str, params: Any = None) -> Any:
+        path = self.label_path(label_id, label_tag)
+        return io.BytesIO(path.read_bytes()) if path else None
+
+    def get_label_uri(self, label_id: str, label_tag: str) -> str:
+        return str(self.label_path(label_id, label_tag) or "")
+
+    def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
+        return self.ledger.get_info(label_id, label_tag)
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        labelled = self._listing(label_tag or FINAL).files()
+        return [image for image in self.list_images() if image in labelled]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        labelled = self._listing(label_tag or FINAL).files()
+        return [image for image in self.list_images() if image not in labelled]
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """Stores a submission; under `final` only its queries' regions become labelled (see `Annotations.save`)."""
+        image = self.image_path(image_id)
+        tag = _checked_name(label_tag, "tag")
+        source = Path(label_filename)
+        info = dict(label_info or {})
+        here = current_client()
+        if here and not info.get("client_id"):
+            info["client_id"] = here
+        if split_name(source.name) is None:
+            refuse(f"label for {image_id}: files must end in {', '.join(EXTENSIONS)}, found {source.suffix or 'none'}")
+        if tag == FINAL:
+            with speaking_errors():
+                _saved.set(self.annotations.save(image_id, image, source, info))
+        else:
+            _saved.set(None)
+            with speaking_errors():
+                check_label_file(source, (*self.geometry(image_id), image_id))
+            extension = next(e for e in EXTENSIONS if source.name.endswith(e))
+            with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
+                shutil.copyfile(source, temporary)
+        self.ledger.update_info(image_id, info, tag)
+        return image_id
+
+    def withdraw_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
+        """Takes an answer out of its image's label; it can be restored."""
+        with speaking_errors():
+            return self.annotations.withdraw(answer_id, self.geometry, client, reason)
+
+    def restore_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
+        """Takes back a withdrawal."""
+        with speaking_errors():
+            return self.annotations.restore(answer_id, self.geometry, client, reason)
+
+    def remove_label(self, label_id: str, label_tag: str) -> None:
+        path = self.label_path(label_id, label_tag)
+        if path is None:
+            refuse(f"no label of {label_id!r} under tag {label_tag!r}", 404)
+        if label_tag == FINAL and self.ledger.answers(label_id):
+            refuse(f"the label of {label_id!r} is built from recorded answers and cannot be deleted as a file", 409)
+        path.unlink()
+
+    def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
+        self.image_path(image_id)
+        # MONAI Label notes each served sample here; the ledger's leases say the same and more.
+        kept = {key: value for key, value in info.items() if key != "strategy"}
+        if kept:
+            self.ledger.update_info(image_id, kept)
+
+    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        self.image_path(label_id)
+        self.ledger.update_info(label_id, info, _checked_name(label_tag, "tag"))
+
+    # --- lists -------------------------------------------------------------------------------------------------------
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        pairs = [
+            {"image": str(self.image_path(i)), "label": self.get_label_uri(i, FINAL)} for i in self.get_labeled_images()
+        ]
+        if full_path:
+            return pairs
+        return [{k: str(Path(v).relative_to(self.studies)) for k, v in pair.items()} for pair in pairs]
+
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        pairs = self.datalist()[: limit_cases or None]
+        if not pairs:
+            refuse("no annotated image yet, so there is nothing to put into an archive", 404)
+        with (
+            tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as stream,
+            zipfile.ZipFile(stream, "w") as archive,
+        ):
+            for pair in pairs:
+                for kind, path in pair.items():
+                    archive.write(path, arcname=f"{kind}/{Path(path).name}")
+            archive.writestr("metadata.json", json.dumps(self.json()))
+        return stream.name
+
+    def refresh(self) -> None:
+        with self._lock:
+            self._images = FolderListing(self.studies)
+            self._labels.clear()
+
+    def status(self) -> dict[str, Any]:
+        counts = {tag: len(self._listing(tag).files()) for tag in self.tags()}
+        return {
+            "total": len(self.list_images()),
+            "completed": len(self.get_labeled_images()),
+            "label_tags": {tag: count for tag, count in counts.items() if count},
+        }
+
+    def json(self) -> dict[str, Any]:
+        tags = self.tags()
+        infos, labels = (
+            {tag: self.ledger.infos(tag) for tag in ("", *tags)},
+            {t: self._listing(t).files() for t in tags},
+        )
+        objects = {
+            image: {
+                "image": {"ext": extension, "info": infos[""].get(image, {})},
+                "labels": {
+                    tag: {"ext": ext, "info": infos[tag].get(image, {})}
+                    for tag in tags
+                    if (ext := labels[tag].get(image))
+                },
+            }
+            for image, extension in self._images.files().items()
+        }
+        return {"name": self.name(), "description": self.description(), "objects": objects}
+
+    # --- facts about image files -------------------------------------------------------------------------------------
+
+    def image_files(self) -> dict[str, Stamped]:
+        """Every image's file as it is now."""
+        return self._images.stamped()
+
+    def digests(self, files: Mapping[str, Stamped]) -> dict[str, str]:
+        """SHA-256 of image files; each is read once until its size or time changes."""
+        return self._digests.of(files)
+
+    def geometries(self, files: Mapping[str, Stamped]) -> dict[str, Geometry]:
+        """Shape, affine and spacing of image files; each header is read once until the file changes."""
+        return self._geometries.of(files)
+
+    def image_digest(self, image_id: str) -> str:
+        """SHA-256 of an image file."""
+        return self.digests({image_id: Stamped.of(self.image_path(image_id))})[image_id]
+
+    def geometry(self, image_id: str) -> tuple[Triple, NDArray[np.float64]]:
+        """Shape and affine of an image."""
+        found = self.geometries({image_id: Stamped.of(self.image_path(image_id))})[image_id]
+        return found.shape, found.affine
+
+    def check_readable(self, images: Iterable[str]) -> None:
+        """Reads images that have not been read yet, so that nobody is asked to annotate one that cannot be.
+
+        Raises:
+            ImageError: unreadable, named.
+        """
+        for image in images:
+            file = Stamped.of(self.image_path(image))
+            if self._readable.get(image) != file:
+                check_image(file.path)
+                self._readable[image] = file
+
+
+class Geometry(NamedTuple):
+    """Grid of an image: shape in voxels, 4 x 4 affine, spacing in mm along each axis."""
+
+    shape: Triple
+    affine: NDArray[np.float64]
+    spacing: tuple[float, float, float]
+
+
+def _read_geometry(path: Path) -> dict[str, Any]:
+    shape, affine = image_geometry(path)
+    return {"shape": shape, "affine": affine.tolist()}
+
+
+def _parse_geometry(fact: dict[str, Any]) -> Geometry:
+    affine = np.array(fact["affine"], dtype=np.float64)
+    x, y, z = (float((affine[:3, axis] ** 2).sum() ** 0.5) for axis in range(3))
+    return Geometry(triple(fact["shape"]), affine, (x, y, z))
+
+
+_saved: ContextVar[int | None] = ContextVar("saved_answer", default=None)
+
+
+def saved_answer() -> int | None:
+    """Number of the answer that the current request has saved; None where it saved none."""
+    return _saved.get()
+
+
+def _checked_name(name: str, what: str) -> str:
+    """A name that is safe as part of a path."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        refuse(f"{what} {name[:80]!r} is not usable as a name: letters, digits, '_', '-' and '.', at most 200")
+    return name
+
+
+__all__: Sequence[str] = ("FINAL", "STATE_FOLDER", "PartialLabelDatastore")

@@ -1,0 +1,328 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""What happens to a submission: raw file kept, region cut out, merged, recorded; all or nothing."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.agreement import class_agreement
+from lib.frames import check_frame_segment
+from lib.ledger.queries import QueryLedger
+from lib.ledger.records import ANONYMOUS, Agreement, Answer
+from lib.ledger.store import LeaseError
+from lib.partial_labels import (
+    ClasswiseLabels,
+    LabelError,
+    LabelMap,
+    check_label_info,
+    check_values,
+    merge,
+    remap_by_name,
+    settle_values,
+    unlabelled,
+)
+from lib.regions import Region, Triple
+from lib.storage.atomic_files import atomic_path, file_digest
+from lib.storage.volume_headers import ImageError
+from lib.storage.volumes import EXTENSIONS, image_geometry, load_label
+from lib.studies.file_cache import FileFacts, Stamped
+from lib.studies.merged_labels import MergedLabels
+
+Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
+
+
+class Annotations:
+    """Submissions of annotators and the merged label maps made from them.
+
+    The order of a save is what makes it safe: the raw file is on disk before the ledger knows of it, the ledger has
+    committed before the merged label changes, and a label that a kill left behind is rebuilt from the raw files
+    (`repair`). Nothing is written before the submission has been checked. A save merges only its own regions into the
+    label on disk, as long as that is the file the ledger knows to hold every earlier answer; else it is made anew.
+
+    Everything that reads a label in order to change it does so under the image's lock (`MergedLabels.locked`), so that
+    requests and a training that repairs labels may run side by side.
+
+    Args:
+        state: folder for the raw files (`raw/`).
+        merged: folder of the merged label maps (tag `final`).
+        classes: class name -> id.
+        ledger: the record.
+    """
+
+    def __init__(self, state: Path, merged: Path, classes: Mapping[str, int], ledger: QueryLedger) -> None:
+        self.state = state
+        self.merged = merged
+        self.labels = MergedLabels(merged, state / "locks")
+        self.classes = classes
+        self.ledger = ledger
+        self._digests = FileFacts[str](ledger, ":label", file_digest, str)
+
+    def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
+        """Takes a submission in; the number of the answer.
+
+        `info` may hold `queries` (numbers of the regions answered), `whole`, `label_info`, `client_id`, and
+        `annotated_classes`: names of the classes that were looked for, where these are not all.
+
+        Raises:
+            ImageError: the file is unreadable or lies on another grid than the image.
+            LabelError: an unknown class, value or query, or no open region of this client on the image.
+            LeaseError: a named query that somebody else holds or has answered, or that nobody was asked.
+        """
+        shape, affine = image_geometry(image)
+        label = load_label(submitted, like=(shape, affine, image_id))
+        check_label_info(info.get("label_info"))
+        info = _settled(label.array_xyz, info)
+        label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
+        drawn = self._drawn(info)
+        if drawn is not None:
+            ClasswiseLabels(shape, len(self.classes)).add(label_xyz, [], drawn)
+        client = str(info.get("client_id") or ANONYMOUS)
+        regions = self._regions(image_id, shape, info, client)
+        asked = self.ledger.asked(image_id)
+        check_frame_segment(label.array_xyz, info.get("label_info"), [region for _, region in regions], asked)
+        with self.labels.locked(image_id):
+            self._adopt(image_id, shape, affine)
+            current_xyz = None if drawn is not None else self._current(image_id, shape)
+            boxes = [region for _, region in regions]
+            merged_xyz = None if current_xyz is None else merge(current_xyz, label_xyz, boxes)
+            agreements = self._agreements(label_xyz, drawn, client, boxes)
+            answer = self._record(image_id, submitted, info, client, regions, agreements)
+            if merged_xyz is None:
+                self._rebuild(image_id, shape, affine)
+            else:
+                self.ledger.mark_merged(image_id, answer, self.labels.write(image_id, merged_xyz, affine))
+        return answer
+
+    def _current(self, image_id: str, shape: Triple) -> LabelMap | None:
+        """The label of all active answers so far if it can be had without them, else None."""
+        last = self.ledger.last_answer(image_id)
+        if not last:
+            return unlabelled(shape)
+        held, sha256 = self.ledger.merged(image_id)
+        if held != last or sha256 is None or self.ledger.is_classwise(image_id):
+            return None
+        return self.labels.read(image_id, shape, sha256)
+
+    def rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
+        """Writes the merged label anew from the raw files of every active answer, oldest first.
+
+        Where all answers have been withdrawn the file is removed: nothing of the image is annotated.
+
+        Raises:
+            ImageError: a raw file is missing or not what was submitted.
+        """
+        with self.labels.locked(image_id):
+            return self._rebuild(image_id, shape, affine)
+
+    def _rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
+        last = self.ledger.last_answer(image_id)
+        answers, sha256 = self.ledger.answers(image_id), None
+        label_xyz = self._merged(shape, answers)
+        if answers:
+            sha256 = self.labels.write(image_id, label_xyz, affine)
+        elif last:
+            self.labels.remove(image_id)
+        if last:
+            self.ledger.mark_merged(image_id, last, sha256)
+        return label_xyz
+
+    def rebuilt(self, image_id: str, shape: Triple) -> LabelMap:
+        """The merged label as its raw files say it is; nothing is written.
+
+        Raises:
+            ImageError: a raw file is missing or not what was submitted.
+        """
+        return self._merged(shape, self.ledger.answers(image_id))
+
+    def withdraw(self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None = None) -> Answer:
+        """Takes an answer out of its image's label and opens its queries to the pool; record and raw file stay.
+
+        Raises:
+            ImageError: a raw file that the rest of the label needs is missing or changed; then nothing changes.
+            LeaseError: no such answer, or it was withdrawn before.
+        """
+        return self._switch(answer_id, geometry, client, reason, active=False)
+
+    def restore(self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None = None) -> Answer:
+        """Takes back a withdrawal; answers that came later still win.
+
+        Raises:
+            ImageError: a raw file that the label needs is missing or changed; then nothing changes.
+            LeaseError: no such answer, or it was not withdrawn.
+        """
+        return self._switch(answer_id, geometry, client, reason, active=True)
+
+    def _switch(
+        self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None, active: bool
+    ) -> Answer:
+        switch = self.ledger.restore if active else self.ledger.withdraw
+        found = self.ledger.answer(answer_id)
+        if found is None:
+            return switch(answer_id, client, reason)
+        shape, affine = geometry(found.image)
+        with self.labels.locked(found.image):
+            kept = self.ledger.answers(found.image, withdrawn=True)
+            self._merged(shape, [a for a in kept if (active if a.id == answer_id else a.active)])
+            found = switch(answer_id, client, reason)
+            self._rebuild(found.image, shape, affine)
+        return found
+
+    def classwise(self, image_id: str, shape: Triple) -> ClasswiseLabels | None:
+        """What is known of an image in which somewhere only some classes were drawn; None where there is no such."""
+        answers = self.ledger.answers(image_id)
+        return self._classwise(shape, answers) if any(self._drawn(answer.info) for answer in answers) else None
+
+    def _merged(self, shape: Triple, answers: Sequence[Answer]) -> LabelMap:
+        if any(self._drawn(answer.info) for answer in answers):
+            return self._classwise(shape, answers).merged()
+        label_xyz = unlabelled(shape)
+        for answer in answers:
+            label_xyz = merge(label_xyz, self.answer_label(answer), [region for _, region in answer.regions])
+        return label_xyz
+
+    def _classwise(self, shape: Triple, answers: Sequence[Answer]) -> ClasswiseLabels:
+        state = ClasswiseLabels(shape, len(self.classes))
+        for answer in answers:
+            state.add(self.answer_label(answer), [region for _, region in answer.regions], self._drawn(answer.info))
+        return state
+
+    def _drawn(self, info: Mapping[str, Any]) -> list[int] | None:
+        """Ids of the classes that were looked for; None for all of them."""
+        names = info.get("annotated_classes")
+        if names is None:
+            return None
+        ids = {name.lower(): value for name, value in self.classes.items()}
+        if not isinstance(names, list) or not names or any(str(name).lower() not in ids for name in names):
+            known = ", ".join(self.classes)
+            raise LabelError(f"annotated_classes must be a list of class names, found {names!r}; known are {known}")
+        found = sorted({ids[str(name).lower()] for name in names})
+        return None if len(found) == len(ids) else found
+
+    def repair(self, image_paths: Mapping[str, Path]) -> list[str]:
+        """Rebuilds labels that a kill left behind the ledger, and those that were deleted or changed; the images."""
+        kept = {image: self.labels.path(image) for image in self.ledger.answered_images()}
+        there = {image: Stamped.of(path) for image, path in kept.items() if path.is_file()}
+        digests, expected = self._digests.of(there), self.ledger.merged_digests()
+        damaged = [image for image in kept if image not in there or digests[image] != expected.get(image)]
+        behind = [image for image in sorted({*self.ledger.unmerged(), *damaged}) if image in image_paths]
+        for image in behind:
+            self.rebuild(image, *image_geometry(image_paths[image]))
+        return behind
+
+    def answer_label(self, answer: Answer) -> LabelMap:
+        """Class ids of one submission, from its raw file.
+
+        Raises:
+            ImageError: the raw file is missing or not what was submitted.
+        """
+        path = self.state / "raw" / answer.raw
+        if not path.is_file() or file_digest(path) != answer.raw_sha256:
+            raise ImageError(f"{path.name}: the raw file of answer {answer.id} is missing or changed; restore a backup")
+        return remap_by_name(load_label(path).array_xyz, answer.info.get("label_info"), self.classes)
+
+    def _agreements(
+        self, label_xyz: LabelMap, drawn: Sequence[int] | None, client: str, regions: Sequence[Region]
+    ) -> list[Agreement]:
+        """Dice of every class that two people looked for in the same region."""
+        found = []
+        for region in regions:
+            other = self.ledger.earlier_reading(region, client)
+            if other is None:
+                continue
+            theirs = self._drawn(other.info)
+            compared = {
+                name: value
+                for name, value in self.classes.items()
+                if (drawn is None or value in drawn) and (theirs is None or value in theirs)
+            }
+            other_xyz = self.answer_label(other)[region.slices]
+            shared = class_agreement(label_xyz[region.slices], other_xyz, compared)
+            found += [Agreement(region, other.id, name, *values) for name, values in shared.items()]
+        return found
+
+    def _regions(
+        self, image_id: str, shape: Triple, info: Mapping[str, Any], client: str
+    ) -> list[tuple[int | None, Region]]:
+        whole: list[tuple[int | None, Region]] = [(None, Region(image_id, (0, 0, 0), shape))]
+        if info.get("whole") is True:
+            return whole
+        if info.get("queries"):
+            return [self._named(image_id, query, client) for query in _numbers(info["queries"])]
+        if not self.ledger.was_asked(image_id):
+            return whole
+        held = self.ledger.open_queries(image_id, client) or self.ledger.last_worked(image_id, client)
+        if not held:
+            raise LabelError(
+                f"{client} has no open region on {image_id}; ask for the next region first, name the queries, "
+                'or send "whole": true to submit the whole image'
+            )
+        return [(query.id, query.region) for query in held]
+
+    def _named(self, image_id: str, query_id: int, client: str) -> tuple[int | None, Region]:
+        query = self.ledger.query(query_id)
+        if query is None:
+            raise LabelError(f"there is no query {query_id}; the answer for {image_id} was not stored")
+        if query.region.image != image_id:
+            raise LabelError(f"query {query_id} asks about {query.region.image}, but the label is for {image_id}")
+        if query.status in ("proposed", "skipped", "withdrawn"):
+            raise LeaseError(f"query {query_id} is {query.status}, so nobody can answer it; ask for the next region")
+        # Who sends no id is known by an address only, and may be whoever was asked.
+        if query.status in ("open", "answered") and query.client != client and "@" not in client:
+            raise LeaseError(
+                f"query {query_id} is {query.status} by {query.client}, not by {client}; ask for the next region"
+            )
+        return query.id, query.region
+
+    def _adopt(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> None:
+        """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
+        existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
+        if existing is None or self.ledger.last_answer(image_id):
+            return
+        label = load_label(existing, like=(shape, affine, image_id))
+        check_values(label.array_xyz, self.classes)
+        self._record(image_id, existing, {"adopted": True}, None, [(None, Region(image_id, (0, 0, 0), shape))])
+
+    def _record(
+        self,
+        image_id: str,
+        submitted: Path,
+        info: Mapping[str, Any],
+        client: str | None,
+        regions: list[tuple[int | None, Region]],
+        agreements: Sequence[Agreement] = (),
+    ) -> int:
+        suffix = "".join(submitted.suffixes[-2:]) if submitted.name.endswith(".nii.gz") else submitted.suffix
+        raw = f"{image_id}/{uuid.uuid4().hex}{suffix}"
+        target = self.state / "raw" / raw
+        with atomic_path(target) as temporary:
+            shutil.copyfile(submitted, temporary)
+        return self.ledger.record_answer(image_id, raw, file_digest(target), info, client, regions, agreements)
+
+
+def _settled(label_xyz: LabelMap, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`info` with the values that its segments have in the file, and what was sent where that differs.
+
+    Only of clients that name no region: these know nothing of this project, as 3D Slicer does.
+    """
+    sent = info.get("label_info")
+    if info.get("queries") or info.get("whole"):
+        return info
+    settled = settle_values(label_xyz, sent)
+    return info if settled == sent else {**info, "label_info": settled, "label_info_sent": sent}
+
+
+def _numbers(queries: Any) -> list[int]:
+    if not isinstance(queries, list) or not all(isinstance(q, int) and not isinstance(q, bool) for q in queries):
+        raise LabelError(f"queries must be a list of query numbers, found {queries!r}")
+    return list(dict.fromkeys(queries))

@@ -1,0 +1,203 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""`python -m eval audit STUDIES`: are the labels on disk what the raw answers say they are?"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval.app_path import add_app
+from eval.errors import RefereeError
+
+if TYPE_CHECKING:
+    from lib.ledger.records import Answer
+    from lib.studies.submissions import Annotations
+
+LEDGER = Path(".patchwise") / "ledger.sqlite"
+
+
+@dataclass
+class Audit:
+    """What was compared and what was found wrong: one `{"file", "problem"}` a finding.
+
+    `unreferenced` are raw files that no answer names: a submission whose recording was interrupted. They are kept, do
+    no harm and are no problem.
+    """
+
+    studies: str
+    images: int = 0
+    answers: int = 0
+    withdrawn: int = 0
+    problems: list[dict[str, str]] = field(default_factory=list)
+    unreferenced: list[str] = field(default_factory=list)
+
+    def wrong(self, file: Path | str, problem: str) -> None:
+        self.problems.append({"file": str(file), "problem": problem})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def audit(studies: Path, verified: dict[str, tuple[Any, ...]] | None = None) -> Audit:
+    """Rebuilds every label from the raw answers and compares; nothing in the folder is changed.
+
+    `verified` notes what was found right, image by image; given again, a label is not rebuilt while its file and all
+    that it is made of are what they were. Raw files are read every time.
+
+    Raises:
+        RefereeError: no such folder, no ledger in it, or one that cannot be read.
+    """
+    path = studies / LEDGER
+    if not path.is_file():
+        raise RefereeError(f"{studies}: no {LEDGER} there; name the studies folder that the server runs on")
+    add_app()
+    from lib.ledger.queries import QueryLedger
+    from lib.ledger.store import LedgerError
+    from lib.studies.submissions import Annotations
+
+    found = Audit(str(studies))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            ledger = QueryLedger(copy_ledger(path, Path(folder) / "ledger.sqlite"))
+            classes = ledger.get_meta("classes") or _from_dataset(studies)
+            annotations = Annotations(studies / LEDGER.parent, studies / "labels" / "final", classes, ledger)
+            _check_all(found, studies, annotations, {} if verified is None else verified)
+        except (LedgerError, sqlite3.DatabaseError) as error:
+            raise RefereeError(f"{path}: {error}") from error
+    return found
+
+
+def copy_ledger(source: Path, target: Path) -> Path:
+    """A consistent copy of the ledger, also while a server writes to it; opening it may migrate it."""
+    with sqlite3.connect(source) as one, sqlite3.connect(target) as other:
+        one.backup(other)
+    one.close()
+    other.close()
+    return target
+
+
+def _from_dataset(studies: Path) -> dict[str, int]:
+    from lib.models.class_names import resolve_classes
+    from lib.options import OptionError
+
+    try:
+        return resolve_classes({}, studies, {})
+    except OptionError as error:
+        raise RefereeError(f"{error}; or start the server once, which notes its class names") from error
+
+
+def _check_all(found: Audit, studies: Path, annotations: Annotations, verified: dict[str, tuple[Any, ...]]) -> None:
+    from lib.storage.volumes import EXTENSIONS
+
+    ledger, folder = annotations.ledger, annotations.merged
+    answered = ledger.answered_images(withdrawn=True)
+    named: set[str] = set()
+    for image in answered:
+        answers = ledger.answers(image, withdrawn=True)
+        named |= {answer.raw for answer in answers}
+        _check_raw(found, annotations, answers)
+        _check_label(found, studies, annotations, image, [a for a in answers if a.active], verified)
+    _check_journal(found, studies, named)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        extension = next((e for e in EXTENSIONS if file.name.endswith(e)), None)
+        if extension and not file.name.startswith(".") and file.name[: -len(extension)] not in answered:
+            found.wrong(file, "no recorded answer made this label; it is recorded when its image is answered first")
+    raw = annotations.state / "raw"
+    files = {str(p.relative_to(raw)) for p in raw.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    found.unreferenced = sorted(files - named)
+
+
+def _check_raw(found: Audit, annotations: Annotations, answers: Sequence[Answer]) -> None:
+    """Every raw file, of withdrawn answers too: these may be restored."""
+    from lib.storage.atomic_files import file_digest
+
+    for answer in answers:
+        found.answers += 1
+        found.withdrawn += not answer.active
+        path = annotations.state / "raw" / answer.raw
+        if not path.is_file():
+            found.wrong(path, f"the raw file of answer {answer.id} is missing")
+        elif file_digest(path) != answer.raw_sha256:
+            found.wrong(path, f"the raw file of answer {answer.id} is not what was submitted")
+
+
+def _check_journal(found: Audit, studies: Path, named: set[str]) -> None:
+    """Answers that the ledger has lost; it is a copy that is read here, and the journal lies beside the original."""
+    from lib.ledger.journal import Journal
+    from lib.ledger.store import JOURNAL
+
+    path = studies / LEDGER.with_name(JOURNAL)
+    lost = {entry["answer"]["raw"]: entry["answer"]["id"] for entry in Journal(path).entries() if "answer" in entry}
+    for raw in sorted(lost.keys() - named):
+        found.wrong(path, f"answer {lost[raw]} ({raw}) is not in the ledger; a start of the server records it again")
+
+
+def _check_label(
+    found: Audit,
+    studies: Path,
+    annotations: Annotations,
+    image: str,
+    answers: Sequence[Answer],
+    verified: dict[str, tuple[Any, ...]],
+) -> None:
+    from lib.partial_labels import LabelError
+    from lib.storage.atomic_files import file_digest
+    from lib.storage.volumes import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label
+
+    found.images += 1
+    folder = annotations.merged
+    path = next((p for p in (folder / f"{image}{e}" for e in EXTENSIONS) if p.is_file()), folder / f"{image}.nii.gz")
+    if not answers:
+        if path.is_file():
+            found.wrong(path, "all answers to its image have been withdrawn, so there should be no label")
+        return
+    source = next((p for p in (studies / f"{image}{e}" for e in EXTENSIONS) if p.is_file()), None)
+    if source is None:
+        found.wrong(studies / f"{image}.nii.gz", "the image of recorded answers is missing")
+        return
+    if not path.is_file():
+        found.wrong(path, "the label is missing; the server makes it again when it starts or the image is answered")
+        return
+    made_of = (source.stat().st_mtime_ns, file_digest(path), *answers)
+    if verified.get(image) == made_of:
+        return
+    try:
+        shape, affine = image_geometry(source)
+        label = load_label(path)
+        check_same_grid(label, shape, affine, image)
+        rebuilt_xyz = annotations.rebuilt(image, shape)
+    except (ImageError, LabelError) as error:
+        found.wrong(path, f"it cannot be compared: {error}")
+        return
+    differing = int(np.count_nonzero(label.array_xyz != rebuilt_xyz))
+    if differing:
+        found.wrong(path, f"{differing} voxels differ from the rebuild from the raw answers")
+    else:
+        verified[image] = made_of
+
+
+def audit_text(found: Audit) -> str:
+    """What was found, a line a problem."""
+    lines = [f"{row['file']}: {row['problem']}" for row in found.problems]
+    lines += [f"note: raw file {name} belongs to no recorded answer" for name in found.unreferenced]
+    lines.append(
+        f"{found.images} labels from {found.answers} answers ({found.withdrawn} withdrawn): "
+        + (f"{len(found.problems)} problems" if found.problems else "all equal the rebuild from the raw answers")
+    )
+    return "\n".join(lines)
+
+
+def audit_json(found: Audit) -> str:
+    """The findings as JSON."""
+    return json.dumps(found.to_json(), indent=1)

@@ -1,0 +1,67 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The plan behind `python -m eval plan FOLDER`: what a bundle would do with the images of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eval.app_path import add_app
+from eval.errors import RefereeError
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+
+
+def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out: Path | None) -> str:
+    """Fingerprint and plan as a table; with `out` the plan is written there as YAML.
+
+    `folder` is decathlon-style (dataset.json, imagesTr, labelsTr) or a studies folder of the server; of label maps only
+    foreground is looked at, and 255 is not annotated.
+
+    Raises:
+        RefereeError: no such folder or bundle, no GPU to measure, no image that can be read, unusable class names.
+    """
+    add_app()
+    from lib.models.class_names import resolve_classes
+    from lib.models.plan import PlanError, write_plan
+    from lib.models.recipe import Bundle, RecipeError
+    from lib.options import OptionError
+    from lib.planning.fingerprint import declared_modality, take_fingerprint
+    from lib.planning.planner import make_plan, measure_budget, names_sides
+    from lib.storage.volumes import EXTENSIONS
+
+    def files(place: Path) -> dict[str, Path]:
+        found = (p for p in sorted(place.glob("*")) if p.name.endswith(EXTENSIONS) and not p.name.startswith("."))
+        return {p.name.split(".nii")[0].removesuffix(".nrrd"): p for p in found}
+
+    if not folder.is_dir():
+        raise RefereeError(f"{folder}: no such folder; give a decathlon-style folder or a studies folder")
+    classic = (folder / "imagesTr").is_dir()
+    images, labels = (
+        (files(folder / "imagesTr"), files(folder / "labelsTr"))
+        if classic
+        else (files(folder), files(folder / "labels" / "final"))
+    )
+    if device == "cuda" and memory is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RefereeError("there is no GPU to measure here; give --memory GIB, or --device cpu")
+    try:
+        recipe = Bundle(BUNDLES / bundle)
+        pool = take_fingerprint(images, labels, declared_modality(folder))
+        names = resolve_classes(None, folder, {}) if (folder / "dataset.json").is_file() else {}
+        outputs, sided = len(names) + 1, names_sides(names)
+        plan = make_plan(pool, measure_budget(device, memory), recipe.configuration, outputs, sided=sided)
+        if out:
+            write_plan(plan, out)
+    except (OptionError, PlanError, RecipeError) as error:
+        raise RefereeError(str(error)) from error
+    except OSError as error:
+        raise RefereeError(f"{out}: the plan cannot be written there ({error.strerror})") from error
+    rows = pool.rows()
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", plan.table()])

@@ -1,0 +1,90 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The datastore as a pool: what it lists, and what that costs when there is much of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.ledger.queries import QueryLedger
+from lib.storage.volumes import ImageError
+from lib.studies.datastore import PartialLabelDatastore
+from lib.studies.submissions import Annotations
+from tests.lib.studies.test_datastore import AFFINE, CLASSES, INFO, SHAPE, store, studies, submit, truth, write
+
+__all__ = ["store", "studies"]  # fixtures
+
+
+def test_files_that_appear_and_vanish_are_noticed(store):
+    shutil.copy(store.studies / "a.nii.gz", store.studies / "c.nii.gz")
+    assert store.list_images() == ["a", "b", "c"]
+    (store.studies / "b.nii.gz").unlink()
+    assert store.list_images() == ["a", "c"]
+
+
+def test_the_listing_names_images_and_labels(store, tmp_path):
+    submit(store, tmp_path, truth())
+    listing = json.loads(json.dumps(store.json()))
+    assert listing["objects"]["a"]["labels"]["final"]["ext"] == ".nii.gz"
+    assert listing["objects"]["b"]["labels"] == {}
+    assert isinstance(store.annotations, Annotations)
+    assert Path(store.get_dataset_archive(None)).stat().st_size > 0
+
+
+def _seconds(work, repeats=15):
+    taken = []
+    for i in range(repeats):
+        began = time.perf_counter()
+        work(i)
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken))
+
+
+def test_an_update_costs_the_same_in_a_large_pool(store, tmp_path):
+    upload = write(tmp_path / "upload" / "label.nii.gz", truth(), dtype=np.uint8)
+    sent = {"label_info": INFO, "client_id": "ann", "whole": True}
+    work = [
+        lambda i: store.update_image_info("a", {"seen": i}),
+        lambda i: store.update_label_info("a", "final", {"seen": i}),
+        lambda i: store.save_label("a", str(upload), "final", sent),
+    ]
+    small = [_seconds(w) for w in work]
+    for i in range(10_000):
+        os.link(store.studies / "b.nii.gz", store.studies / f"more_{i:05d}.nii.gz")
+        os.link(store.studies / "b.nii.gz", store.studies / "labels" / "final" / f"more_{i:05d}.nii.gz")
+    time.sleep(0.05)
+    assert len(store.list_images()) == 10_002
+    large = [_seconds(w) for w in work]
+    # A machine with other work doubles a time now and then; listing 10,000 files takes more than all three together.
+    assert sum(large) < 3 * sum(small)
+
+
+def test_grids_and_digests_of_a_pool_are_read_once(store, monkeypatch):
+    files = store.image_files()
+    assert list(files) == ["a", "b"]
+    grid = store.geometries(files)["a"]
+    assert (grid.shape, grid.spacing) == (SHAPE, (1.0, 1.5, 2.0))
+    digests = store.digests(files)
+    assert digests["a"] == store.image_digest("a")
+    monkeypatch.setattr("lib.studies.datastore.image_geometry", None)
+    again = PartialLabelDatastore(store.studies, CLASSES, QueryLedger(store.ledger.path))
+    assert np.allclose(again.geometry("a")[1], AFFINE)
+    assert again.digests(again.image_files()) == digests
+
+
+def test_an_unreadable_image_is_named_before_anybody_is_asked_about_it(store):
+    store.check_readable(["a", "b"])
+    path = store.studies / "b.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ImageError, match=r"b\.nii\.gz"):
+        store.check_readable(["a", "b"])

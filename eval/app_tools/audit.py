@@ -153,7 +153,8 @@ def _check_label(
 ) -> None:
     from lib.partial_labels import LabelError
     from lib.storage.atomic_files import file_digest
-    from lib.storage.volumes import EXTENSIONS, ImageError, check_same_grid, image_geometry, load_label
+    from lib.storage.volume_headers import ImageError
+    from lib.storage.volumes import EXTENSIONS, check_same_grid, image_geometry, load_label
 
     found.images += 1
     folder = annotations.merged

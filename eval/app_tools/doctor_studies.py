@@ -45,7 +45,8 @@ def studies_findings(studies: Path) -> Iterator[Finding]:
 
 
 def _shapes(studies: Path) -> tuple[list[tuple[int, ...]], list[str]]:
-    from lib.storage.volumes import EXTENSIONS, ImageError, image_geometry
+    from lib.storage.volume_headers import ImageError
+    from lib.storage.volumes import EXTENSIONS, image_geometry
 
     shapes, unreadable = [], []
     for path in sorted(studies.iterdir()):

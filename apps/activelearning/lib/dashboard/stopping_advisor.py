@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class Batch:
     round: int
     known: int
     minutes: float
-    overlaps_ncv: NDArray[np.integer]
+    overlaps_ncv: NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Advice:
     high: float | None = None
 
 
-def pooled_dice(overlaps_ncv: NDArray[np.integer]) -> _Floats:
+def pooled_dice(overlaps_ncv: NDArray[np.integer[Any]]) -> _Floats:
     """D_c = 2 sum_i shared / sum_i (proposed + answered) of every class over regions i, (C,); NaN where nowhere seen.
 
     Voxels are summed before dividing: a region that neither side shows a class in adds nothing, and one that shows a
@@ -182,7 +182,8 @@ def _resampled(batch: Batch, dice: float, rng: np.random.Generator) -> _Floats:
     values = _dice(np.tensordot(weights, batch.overlaps_ncv.astype(np.float64), axes=1))
     shown = ~np.isnan(values[0])
     # Such weights spread a mean by 1 / (n + 1) of the regions' own variance; unbiased is 1 / (n - 1).
-    return dice + (values[:, shown].mean(axis=1) - dice) * np.sqrt((n + 1) / (n - 1))
+    spread: _Floats = dice + (values[:, shown].mean(axis=1) - dice) * np.sqrt((n + 1) / (n - 1))
+    return spread
 
 
 def _fit(known: _Floats, dice_rb: _Floats, weights: _Floats, span: tuple[float, float]) -> tuple[_Floats, _Floats]:

@@ -98,7 +98,8 @@ class Pacs:
     def instance(self, study: str, series: str, instance: str) -> Dataset:
         """One object with all it holds."""
         with self._speaking("hand out an object"):
-            return self._client.retrieve_instance(study, series, instance)
+            found: Dataset = self._client.retrieve_instance(study, series, instance)
+            return found
 
     def headers(self, study: str, series: str) -> list[Dataset]:
         """The objects of a series without their pixels."""

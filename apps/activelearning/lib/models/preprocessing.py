@@ -40,10 +40,12 @@ def normalise(image_xyz: NDArray[np.float32], how: Normalisation = Normalisation
     there both the clipping (0.5th and 99.5th percentile) and the z-score are per image.
     """
     if how.scheme == "ct":
-        return ((np.clip(image_xyz, how.low, how.high) - how.mean) / how.std).astype(np.float32)
+        scaled: NDArray[np.float32] = ((np.clip(image_xyz, how.low, how.high) - how.mean) / how.std).astype(np.float32)
+        return scaled
     low, high = np.percentile(image_xyz, (0.5, 99.5))
     clipped = np.clip(image_xyz, low, high)
-    return ((clipped - clipped.mean()) / max(float(clipped.std()), 1e-8)).astype(np.float32)
+    scored: NDArray[np.float32] = ((clipped - clipped.mean()) / max(float(clipped.std()), 1e-8)).astype(np.float32)
+    return scored
 
 
 def network_shape(shape: Sequence[int], spacing: Sequence[float], wanted: Sequence[float] | None) -> Triple:

@@ -203,7 +203,10 @@ def _balanced(classes: Sequence[NDArray[np.float32]]) -> Grey | None:
 def _some(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
     if len(values) <= SAMPLED_VOXELS:
         return values
-    return values[child_rng(0, None, "fingerprint", name).integers(len(values), size=SAMPLED_VOXELS)]
+    drawn: NDArray[np.float32] = values[
+        child_rng(0, None, "fingerprint", name).integers(len(values), size=SAMPLED_VOXELS)
+    ]
+    return drawn
 
 
 def _spread(values_na: NDArray[np.float64]) -> list[tuple[float, float, float]]:

@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import nrrd
@@ -81,7 +81,7 @@ def _header(path: Path) -> tuple[int, Any, bytes]:
         if size is None or len(raw) < size:
             raise ValueError("no NIfTI header at its beginning")
         # By the size of its header: nibabel itself would also take other formats under this name.
-        return size, _NIFTI[size](raw[:size]), raw[size : size + 4]
+        return size, cast(Any, _NIFTI[size])(raw[:size]), raw[size : size + 4]
     except FileNotFoundError:
         raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
     except Exception as error:

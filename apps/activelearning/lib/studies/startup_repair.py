@@ -81,4 +81,4 @@ def _holds_its_pages(path: Path) -> bool:
         return not header
     (page_size,) = struct.unpack_from(">H", header, _PAGE_SIZE_AT)
     (pages,) = struct.unpack_from(">I", header, _PAGES_AT)
-    return path.stat().st_size >= pages * (_LARGEST_PAGE if page_size == 1 else page_size)
+    return bool(path.stat().st_size >= pages * (_LARGEST_PAGE if page_size == 1 else page_size))

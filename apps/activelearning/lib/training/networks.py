@@ -63,18 +63,21 @@ class SpaceToDepth(nn.Module):
         return torch.stack(heads, dim=1)
 
     def _refined(self, features: Tensor, image: Tensor) -> Tensor:
-        return self.output(self.look(self.joined(features + self.stem(image))))
+        logits: Tensor = self.output(self.look(self.joined(features + self.stem(image))))
+        return logits
 
     def _unfolded(self, image: Tensor) -> Tensor:
         i, j, k = self.factor
         if i * j * k == 1:
-            return self.network(image)
+            logits: Tensor = self.network(image)
+            return logits
         b, c, x, y, z = image.shape
         folded = image.reshape(b, c, x // i, i, y // j, j, z // k, k).permute(0, 1, 3, 5, 7, 2, 4, 6)
         scores = self.network(folded.reshape(b, c * i * j * k, x // i, y // j, z // k))
         lead = scores.shape[:-4]  # batch, and heads of a deeply supervised network
         scores = scores.reshape(-1, scores.shape[-4] // (i * j * k), i, j, k, x // i, y // j, z // k)
-        return scores.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(*lead, -1, x, y, z)
+        unfolded: Tensor = scores.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(*lead, -1, x, y, z)
+        return unfolded
 
 
 def _look(inputs: int, outputs: int, kernel: Sequence[int]) -> nn.Module:
@@ -101,7 +104,8 @@ class Slicewise(nn.Module):
         slices = image.movedim(self.axis + 2, 1)
         scores = self.network(slices.flatten(0, 1))
         # Spatial axes are the last three; before them stand batch, heads of a deeply supervised network, and classes.
-        return scores.unflatten(0, slices.shape[:2]).movedim(1, self.axis - 3)
+        volume: Tensor = scores.unflatten(0, slices.shape[:2]).movedim(1, self.axis - 3)
+        return volume
 
 
 def in_plane(levels: Sequence[Sequence[int]], axis: int) -> list[list[int]]:
@@ -144,7 +148,8 @@ class _Level(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.dropout(self.second(self.first(image)))
+        features: Tensor = self.dropout(self.second(self.first(image)))
+        return features
 
 
 class AnisotropicUNet(nn.Module):
@@ -204,11 +209,13 @@ class AnisotropicUNet(nn.Module):
         image = self.encoder[-1](image)
         for up, level, skip in zip(self.ups, self.decoder, skips[::-1], strict=True):
             image = level(torch.cat([up(image), skip], dim=1))
-        return self.output(image)
+        logits: Tensor = self.output(image)
+        return logits
 
 
 def per_crop(activation: Tensor, crops: int) -> Tensor:
     """Activations of slices folded into the batch, (B S, C, h, w), as those of crops, (B, C, S, h, w)."""
     if activation.shape[0] == crops:
         return activation
-    return activation.unflatten(0, (crops, math.floor(activation.shape[0] / crops))).transpose(1, 2)
+    apart: Tensor = activation.unflatten(0, (crops, math.floor(activation.shape[0] / crops))).transpose(1, 2)
+    return apart

@@ -126,7 +126,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     warm = max(1, round(recipe.warmup * recipe.steps))
     if step < warm:
         return recipe.learning_rate * (step + 1) / warm
-    return recipe.learning_rate * (1 - (step - warm) / max(1, recipe.steps - warm)) ** POLY_POWER
+    return float(recipe.learning_rate * (1 - (step - warm) / max(1, recipe.steps - warm)) ** POLY_POWER)
 
 
 def autocast_type(device: torch.device, precision: str = "native") -> torch.dtype | None:

@@ -35,6 +35,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy apps/activelearning eval sample-datasets
+	PYTHONPATH=apps/activelearning:. $(BIN)/lint-imports --no-logo
+	$(BIN)/python -m eval.upkeep.layout
 	$(BIN)/python -m eval.upkeep.licences
 	$(BIN)/python -m eval.upkeep.vulnerabilities
 

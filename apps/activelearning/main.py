@@ -15,7 +15,6 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastapi import HTTPException
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -32,6 +31,7 @@ from lib.adapters.train_task import EnsembleTrainTask
 from lib.agreement import summarise
 from lib.annotator.explanations import Reasons
 from lib.annotator.predicted_regions import Proposals
+from lib.automation import background_tasks
 from lib.automation.auto_rounds import AutoRounds
 from lib.automation.background_tasks import Failures, Kind, one_at_a_time
 from lib.automation.server_rounds import ServerWork
@@ -40,7 +40,7 @@ from lib.dashboard.counts import Measures
 from lib.dashboard.snapshot import Progress
 from lib.dicom.datastore import DicomDatastore, state_folder
 from lib.dicom.web_client import Pacs
-from lib.errors import SPEAKING, refuse
+from lib.errors import PatchwiseError, refuse
 from lib.ledger.queries import QueryLedger
 from lib.middleware.bind_check import check_listening
 from lib.middleware.client_identity import Clients
@@ -54,7 +54,9 @@ from lib.prediction.moments_cache import MomentsCache
 from lib.querying.methods import listed, resolve
 from lib.querying.registry import REGISTRY
 from lib.routes.install import install
-from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore, saved_answer
+from lib.routes.services import Services
+from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
+from lib.studies.request_context import saved_answer
 from lib.studies.startup_repair import mend
 from lib.uncertainty import SCORE_MAPS
 
@@ -91,7 +93,7 @@ class PatchwiseApp(MONAILabelApp):
             self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
             if self.ledger.answered_images(withdrawn=True):
                 check_same_ids(self.classes, self.ledger.get_meta("classes"))
-        except SPEAKING as error:
+        except PatchwiseError as error:
             _end(str(error))
         # Whoever checks the labels later has to know what their values meant.
         if self.ledger.get_meta("classes") != self.classes:
@@ -99,7 +101,9 @@ class PatchwiseApp(MONAILabelApp):
         self.clients = Clients()
         self.root = root
         self.store = self._open(studies)
-        self.cache = MomentsCache(root / STATE_FOLDER / "moments", self.store, self.options.keep_moments)
+        self.cache = MomentsCache(
+            root / STATE_FOLDER / "moments", self.store.image_path, self.store.image_digest, self.options.keep_moments
+        )
         self.reasons = Reasons(root / STATE_FOLDER / "reasons")
         self.proposals = Proposals(root / STATE_FOLDER / "proposals", self.cache)
         self.failures = Failures(self.ledger)
@@ -152,24 +156,41 @@ class PatchwiseApp(MONAILabelApp):
         if isinstance(self.store, DicomDatastore):
             try:
                 self.store.connect()
-            except SPEAKING as error:
+            except PatchwiseError as error:
                 _end(str(error))
         images = {image: self.store.image_path(image) for image in self.store.list_images()}
         models = [segmenter.store for segmenter in self.segmenters.values()]
         try:
             for sentence in mend(self.store.annotations, images, models):
                 logger.warning("%s", sentence)
-        except SPEAKING as error:
+        except PatchwiseError as error:
             _end(str(error))
         super().on_init_complete()
         self.ledger.stay_open()
-        install(self)
+        install(self._services())
         if isinstance(self.store, DicomDatastore):
             self.store.watch()
         # The first query needs the grid of every image, and reading them takes a while.
         threading.Thread(target=self._look_at_pool, name="pool", daemon=True).start()
         if self.rounds is not None:
             self.background.start()
+
+    def _services(self) -> Services:
+        return Services(
+            options=self.options,
+            classes=self.classes,
+            studies=self.studies,
+            store=self.store,
+            ledger=self.ledger,
+            trainers=self.trainers,
+            segmenters=self.segmenters,
+            clients=self.clients,
+            reasons=self.reasons,
+            progress=self.progress,
+            background=self.background,
+            sessions=self.sessions,
+            opened=self.opened,
+        )
 
     def info(self) -> dict[str, Any]:
         model = next(iter(self.segmenters.values())).store.current()
@@ -201,13 +222,13 @@ class PatchwiseApp(MONAILabelApp):
         if name != COMPOSE:
             try:
                 resolve(name)
-            except SPEAKING as error:
+            except PatchwiseError as error:
                 refuse(str(error), 404)
             name, request = self._in_turn(name, request)
         try:
             answer = self._strategy(name)({**request, "client_id": self.clients.identify(request)}, self.store)
-        except HTTPException as refused:
-            if refused.status_code == 409 and self.rounds and self.rounds.step in ("score", "plan"):
+        except PatchwiseError as refused:
+            if refused.status == 409 and self.rounds and self.rounds.step in ("score", "plan"):
                 refuse("every region is taken and the next batch is being prepared; ask again in a minute", 409)
             raise
         if not answer:
@@ -252,7 +273,7 @@ class PatchwiseApp(MONAILabelApp):
     def _look_at_pool(self) -> None:
         try:
             self.store.geometries(self.store.image_files())
-        except SPEAKING as error:
+        except PatchwiseError as error:
             logger.warning("%s", error)
 
     def _strategy(self, name: str) -> QueryStrategy:
@@ -316,6 +337,7 @@ class PatchwiseApp(MONAILabelApp):
             self.options,
             self.rounds,
             self.failures,
+            background_tasks,
         )
         ticks = [self.rounds.tick] if self.rounds else []
         self.background = Background([*ticks, self.measures.catch_up, self.progress.refresh])
@@ -324,11 +346,11 @@ class PatchwiseApp(MONAILabelApp):
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""
         try:
             result: dict[str, Any] = work(request)
-        except HTTPException as refused:
-            self.failures.note(what, str(refused.detail))
+        except PatchwiseError as refused:
+            self.failures.note(what, str(refused))
             if self._server_mode:
                 raise
-            logger.error("%s refused: %s", what, refused.detail)
+            logger.error("%s refused: %s", what, refused)
             raise SystemExit(2) from refused
         except Exception as error:
             self.failures.note(what, f"{type(error).__name__}: {error}")

@@ -14,29 +14,20 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
 from eval.app_path import add_app
+from eval.app_tools.doctor_studies import studies_findings
+from eval.app_tools.finding import Finding
 from eval.protocol.manifest import PACKAGES, describe_versions
 from eval.runner.server import APP, PROJECT, free_port
 
 _GIB = 2**30
 _NEEDED_GIB = 2.0
 _EVERYWHERE = frozenset({"0.0.0.0", "::"})
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at, what was found, and what to do unless it is as it should be."""
-
-    check: str
-    state: Literal["ok", "warning", "problem"]
-    found: str
-    advice: str = ""
 
 
 def findings(studies: Path | None = None, port: int = 8000) -> list[Finding]:
@@ -47,8 +38,6 @@ def findings(studies: Path | None = None, port: int = 8000) -> list[Finding]:
     found = [_python(), *_packages(), _app(), _loopback(), _port(port), *_open_to_all(), _memory(), _accelerator()]
     if studies is None:
         return [*found, _disk(Path.cwd())]
-    from eval.app_tools.doctor_studies import studies_findings
-
     return [*found, _disk(studies if studies.is_dir() else Path.cwd()), *studies_findings(studies)]
 
 
@@ -136,7 +125,7 @@ def _open_to_all() -> Iterator[Finding]:
 
 def _memory() -> Finding:
     add_app()
-    from lib.planning.planner import measure_budget
+    from lib.planning.memory_budget import measure_budget
 
     memory, budget = psutil.virtual_memory(), measure_budget("cpu").memory_gib
     found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free; a CPU training plans for {budget:g}"
@@ -153,7 +142,7 @@ def _accelerator() -> Finding:
     if not torch.cuda.is_available():
         bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
         return Finding("accelerator", "ok", f"none; networks run on {os.cpu_count()} CPU threads {bf16} native bf16")
-    from lib.planning.planner import measure_budget
+    from lib.planning.memory_budget import measure_budget
 
     gib = torch.cuda.get_device_properties(0).total_memory / _GIB
     plans = f"a training plans for {measure_budget('cuda:0').memory_gib:g}"

@@ -18,7 +18,7 @@ import numpy as np
 
 from eval.app_path import add_app
 from eval.app_tools.audit import LEDGER, audit, copy_ledger
-from eval.app_tools.doctor import Finding
+from eval.app_tools.finding import Finding
 from eval.errors import RefereeError
 
 _GIB = 2**30
@@ -60,7 +60,8 @@ def _shapes(studies: Path) -> tuple[list[tuple[int, ...]], list[str]]:
 
 def _plans(studies: Path) -> Iterator[Finding]:
     """The tiling of every plan in force; a first training makes it."""
-    from lib.models.plan import PlanError, read_plan
+    from lib.models.plan import PlanError
+    from lib.models.plan_files import read_plan
 
     for path in sorted((studies / LEDGER.parent).glob("plan_*.yaml")):
         name = f"plan of {path.stem.removeprefix('plan_')}"

@@ -26,11 +26,13 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     """
     add_app()
     from lib.models.class_names import resolve_classes
-    from lib.models.plan import PlanError, write_plan
+    from lib.models.plan import PlanError
+    from lib.models.plan_files import write_plan
     from lib.models.recipe import Bundle, RecipeError
     from lib.options import OptionError
-    from lib.planning.fingerprint import declared_modality, take_fingerprint
-    from lib.planning.planner import make_plan, measure_budget, names_sides
+    from lib.planning.fingerprint_reader import declared_modality, take_fingerprint
+    from lib.planning.memory_budget import measure_budget
+    from lib.planning.planner import make_plan, names_sides
     from lib.storage.volumes import EXTENSIONS
 
     def files(place: Path) -> dict[str, Path]:

@@ -24,11 +24,12 @@ from eval.benchmarks.nnunet import mean_dice, real_scans, training_case
 from eval.benchmarks.timing import one_thread, row
 from eval.protocol.dataset import Case
 from eval.runner.server import PROJECT
+from lib.models.precision import autocast_type
 from lib.models.preprocessing import network_image
 from lib.models.recipe import Bundle
 from lib.prediction.posterior import Ensemble
 from lib.storage.volumes import load_image
-from lib.training.trainer import autocast_type, train_member
+from lib.training.trainer import train_member
 from lib.uncertainty import Moments
 
 MEMBERS = 5

@@ -33,11 +33,12 @@ from torch import Tensor, nn
 
 from eval.benchmarks import Row
 from eval.benchmarks.timing import ratio
+from lib.models.precision import autocast_type
 from lib.models.preprocessing import TrainingCase
 from lib.models.recipe import Bundle, Recipe
 from lib.partial_labels import UNLABELLED
 from lib.training.loss import PartialDiceCELoss
-from lib.training.trainer import CropStream, autocast_type
+from lib.training.trainer import CropStream
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "segmentation_dynunet_3d"
 SHAPE = (36, 50, 35)

@@ -27,7 +27,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_ui
 from eval.fuzzing.tally import Tally, drive, resident_mib, where
 from lib.dicom.segmentations import read_segmentation, referenced_series, write_segmentation
 from lib.dicom.series import series_grid
-from lib.errors import SPEAKING
+from lib.errors import PatchwiseError
 from lib.regions import Region
 from lib.storage.volumes import check_image, check_label_file, image_geometry, load_image, load_label
 
@@ -180,7 +180,7 @@ def _read_seg(item: Dataset, uid: str, affine: Any) -> object:
 def _read(tally: Tally, read: Callable[[], object], example: Mapping[str, Any]) -> None:
     try:
         read()
-    except SPEAKING as error:
+    except PatchwiseError as error:
         if "\n" in str(error) or not str(error):
             tally.fail("not one sentence", dict(example), str(error)[:200])
         else:

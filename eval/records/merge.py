@@ -18,35 +18,6 @@ from eval.protocol.guards import check_cells, check_same_origin, steps_of
 from eval.protocol.study import Study, load_study, save_study
 from eval.records.tables import write_tables
 
-_KEYS = ("method", "seed")
-
-
-def read_only(text: str, study: Study) -> frozenset[str]:
-    """Names (`method_sSEED`) of the cells that a filter such as `seed=1,method=power_pe` keeps.
-
-    Values of one key are alternatives, keys must all hold: `seed=1,seed=2,method=random` are two cells.
-
-    Raises:
-        RefereeError: another key, or a method or seed that the study does not have.
-    """
-    wanted: dict[str, set[str]] = {}
-    for part in text.split(","):
-        key, _, value = part.strip().partition("=")
-        if key not in _KEYS or not value:
-            raise RefereeError(f"--only takes method=NAME and seed=NUMBER, separated by commas, found {part!r}")
-        wanted.setdefault(key, set()).add(value)
-    there = {"method": [m.label for m, _ in study.lines], "seed": [str(seed) for seed in study.seeds]}
-    for key, values in wanted.items():
-        unknown = sorted(values - set(there[key]))
-        if unknown:
-            raise RefereeError(f"--only names {key} {unknown[0]}, but {study.name} has {', '.join(there[key])}")
-    return frozenset(
-        f"{method}_s{seed}"
-        for method in there["method"]
-        for seed in there["seed"]
-        if method in wanted.get("method", {method}) and seed in wanted.get("seed", {seed})
-    )
-
 
 def merge_parts(parts: Sequence[Path], out: Path, *, mixed: bool = False) -> tuple[int, int]:
     """Join the finished cells of several runs of one study in the new folder `out`; gives (cells there, cells planned).

@@ -18,7 +18,7 @@ from eval.files import read_json, write_text
 from eval.protocol.guards import steps_of
 from eval.protocol.study import FULL_DATA, Study
 from eval.records.rows import query_row, round_row
-from eval.runner.cell import STEPS
+from eval.records.state import STEPS
 
 FILES = ("rounds", "cases", "queries")
 

@@ -34,10 +34,10 @@ from eval.reporting.deidentify import (
 )
 from eval.reporting.figures import Picture, learning_curves, penalty_matrix, region_pictures, to_png, to_svg
 from eval.reporting.pseudo_label_quality import pseudo_quality
+from eval.reporting.query_reasons import reasons_of
 from eval.reporting.report_tables import HEADINGS, NOTES, Described, cells, find, write_findings
 from eval.reporting.summary import COSTS as SUMMED
 from eval.reporting.summary import only_methods, plain_table, seconds, summarise, with_sd
-from eval.runner.query_pictures import reasons_of
 
 _SHARE = "share of the foreground annotated"
 _LONG = 25  # rows of a table that is folded away

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from eval.errors import RefereeError
-from eval.files import place, read_json, write_json
+from eval.files import place, write_json
 from eval.metrics.cost import region_costs
 from eval.protocol.annotator_profiles import answers
 from eval.protocol.dataset import Case, Dataset, Scan, content_digest, load_truth
@@ -31,13 +31,13 @@ from eval.protocol.guards import check_no_test_image
 from eval.protocol.oracle import child_rng, count_voxels, draw_hints, region_slices, to_nifti
 from eval.protocol.study import Method, Study
 from eval.records.rows import case_rows
+from eval.records.state import STEPS, State
 from eval.runner.client import LabelClient
 from eval.runner.query_pictures import keep_pictures
 from eval.runner.replayed_queries import replayed
 from eval.runner.server import ServerProcess
 from eval.runner.shared_start import SharedStart
 
-STEPS = ("score", "query", "annotate", "train", "test")
 # Methods that a person (here the oracle) helps by pointing at what was seen while screening.
 HINTED = frozenset({"starting_budget", "random_fg33", "random_fg66"})
 
@@ -55,28 +55,6 @@ class Material:
     pool: Sequence[Case]
     test: Sequence[Case]
     threads: int
-
-
-class State:
-    """Results of finished steps, by round and step; written whole and atomically after each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.content: dict[str, Any] = read_json(path) or {"sessions": {}, "steps": {}}
-
-    def get(self, round_: int, step: str) -> dict[str, Any] | None:
-        """Result of a step, or None when it was not finished."""
-        found: dict[str, Any] | None = self.content["steps"].get(f"{round_}.{step}")
-        return found
-
-    def put(self, round_: int, step: str, result: Mapping[str, Any]) -> None:
-        """Record a finished step."""
-        self.content["steps"][f"{round_}.{step}"] = dict(result)
-        self.save()
-
-    def save(self) -> None:
-        """Write what is known now."""
-        write_json(self.path, self.content)
 
 
 class Cell:

@@ -15,9 +15,9 @@ import nibabel as nib
 import numpy as np
 
 from eval.errors import RefereeError
+from eval.protocol.cell_filter import filtered_cells
 from eval.protocol.dataset import Case, read_dataset
 from eval.protocol.study import FULL_DATA, Expected, Method, Study, read_study, read_yaml, split_cases
-from eval.records.merge import read_only
 from eval.records.tables import read_table
 
 AXES = ("datasets", "regimes", "options")
@@ -181,7 +181,7 @@ def plan_grid(studies: list[Study], only: str | None = None, calibration: Path |
     lines, hours, gigabytes = [], 0.0, 0.0
     for given in studies:
         study = given if calibration is None else calibrated(given, calibration)
-        kept = None if only is None else read_only(only, study)
+        kept = None if only is None else filtered_cells(only, study)
         expected = forecast(study, kept)
         hours, gigabytes = hours + expected["hours"], gigabytes + expected["gb"]
         lines += [f"{study.name}: data {study.data}", *plan(study, kept), f"expected: {_sizes(expected)}"]

@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from eval.errors import RefereeError
 from eval.files import read_json, write_json, write_text
+from eval.protocol.cell_filter import filtered_cells
 from eval.protocol.dataset import load_scan, read_dataset, refuse_overlap
 from eval.protocol.guards import Steps, check_cells, check_same_origin
 from eval.protocol.manifest import data_digest, describe_machine, describe_run, describe_versions, now
 from eval.protocol.study import FULL_DATA, Method, Study, load_study, read_study, save_study, split_cases
-from eval.records.merge import read_only
+from eval.records.state import STEPS
 from eval.records.tables import write_tables
-from eval.runner.cell import STEPS, CancelledError, Cell, Material
+from eval.runner.cell import CancelledError, Cell, Material
 from eval.runner.full_data import FullDataCell
 
 GRID = "grid.yaml"
@@ -90,7 +91,7 @@ def start_run(study: Study, out: Path, options: Options) -> None:
     """
     if out.exists() and any(p.name not in {".lock", "manifest.json"} for p in out.iterdir()):
         raise RefereeError(f"{out} is not empty; use `python -m eval resume {out}` or name a new folder")
-    chosen = None if options.only is None else sorted(read_only(options.only, study))
+    chosen = None if options.only is None else sorted(filtered_cells(options.only, study))
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
         material, data = _prepare(study, options)

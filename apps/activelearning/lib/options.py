@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lib.errors import PatchwiseError, listed_problems
 
 
 def _names(value: Any) -> Any:
@@ -43,7 +44,7 @@ def _object(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and value.strip().startswith("{") else value
 
 
-class OptionError(ValueError):
+class OptionError(PatchwiseError):
     """An option of the app that cannot be used; one sentence an option."""
 
 
@@ -157,15 +158,7 @@ def describe_options(options: AppOptions) -> dict[str, dict[str, Any]]:
 
 def problems(error: ValidationError) -> str:
     """What a pydantic model found wrong, as one line: field, what is expected, what was found."""
-    return found_wrong(error.errors())
-
-
-def found_wrong(errors: Iterable[Mapping[str, Any]]) -> str:
-    """The entries of a validation error as one line; at most the first few, since a request may hold thousands."""
-    listed = list(errors)
-    told = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p.get('input')!r:.80}" for p in listed[:5]]
-    rest = [f"and {len(listed) - 5} more"] if len(listed) > 5 else []
-    return " ".join("; ".join([*told, *rest]).split())
+    return listed_problems(error.errors())
 
 
 def _sentence(problem: Any) -> str:

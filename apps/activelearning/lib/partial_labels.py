@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lib.errors import PatchwiseError
 from lib.regions import Region
 
 UNLABELLED = 255
@@ -22,7 +23,7 @@ MAX_CLASS = 254
 LabelMap = NDArray[np.uint8]
 
 
-class LabelError(ValueError):
+class LabelError(PatchwiseError):
     """A submitted label map that cannot be used; the message says which class or value and what to do."""
 
 

@@ -22,9 +22,10 @@ from eval.app_tools.audit import LEDGER
 from eval.app_tools.doctor import findings
 from eval.app_tools.doctor_studies import studies_findings
 from lib.ledger.schema import SCHEMA_VERSION
-from lib.models.plan import write_plan
-from lib.planning.fingerprint import take_fingerprint
-from lib.planning.planner import make_plan, measure_budget
+from lib.models.plan_files import write_plan
+from lib.planning.fingerprint_reader import take_fingerprint
+from lib.planning.memory_budget import measure_budget
+from lib.planning.planner import make_plan
 from tests.eval.answered import Studies
 
 

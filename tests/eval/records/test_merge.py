@@ -13,8 +13,9 @@ import pytest
 
 from eval.__main__ import main
 from eval.errors import RefereeError
+from eval.protocol.cell_filter import filtered_cells
 from eval.protocol.study import load_study
-from eval.records.merge import merge_parts, read_only
+from eval.records.merge import merge_parts
 from eval.runner.grid import calibrated, forecast
 from eval.runner.run import Options, resume_run, start_run
 from tests.eval.runner.test_run import numbers
@@ -30,9 +31,9 @@ def change(path, **entries):
 
 def test_filters_by_hand(write_study):
     study = load_study(write_study(seeds=[1, 2], full_data=True))
-    assert read_only("seed=1,method=power_pe", study) == {"power_pe_s1"}
-    assert read_only("seed=1, seed=2,method=random", study) == {"random_s1", "random_s2"}
-    assert read_only("seed=2", study) == {"random_s2", "power_pe_s2", "full_data_s2"}
+    assert filtered_cells("seed=1,method=power_pe", study) == {"power_pe_s1"}
+    assert filtered_cells("seed=1, seed=2,method=random", study) == {"random_s1", "random_s2"}
+    assert filtered_cells("seed=2", study) == {"random_s2", "power_pe_s2", "full_data_s2"}
     for wrong, sentence in [
         ("seed=3", "seed 3, but small has 1, 2"),
         ("method=rand", "method rand, but small has random"),
@@ -40,7 +41,7 @@ def test_filters_by_hand(write_study):
         ("seed", "found 'seed'"),
     ]:
         with pytest.raises(RefereeError, match=sentence):
-            read_only(wrong, study)
+            filtered_cells(wrong, study)
 
 
 @pytest.fixture

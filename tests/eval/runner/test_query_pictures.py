@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 
-from eval.runner.query_pictures import keep_pictures, reasons_of, sentence
+from eval.reporting.query_reasons import reasons_of, sentence
+from eval.runner.query_pictures import keep_pictures
 
 REGION = {
     "query": 7,

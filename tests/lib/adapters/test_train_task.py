@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from fastapi import HTTPException
 
 from lib.adapters import train_task as task_module
+from lib.errors import PatchwiseError
 from lib.prediction.segmentation import segment
 from lib.storage.atomic_files import write_json
 from lib.storage.volumes import load_image
@@ -55,9 +55,9 @@ def _scratch(world):
 def test_fine_tuning_with_other_classes_is_refused(world):
     world.train()
     world.trainer.classes = {"anterior": 1, "posterior": 2, "tail": 3}
-    with pytest.raises(HTTPException, match="knows other classes") as refused:
+    with pytest.raises(PatchwiseError, match="knows other classes") as refused:
         world.train(start="last", round=1)
-    assert refused.value.status_code == 409
+    assert refused.value.status == 409
 
 
 def test_what_is_known_of_classes_that_were_not_drawn_reaches_the_loss(world, tmp_path, monkeypatch):
@@ -142,9 +142,9 @@ def test_unknown_recipes_and_options_are_refused_in_a_sentence(world):
         ({"stepz": 3}, "unknown training option stepz"),
         ({"learning_loss": 1.0, "compiled": True}, "compiled=false"),
     ]:
-        with pytest.raises(HTTPException, match=sentence) as refused:
+        with pytest.raises(PatchwiseError, match=sentence) as refused:
             world.train(**request)
-        assert refused.value.status_code == 400
+        assert refused.value.status == 400
 
 
 def test_the_form_that_clients_show_can_be_sent_back_and_changes_nothing(world):

@@ -9,9 +9,9 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from fastapi import HTTPException
 
 from lib.automation.auto_rounds import AutoRounds, Standing, next_step
+from lib.errors import PatchwiseError
 from tests.lib.clock import Clock
 
 ANSWERED = Standing(model="m0", pending=0, answered=4, labels="4", scored=True, planned=True)
@@ -76,7 +76,7 @@ class FakeWork:
         self.started.append(step)
         if step == "plan":
             if self.why:
-                raise HTTPException(409, self.why[0])
+                raise PatchwiseError(self.why[0], 409)
             self.planned.add(self.model)
             self.pending = 2
         else:

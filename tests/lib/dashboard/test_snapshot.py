@@ -51,7 +51,7 @@ def store(tmp_path, clock):
 
 @pytest.fixture
 def proposals(store, tmp_path):
-    return Proposals(tmp_path / "proposals", MomentsCache(tmp_path / "moments", store))
+    return Proposals(tmp_path / "proposals", MomentsCache(tmp_path / "moments", store.image_path, store.image_digest))
 
 
 @pytest.fixture

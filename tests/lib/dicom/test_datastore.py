@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from lib.errors import PacsError
+from lib.dicom.web_client import PacsError
 from tests.lib.dicom.objects import AFFINE, CLASSES, SHAPE, segmentation, series
 from tests.lib.dicom.store import BOX, archive, expected, fetched, label, lease, make_store, merged, store
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
-from fastapi import HTTPException
 from monailabel.config import settings
 
 from lib.dicom.datastore import state_folder
-from lib.errors import PacsError
+from lib.dicom.web_client import PacsError
+from lib.errors import PatchwiseError
 from tests.lib.dicom.objects import AFFINE, SHAPE, series, values
 from tests.lib.dicom.store import archive, fetched, lease, make_store, store
 
@@ -135,9 +135,9 @@ def test_server_that_is_down_matters_only_without_copies(archive, store):
 
 
 def test_images_are_not_added_or_deleted_over_http(store):
-    with pytest.raises(HTTPException, match="400"):
+    with pytest.raises(PatchwiseError, match="400"):
         store.add_image("a", "a.nii.gz", {})
-    with pytest.raises(HTTPException, match="400"):
+    with pytest.raises(PatchwiseError, match="400"):
         store.remove_image("a")
 
 

@@ -12,7 +12,7 @@ import sqlite3
 
 import pytest
 
-from lib.errors import storage_problem
+from lib.middleware.error_responses import storage_problem
 
 FULL = "the server's disk is full, so nothing was changed or only a part; free space there and send this again"
 

@@ -11,10 +11,10 @@ import asyncio
 import json
 
 import pytest
-from fastapi import HTTPException
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib.errors import PatchwiseError
 from lib.middleware.request_bodies import FORM_BYTES, FormBody, check_file_name, check_json, check_urlencoded
 from lib.middleware.request_checks import CheckedRequests, check_path, check_query
 
@@ -26,10 +26,10 @@ FORM = (
 
 
 def refused(work) -> tuple[int, str]:
-    with pytest.raises(HTTPException) as error:
+    with pytest.raises(PatchwiseError) as error:
         work()
-    assert "\n" not in error.value.detail
-    return error.value.status_code, error.value.detail
+    assert "\n" not in str(error.value)
+    return error.value.status, str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from lib.models.loss_head import fresh_head, pair_loss, sample_losses, tapped
+from lib.models.loss_head import fresh_head, tapped
 from lib.models.preprocessing import TrainingCase, network_image
 from lib.models.recipe import Bundle
 from lib.partial_labels import UNLABELLED
 from lib.prediction.posterior import Ensemble
 from lib.storage.volumes import Volume
 from lib.training.loss import PartialDiceCELoss
+from lib.training.loss_prediction import pair_loss, sample_losses
 from lib.training.trainer import train_member
 from lib.uncertainty import SCORE_MAPS, Moments
 

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lib.models.plan import PlanError, checked, read_plan, read_yaml, write_plan
-from lib.planning.fingerprint import Fingerprint, Grey, declared_modality, take_fingerprint
+from lib.models.plan import PlanError, checked
+from lib.models.plan_files import read_plan, read_yaml, write_plan
+from lib.planning.fingerprint import Fingerprint, Grey
+from lib.planning.fingerprint_reader import declared_modality, take_fingerprint
 from lib.planning.planner import Budget, make_plan, names_sides, target_spacing
 from lib.planning.topology import activations, ladder
 
@@ -206,7 +208,7 @@ def test_ct_is_normalised_by_annotated_foreground_only(scans, monkeypatch):
     few = make_plan(take_fingerprint(images, labels), CPU)
     assert few.normalisation.low == -1000  # 720 voxels are too few
     assert "hardly any" in few.why["normalisation"]
-    monkeypatch.setattr("lib.planning.fingerprint.ENOUGH_FOREGROUND", 500)
+    monkeypatch.setattr("lib.planning.fingerprint_reader.ENOUGH_FOREGROUND", 500)
     values = nib.load(images["c0"]).get_fdata()[8:14, 6:18, 2:12]
     plan = make_plan(take_fingerprint(images, labels), CPU)
     assert plan.normalisation.scheme == "ct"
@@ -218,7 +220,7 @@ def test_ct_is_normalised_by_annotated_foreground_only(scans, monkeypatch):
 
 def test_a_rare_class_is_not_clipped_away(scans, monkeypatch):
     images, labels = scans
-    monkeypatch.setattr("lib.planning.fingerprint.ENOUGH_FOREGROUND", 500)
+    monkeypatch.setattr("lib.planning.fingerprint_reader.ENOUGH_FOREGROUND", 500)
     image, label = nib.load(images["c0"]), nib.load(labels["c0"])
     grey, classes = image.get_fdata(), np.asarray(label.dataobj).copy()
     classes[8, 6, 2], grey[8, 6, 2] = 2, 900.0  # one voxel of 720, far outside of the others

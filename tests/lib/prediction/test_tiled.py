@@ -194,7 +194,7 @@ def test_the_cache_stores_large_images_in_slabs_and_gives_them_back(tmp_path, mo
     ledger = QueryLedger(tmp_path / "ledger.sqlite")
     store = PartialLabelDatastore(tmp_path / "studies", {"one": 1, "two": 2, "three": 3}, ledger)
     model = Model("d" * 64, tmp_path, {"round": 0, "classes": ["one", "two", "three"]})
-    cache, ensemble = MomentsCache(tmp_path / "moments", store), ensemble_at()
+    cache, ensemble = MomentsCache(tmp_path / "moments", store.image_path, store.image_digest), ensemble_at()
     assert cache.fill(model, lambda: ensemble, store.digests(store.image_files()), lambda done, total: None) == 1
     found = cache.load(model, "a")
     assert isinstance(found, SlabbedMoments)

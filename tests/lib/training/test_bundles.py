@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fastapi import HTTPException
 
+from lib.errors import PatchwiseError
 from lib.models.loss_head import tapped
 from lib.models.plan import PlanError
 from lib.models.recipe import Bundle
@@ -169,7 +169,7 @@ def test_fields_of_a_plan_file_come_first(folders, tmp_path):
     assert plan.why["patch"] == "as own.yaml says"
     assert world.trainer.info()["recipe"]["batch"] == 4
     own.write_text("patch: [33, 32, 32]\n")
-    with pytest.raises(HTTPException, match="multiple of"):
+    with pytest.raises(PatchwiseError, match="multiple of"):
         World(tmp_path / "again", folders["hippocampus"], "segmentation_dynunet_3d", plan=str(own)).train()
     own.write_text("patches: [33, 32, 32]\n")
     with pytest.raises(PlanError, match="patches is no field"):
@@ -182,7 +182,7 @@ def test_without_a_plan_the_bundle_is_as_its_folder_says(folders, tmp_path):
     assert not world.plan_file.exists()
     assert world.segmenter.store.current().facts["plan"] is None
     world.predicted()
-    with pytest.raises(HTTPException, match=r"patch.*multiples of \(8, 8, 8\), found \(16, 20, 16\)"):
+    with pytest.raises(PatchwiseError, match=r"patch.*multiples of \(8, 8, 8\), found \(16, 20, 16\)"):
         world.train(patch=[16, 20, 16])
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from monai.bundle import run, verify_metadata, verify_net_in_out
 
-from lib.models.plan import read_plan
+from lib.models.plan_files import read_plan
 from lib.options import OptionError
 from lib.training.standalone import FolderInference, listed
 from tests.lib.training.studies import ROOT, phantoms

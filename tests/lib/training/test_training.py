@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.models.loss_head import fresh_head
-from lib.models.preprocessing import TrainingCase, network_image, network_label, network_shape, normalise, to_grid
+from lib.models.preprocessing import TrainingCase, crop, network_image, network_label, network_shape, normalise, to_grid
 from lib.models.recipe import Bundle, RecipeError
 from lib.partial_labels import UNLABELLED
 from lib.prediction.posterior import Ensemble
 from lib.storage.volumes import Volume
-from lib.training.augmentation import Augmentation, Changes, changed, crop, draw_changes, rotation
+from lib.training.augmentation import Augmentation, Changes, changed, draw_changes, rotation
 from lib.training.folds import training_splits
 from lib.training.networks import SpaceToDepth
 from lib.training.trainer import CropStream, Replica, TrainingDivergedError, learning_rate, train_member

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from lib.annotator.captions import cue_in_batch
 from lib.annotator.markups import roi_document
-from lib.errors import refuse, speaking_errors
+from lib.errors import refuse
 from lib.frames import FRAME_SEGMENT, frames
 from lib.ledger.queries import QueryLedger
 from lib.models.checkpoints import ModelStore, choose_device, trained_bundle
 from lib.models.recipe import Bundle
 from lib.options import AppOptions
+from lib.prediction.loading import load_ensemble
 from lib.prediction.posterior import Ensemble
 from lib.prediction.segmentation import segment
 from lib.storage.volumes import image_geometry, load_image, save_label
@@ -71,14 +72,14 @@ class SegmentationTask(InferTask):
         """The current ensemble.
 
         Raises:
-            HTTPException: 409 when nothing has been trained yet.
+            PatchwiseError: 409 when nothing has been trained yet.
         """
         model = self.store.current()
         if model is None:
             refuse(f"{self.bundle.name} has not been trained yet; POST /train/{self.bundle.name} first", 409)
         with self._loading:
             if self._loaded is None or self._loaded[0] != model.digest:
-                ensemble = self.store.load(model, self.bundle, choose_device(self.options.device))
+                ensemble = load_ensemble(self.store, model, self.bundle, choose_device(self.options.device))
                 self._loaded = (model.digest, ensemble)
                 self._classes = 1 + len(model.facts["classes"])
             return self._loaded[1]
@@ -89,14 +90,13 @@ class SegmentationTask(InferTask):
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         started = time.time()
-        with speaking_errors():
-            mirror = request.get("mirror", True)
-            if not isinstance(mirror, bool):
-                refuse(f"mirror must be true or false, found {mirror!r}")
-            volume = load_image(request["image"])
-            ensemble = self.ensemble()
-            with ensemble.lock:
-                label_xyz = segment(ensemble, volume, self._classes, self.store.folder, mirror)
+        mirror = request.get("mirror", True)
+        if not isinstance(mirror, bool):
+            refuse(f"mirror must be true or false, found {mirror!r}")
+        volume = load_image(request["image"])
+        ensemble = self.ensemble()
+        with ensemble.lock:
+            label_xyz = segment(ensemble, volume, self._classes, self.store.folder, mirror)
         names = dict(self.labels)
         facts = {"label_names": names, "latencies": {"total": round(time.time() - started, 3)}}
         return write_result(label_xyz, volume.affine, request), facts
@@ -129,20 +129,19 @@ class QueryRegionTask(InferTask):
         return True
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        with speaking_errors():
-            shape, affine = image_geometry(request["image"])
-            wanted = _format(request)
-            image_id = str(request.get("image_id", ""))
-            client = request.get("client_id")
-            mine = self.ledger.open_queries(image_id, str(client)) if client else []
-            queries = mine or self.ledger.open_queries(image_id)
-            regions = [query.region for query in queries]
-            facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
-            # Slicer takes a file without any markup for a broken one; an empty label map shows that nothing is open.
-            if wanted == MARKUPS and queries:
-                cues = [cue_in_batch(query, self.ledger, shape, affine) for query in queries]
-                return _write_json(roi_document(regions, cues, affine)), facts
-            return write_result(frames(regions, shape), affine, request), facts
+        shape, affine = image_geometry(request["image"])
+        wanted = _format(request)
+        image_id = str(request.get("image_id", ""))
+        client = request.get("client_id")
+        mine = self.ledger.open_queries(image_id, str(client)) if client else []
+        queries = mine or self.ledger.open_queries(image_id)
+        regions = [query.region for query in queries]
+        facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
+        # Slicer takes a file without any markup for a broken one; an empty label map shows that nothing is open.
+        if wanted == MARKUPS and queries:
+            cues = [cue_in_batch(query, self.ledger, shape, affine) for query in queries]
+            return _write_json(roi_document(regions, cues, affine)), facts
+        return write_result(frames(regions, shape), affine, request), facts
 
 
 def _format(request: dict[str, Any]) -> str:

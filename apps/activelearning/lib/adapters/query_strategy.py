@@ -22,7 +22,7 @@ from lib.adapters.pool_evidence import COMPOSE, DescriptorEvidence, ModelEvidenc
 from lib.annotator.captions import cue_in_batch
 from lib.annotator.explanations import Reasons, draw
 from lib.annotator.predicted_regions import Proposals
-from lib.errors import refuse, speaking_errors
+from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import ANONYMOUS, Asked, Query
 from lib.models.checkpoints import Model
@@ -95,22 +95,20 @@ class QueryStrategy(Strategy):
         first. The same `request_id` again gives the same regions.
 
         Raises:
-            HTTPException: 4xx with a sentence.
+            PatchwiseError: 4xx with a sentence.
         """
-        with speaking_errors():
-            method, wanted = self._method(request), _parse(request)
-            datastore.ledger.expire()
-            note, queries = self._queries(method, wanted, datastore)
+        method, wanted = self._method(request), _parse(request)
+        datastore.ledger.expire()
+        note, queries = self._queries(method, wanted, datastore)
         return self._answer(queries, note, datastore) if queries else None
 
     def plan(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> list[Query]:
         """Chooses a batch and records it as proposed, for whoever asks next; the same `request_id` chooses it once.
 
         Raises:
-            HTTPException: 4xx with a sentence.
+            PatchwiseError: 4xx with a sentence.
         """
-        with speaking_errors():
-            return self._queries(self._method(request), _parse(request), datastore, lease=False)[1]
+        return self._queries(self._method(request), _parse(request), datastore, lease=False)[1]
 
     def _queries(
         self, method: QueryMethod, wanted: QueryRequest, datastore: PartialLabelDatastore, lease: bool = True
@@ -176,13 +174,12 @@ class QueryStrategy(Strategy):
         """Does what the first query after a scoring would do and keeps what images offer, so that none waits for it.
 
         Raises:
-            HTTPException: 4xx with a sentence.
+            PatchwiseError: 4xx with a sentence.
         """
-        with speaking_errors():
-            method, wanted = self._method(request), _parse(request)
-            model = self._model(wanted, method)
-            pool, evidence = self._look(method, wanted, model, datastore)
-            self._choose(method, wanted, pool, evidence, self._round(wanted, model), wanted.batch or self.options.batch)
+        method, wanted = self._method(request), _parse(request)
+        model = self._model(wanted, method)
+        pool, evidence = self._look(method, wanted, model, datastore)
+        self._choose(method, wanted, pool, evidence, self._round(wanted, model), wanted.batch or self.options.batch)
 
     def _method(self, request: dict[str, Any]) -> QueryMethod:
         return compose(request) if self.method == COMPOSE else resolve(self.method, request)
@@ -191,10 +188,15 @@ class QueryStrategy(Strategy):
         return wanted.round if wanted.round is not None else (model.round + 1 if model else 0)
 
     def _draw(
-        self, method: QueryMethod, queries: list[Query], datastore: PartialLabelDatastore, evidence: object
+        self,
+        method: QueryMethod,
+        queries: list[Query],
+        datastore: PartialLabelDatastore,
+        evidence: ModelEvidence | DescriptorEvidence | None,
     ) -> None:
         regions = [query.region for query in queries]
-        self.reasons.keep(queries, lambda: draw(method, regions, datastore, evidence))
+        shown = evidence if isinstance(evidence, ModelEvidence) else None
+        self.reasons.keep(queries, lambda: draw(method, regions, datastore, shown))
 
     def _twice(self, wanted: QueryRequest, round_: int, count: int) -> list[int]:
         """Places in the batch of the regions that are read twice; a fraction of a region is drawn by chance."""

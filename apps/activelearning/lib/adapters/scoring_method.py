@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import HTTPException
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from lib.adapters.infer_tasks import SegmentationTask
 from lib.adapters.pool_evidence import COMPOSE, spec_of
 from lib.adapters.query_strategy import QueryStrategy
-from lib.errors import refuse, speaking_errors
+from lib.errors import PatchwiseError, refuse
 from lib.prediction.moments_cache import MomentsCache
 from lib.prediction.posterior import DEEP_ENSEMBLE, PosteriorSpec
 from lib.querying.methods import compose, resolve
@@ -53,7 +52,7 @@ class MomentsScoring(ScoringMethod):
         how large the batch will be, without it of each listed method that ranks by this uncertainty.
 
         Raises:
-            HTTPException: 4xx: unknown model, nothing trained yet, an empty pool, an unreadable image (named).
+            PatchwiseError: 4xx: unknown model, nothing trained yet, an empty pool, an unreadable image (named).
         """
         name = str(request.get("model") or next(iter(self.segmenters)))
         if name not in self.segmenters:
@@ -66,15 +65,14 @@ class MomentsScoring(ScoringMethod):
         if not files:
             refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
         started = time.time()
-        with speaking_errors():
-            spec = _spec(request)
-            computed = self.cache.fill(model, segmenter.ensemble, datastore.digests(files), _log, spec)
+        spec = _spec(request)
+        computed = self.cache.fill(model, segmenter.ensemble, datastore.digests(files), _log, spec)
         prepared = self._prepared(request, spec)
         for method in prepared:
             try:
                 self.strategy(method).prepare(_known(request), datastore)
-            except HTTPException as refused:  # the moments are there all the same
-                logger.warning("queries of %s were not prepared: %s", method, refused.detail)
+            except PatchwiseError as refused:  # the moments are there all the same
+                logger.warning("queries of %s were not prepared: %s", method, refused)
         seconds = round(time.time() - started, 2)
         done = {"images": len(files), "computed": computed, "prepared": prepared, "s": seconds}
         return {"model": model.digest, "round": model.round, **done}

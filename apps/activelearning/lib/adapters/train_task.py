@@ -18,7 +18,7 @@ import torch
 from monailabel.interfaces.tasks.train import TrainTask
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lib.errors import refuse, speaking_errors
+from lib.errors import refuse
 from lib.models.checkpoints import ModelStore, choose_device, trained_bundle
 from lib.models.preprocessing import TrainingCase, network_image, network_label
 from lib.models.recipe import Bundle, Recipe, RecipeError
@@ -150,27 +150,26 @@ class EnsembleTrainTask(TrainTask):
         """Trains and publishes the ensemble; answers MONAI Label's statistics.
 
         Raises:
-            HTTPException: 4xx with a sentence: bad options, no annotation yet, an unreadable image.
+            PatchwiseError: 4xx with a sentence: bad options, no annotation yet, an unreadable image.
         """
-        with speaking_errors():
-            wanted, recipe = self.parse(request)
-            datastore.annotations.repair({i: datastore.image_path(i) for i in datastore.list_images()})
-            started = time.time()
-            labels = {i: Path(datastore.get_label_uri(i, "final")) for i in datastore.get_labeled_images()}
-            if not labels:
-                refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
-            self.plans.ensure({i: datastore.image_path(i) for i in datastore.list_images()}, labels, wanted.replan)
-            wanted, recipe = self.parse({**request, "replan": False})
-            wanted = self._with_round(wanted, recipe, datastore, labels)
-            digest = self._digest(wanted, recipe, datastore, labels)
-            codes: dict[int, int] = {}
-            known = SmallestStructures(self.classes)
-            cases = [self._case(i, datastore, path, recipe, codes, known) for i, path in sorted(labels.items())]
-            voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
-            if not voxels:
-                refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
-            job = self._job(wanted, recipe, digest, cases, codes)
-            self._train_members(job, cases, self._devices(request))
+        wanted, recipe = self.parse(request)
+        datastore.annotations.repair({i: datastore.image_path(i) for i in datastore.list_images()})
+        started = time.time()
+        labels = {i: Path(datastore.get_label_uri(i, "final")) for i in datastore.get_labeled_images()}
+        if not labels:
+            refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
+        self.plans.ensure({i: datastore.image_path(i) for i in datastore.list_images()}, labels, wanted.replan)
+        wanted, recipe = self.parse({**request, "replan": False})
+        wanted = self._with_round(wanted, recipe, datastore, labels)
+        digest = self._digest(wanted, recipe, datastore, labels)
+        codes: dict[int, int] = {}
+        known = SmallestStructures(self.classes)
+        cases = [self._case(i, datastore, path, recipe, codes, known) for i, path in sorted(labels.items())]
+        voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
+        if not voxels:
+            refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
+        job = self._job(wanted, recipe, digest, cases, codes)
+        self._train_members(job, cases, self._devices(request))
         facts = {
             "round": int(wanted.round or 0),
             "bundle": self.bundle.name,
@@ -203,7 +202,7 @@ class EnsembleTrainTask(TrainTask):
         """Where this training runs: one device, or with MONAI Label's `multi_gpu` and `gpus` several.
 
         Raises:
-            HTTPException: a GPU that this machine does not have.
+            PatchwiseError: a GPU that this machine does not have.
         """
         device = choose_device(self.options.device)
         if device.type != "cuda" or not request.get("multi_gpu"):

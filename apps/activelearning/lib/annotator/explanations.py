@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lib.adapters.pool_evidence import ModelEvidence
 from lib.annotator.thumbnails import RGB, thumbnail
 from lib.ledger.records import Query
 from lib.querying.methods import QueryMethod
+from lib.querying.types import Evidence
 from lib.regions import Region
 from lib.storage.atomic_files import read_json, write_atomic, write_json
 from lib.storage.volumes import load_image
@@ -77,7 +77,7 @@ class Reasons:
 
 
 def draw(
-    method: QueryMethod, regions: Sequence[Region], datastore: PartialLabelDatastore, evidence: object
+    method: QueryMethod, regions: Sequence[Region], datastore: PartialLabelDatastore, evidence: Evidence | None
 ) -> list[RGB]:
     """A picture of each region, in their order; every image and score map is read once.
 
@@ -98,7 +98,7 @@ def _save(rgb: RGB, stream: BinaryIO) -> None:
     Image.fromarray(rgb).save(stream, "PNG")
 
 
-def _score_map(method: QueryMethod, evidence: object, image: str) -> NDArray[np.floating[Any]] | None:
-    if method.uncertainty not in SCORE_MAPS or not isinstance(evidence, ModelEvidence):
+def _score_map(method: QueryMethod, evidence: Evidence | None, image: str) -> NDArray[np.floating[Any]] | None:
+    if method.uncertainty not in SCORE_MAPS or evidence is None:
         return None
     return score_map_of(method.uncertainty, evidence.moments(image))

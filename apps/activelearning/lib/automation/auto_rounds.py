@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from fastapi import HTTPException
+from lib.errors import PatchwiseError
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,8 @@ class AutoRounds:
         self._started = (step, self.clock(), begun or now.labels)
         try:
             self.work.start(step)
-        except HTTPException as refused:
-            self._failed(step, str(refused.detail), now.labels)
+        except PatchwiseError as refused:
+            self._failed(step, str(refused), now.labels)
         except Exception as error:
             logger.exception("rounds: %s failed", step)
             self._failed(step, f"{type(error).__name__}: {error}", now.labels)

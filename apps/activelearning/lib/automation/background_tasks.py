@@ -75,7 +75,7 @@ def one_at_a_time(lock: Path, wait: bool) -> Iterator[None]:
     """Only one process is inside: a server that was killed may leave a training running that the next one meets.
 
     Raises:
-        HTTPException: 409 without `wait` while another one is inside.
+        PatchwiseError: 409 without `wait` while another one is inside.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -12,20 +12,17 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from fastapi import HTTPException
 from monailabel.interfaces.exception import MONAILabelException
 
 from lib.adapters.train_task import EnsembleTrainTask
 from lib.annotator.captions import cue_in_batch
 from lib.annotator.explanations import Reasons
-from lib.automation import background_tasks
-from lib.automation.auto_rounds import AutoRounds
 from lib.dashboard.counts import Measures
 from lib.dashboard.stopping_advisor import Batch, Rules, advise, estimate
-from lib.errors import SPEAKING
+from lib.errors import PatchwiseError
 from lib.ledger.records import Query, iso
 from lib.options import AppOptions
 from lib.prediction.moments_cache import MomentsCache
@@ -40,6 +37,50 @@ STATUSES = {"answered": "answered", "open": "open", "proposed": "planned", "expi
             "released": "returned", "skipped": "skipped", "withdrawn": "given up"}  # fmt: skip
 
 
+Kind = Literal["train", "scoring"]
+
+
+class Failures(Protocol):
+    """Why the last run of each kind failed."""
+
+    def get(self, kind: Kind) -> dict[str, Any] | None:
+        """`sentence` and `at` of the last failure; None when the last run did well."""
+        ...
+
+
+class Tasks(Protocol):
+    """Trainings and scorings of this server process; `lib.automation.background_tasks` is one."""
+
+    def is_running(self, kind: Kind) -> bool:
+        """Whether a run is going on or waits for its turn."""
+        ...
+
+    def last(self, kind: Kind) -> dict[str, Any] | None:
+        """The record of the newest run."""
+        ...
+
+    def started_at(self, task: Mapping[str, Any]) -> float:
+        """Seconds since 1970 when a run was asked for."""
+        ...
+
+    def how_it_ended(self, kind: Kind, task: Mapping[str, Any], failures: Any, since: float) -> str:
+        """Why a run failed, in one sentence."""
+        ...
+
+
+class Rounds(Protocol):
+    """Rounds that run themselves; `lib.automation.auto_rounds` is one."""
+
+    @property
+    def step(self) -> str:
+        """The step at work."""
+        ...
+
+    def told(self) -> dict[str, Any]:
+        """State and failure, as `/info/` lists them."""
+        ...
+
+
 class Progress:
     """Reads the ledger, the measures and the processes; costs a few sums, whatever the number of scans.
 
@@ -50,6 +91,7 @@ class Progress:
         cache, reasons: scored images, pictures.
         options: of the app.
         rounds: that run themselves, or None.
+        failures, tasks: of the trainings and scorings of this server.
     """
 
     def __init__(
@@ -60,8 +102,9 @@ class Progress:
         cache: MomentsCache,
         reasons: Reasons,
         options: AppOptions,
-        rounds: AutoRounds | None,
-        failures: background_tasks.Failures,
+        rounds: Rounds | None,
+        failures: Failures,
+        tasks: Tasks,
     ) -> None:
         self.store = store
         self.ledger = store.ledger
@@ -72,6 +115,7 @@ class Progress:
         self.options = options
         self.rounds = rounds
         self.failures = failures
+        self.tasks = tasks
         self.rules = Rules(options.stop_gain, options.stop_batches)
         self._lock = threading.Lock()
         self._report: tuple[float, dict[str, Any]] = (-np.inf, {})
@@ -189,14 +233,14 @@ class Progress:
             try:
                 grid = self.store.geometry(query.region.image)
                 self._cues[query.id] = cue_in_batch(query, self.ledger, *grid)
-            except (HTTPException, MONAILabelException, OSError, *SPEAKING):
+            except (PatchwiseError, MONAILabelException, OSError):
                 # The image has left the pool, or cannot be read any more.
                 return query.region.image
         return self._cues[query.id]
 
     def _work(self) -> dict[str, Any]:
         model, images = self.trainer.store.current(), len(self.store.list_images())
-        training, scoring = background_tasks.is_running("train"), background_tasks.is_running("scoring")
+        training, scoring = self.tasks.is_running("train"), self.tasks.is_running("scoring")
         scored = self.cache.root / model.digest[:16] if model else None
         done = sum(1 for _ in scored.glob("*.npz")) if scoring and scored and scored.is_dir() else 0
         return {
@@ -217,12 +261,12 @@ class Progress:
             what = {"train": "training", "score": "scoring", "plan": "choosing the next batch"}[auto["step"]]
             found.append({"what": what, "sentence": auto["sentence"], "at": iso(auto["at"]),
                           "retry_at": iso(auto["retry_at"])})  # fmt: skip
-        kinds: tuple[background_tasks.Kind, ...] = ("train", "scoring")
+        kinds: tuple[Kind, ...] = ("train", "scoring")
         for kind in kinds:
-            noted, task = self.failures.get(kind), background_tasks.last(kind)
+            noted, task = self.failures.get(kind), self.tasks.last(kind)
             if noted is None and task and task["status"] == "ERROR":
-                since = background_tasks.started_at(task)
-                noted = {"sentence": background_tasks.how_it_ended(kind, task, self.failures, since), "at": since}
+                since = self.tasks.started_at(task)
+                noted = {"sentence": self.tasks.how_it_ended(kind, task, self.failures, since), "at": since}
             if noted and all(noted["sentence"] != f["sentence"] for f in found):
                 what = "training" if kind == "train" else kind
                 found.append({"what": what, "sentence": noted["sentence"], "at": iso(noted["at"]), "retry_at": None})

@@ -20,8 +20,8 @@ from lib.dicom.log_redaction import keep_patients_out, told
 from lib.dicom.segmentation_import import OWN, SegImporter
 from lib.dicom.segmentations import write_segmentation
 from lib.dicom.series_mirror import SeriesMirror
-from lib.dicom.web_client import Pacs
-from lib.errors import PacsError, refuse
+from lib.dicom.web_client import Pacs, PacsError
+from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.partial_labels import LabelError
 from lib.storage.volume_headers import ImageError
@@ -69,7 +69,7 @@ class DicomDatastore(PartialLabelDatastore):
         keep_patients_out()
         self.pacs = pacs
         self.mirror = SeriesMirror(pacs, folder, ledger, settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER)
-        self.importer = SegImporter(pacs, self, folder / STATE_FOLDER / "segmentations")
+        self.importer = SegImporter(pacs, self, classes, folder / STATE_FOLDER / "segmentations")
         self.poll_seconds = poll_seconds
         self.store_segmentations = store_segmentations
         self._troubles: dict[str, str] = {}
@@ -88,7 +88,7 @@ class DicomDatastore(PartialLabelDatastore):
         """File of a series; one that is listed but not fetched yet is fetched now.
 
         Raises:
-            HTTPException: 404 with the name asked for.
+            PatchwiseError: 404 with the name asked for.
             PacsError: the server does not hand it out.
             ImageError: the series is no volume.
         """

@@ -12,30 +12,49 @@ import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from lib.dicom.log_redaction import told
 from lib.dicom.segmentations import WRITER, read_segmentation, referenced_series, written_by_dcmjs
-from lib.dicom.series_mirror import FALLING
+from lib.dicom.series_mirror import FALLING, SeriesMirror
 from lib.dicom.web_client import Pacs, Series
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Query
 from lib.partial_labels import LabelError
+from lib.regions import Triple
 from lib.storage.atomic_files import atomic_path
 from lib.storage.volume_headers import ImageError
 from lib.storage.volumes import save_label
-
-if TYPE_CHECKING:
-    from lib.dicom.datastore import DicomDatastore
 
 logger = logging.getLogger(__name__)
 
 # Under what the ledger's infos keep what became of each segmentation, by its SOP instance UID.
 OUTCOMES = ":segmentation"
 IMPORTED, LEFT, OWN = "imported", "left", "own"
+
+
+class AnswerStore(Protocol):
+    """The pool that segmentations answer."""
+
+    mirror: SeriesMirror
+    ledger: QueryLedger
+
+    def list_images(self) -> list[str]:
+        """Ids of the series in the pool."""
+        ...
+
+    def geometry(self, image_id: str) -> tuple[Triple, NDArray[np.float64]]:
+        """Shape and affine of an image."""
+        ...
+
+    def save_answer(self, image: str, path: Path, info: dict[str, Any]) -> int:
+        """Number of the answer that a label file becomes."""
+        ...
 
 
 class SegImporter:
@@ -47,12 +66,14 @@ class SegImporter:
 
     Args:
         store: whose images are answered.
+        classes: class name -> id.
         kept: folder for the files as they came.
     """
 
-    def __init__(self, pacs: Pacs, store: DicomDatastore, kept: Path) -> None:
+    def __init__(self, pacs: Pacs, store: AnswerStore, classes: Mapping[str, int], kept: Path) -> None:
         self.pacs = pacs
         self.store = store
+        self.classes = classes
         self.ledger: QueryLedger = store.ledger
         self.kept = kept
         self._outcomes: dict[str, dict[str, Any]] = self.ledger.infos(OUTCOMES)
@@ -138,7 +159,7 @@ class SegImporter:
         queries = self._queries(image, segmentation)
         shape, affine = self.store.geometry(image)
         label_xyz, label_info = read_segmentation(
-            segmentation, image, shape, affine, self.store.annotations.classes, [query.region for query in queries]
+            segmentation, image, shape, affine, self.classes, [query.region for query in queries]
         )
         with atomic_path(self.kept / f"{instance}.dcm") as temporary:
             segmentation.save_as(temporary, write_like_original=False)

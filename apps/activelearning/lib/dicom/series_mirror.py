@@ -17,8 +17,7 @@ from typing import Any
 import nibabel as nib
 
 from lib.dicom.series import read_series
-from lib.dicom.web_client import Pacs, Series
-from lib.errors import PacsError
+from lib.dicom.web_client import Pacs, PacsError, Series
 from lib.ledger.queries import QueryLedger
 from lib.storage.atomic_files import atomic_path
 from lib.storage.volume_headers import ImageError

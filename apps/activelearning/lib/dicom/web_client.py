@@ -22,7 +22,7 @@ from pydicom.uid import UID
 from requests.adapters import HTTPAdapter
 
 from lib.dicom.log_redaction import told
-from lib.errors import PacsError
+from lib.errors import PatchwiseError
 
 # Seconds to wait for a connection and for the next bytes; without, a server that hangs would hold its caller forever.
 _TIMEOUT = (5.0, 120.0)
@@ -38,6 +38,12 @@ SAMPLE_FIELDS = (
     "RetrieveURL",
 )
 _FIELDS = [field for field in SAMPLE_FIELDS if field != "RetrieveURL"]
+
+
+class PacsError(PatchwiseError):
+    """A DICOMweb server did not do as asked; the message names it and says what to do."""
+
+    status = 503
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lib.errors import PatchwiseError
 from lib.ledger.records import Query, to_query
 from lib.ledger.schema import SCHEMA_VERSION, prepare
 from lib.storage.sqlite import log_ahead
@@ -22,10 +23,8 @@ BUSY_SECONDS = 30.0
 JOURNAL = "journal.jsonl"
 
 
-class LedgerError(RuntimeError):
+class LedgerError(PatchwiseError):
     """The ledger cannot be used as asked; the message says why."""
-
-    status = 400
 
 
 def damaged(path: Path, found: object) -> LedgerError:
@@ -37,11 +36,9 @@ def damaged(path: Path, found: object) -> LedgerError:
 
 
 class LeaseError(LedgerError):
-    """A query is not this client's to act on; `status` is what a server answers with it."""
+    """A query is not this client's to act on."""
 
-    def __init__(self, sentence: str, status: int = 409) -> None:
-        super().__init__(sentence)
-        self.status = status
+    status = 409
 
 
 class LedgerStore:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any
 
 from monailabel.config import settings
@@ -18,15 +17,9 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.ledger.records import ANONYMOUS
+from lib.studies.request_context import CLIENT, current_client
 
 MOST_ALIASES = 50
-
-_current: ContextVar[str | None] = ContextVar("client", default=None)
-
-
-def current_client() -> str | None:
-    """`user@address` of the request that is being answered; None outside of one."""
-    return _current.get()
 
 
 class Clients:
@@ -74,11 +67,11 @@ class IdentifiedClients:
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        token = _current.set(f"{_user(connection)}@{self._address(connection)}")
+        token = CLIENT.set(f"{_user(connection)}@{self._address(connection)}")
         try:
             await self.app(scope, receive, send)
         finally:
-            _current.reset(token)
+            CLIENT.reset(token)
 
     def _address(self, connection: HTTPConnection) -> str:
         told = connection.headers.get(self.header, "") if self.header else ""

@@ -187,7 +187,7 @@ def check_json(text: bytes, what: str = "the body") -> Any:
     """The value of a JSON text, which holds only what every part of the app can work with.
 
     Raises:
-        HTTPException: 400: not JSON, not UTF-8, deeper than 32 levels, numbers that are not finite or beyond 64 bits,
+        PatchwiseError: 400: not JSON, not UTF-8, deeper than 32 levels, numbers that are not finite or beyond 64 bits,
             text that is no Unicode, or a field that would reach into the machine (`bundle_path`, `gpus`).
     """
     try:

@@ -11,13 +11,13 @@ import re
 from typing import NoReturn
 from urllib.parse import parse_qsl
 
-from fastapi import HTTPException
 from monailabel.config import settings
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lib.errors import refuse
+from lib.errors import PatchwiseError, refuse
 from lib.middleware.request_bodies import (
     FORM_BYTES,
     JSON_BYTES,
@@ -62,7 +62,7 @@ class CheckedRequests:
             check_path(scope["path"])
             check_query(scope["query_string"])
             body = self._body(scope)
-        except HTTPException:
+        except PatchwiseError:
             await _read_on(receive)
             raise
         await self.app(scope, _checking(receive, body), send)
@@ -141,10 +141,11 @@ def _checking(receive: Receive, body: Body) -> Receive:
             body.feed(message.get("body", b""))
             if not message.get("more_body", False):
                 body.end()
-        except HTTPException:
+        except PatchwiseError as refused:
             if message.get("more_body", False):
                 await _read_on(receive)
-            raise
+            # FastAPI reads the body for the route, and lets only this class pass as it is.
+            raise HTTPException(refused.status, str(refused)) from refused
         return message
 
     return call

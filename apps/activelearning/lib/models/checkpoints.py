@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lib.models.loss_head import LossHead, fresh_head
 from lib.models.plan import Plan
-from lib.models.recipe import Bundle, Recipe
-from lib.prediction.posterior import Ensemble
+from lib.models.recipe import Bundle
 from lib.storage.atomic_files import file_digest, read_json, write_atomic, write_json
 
 KEPT_TRAININGS = 2
 _FACTS = "facts.json"
-QUERY_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,45 +108,6 @@ class ModelStore:
                 return f"{self.bundle}: the current model is damaged; that of round {facts['round']} is used again"
         pointer.unlink()
         return f"{self.bundle}: the only model is damaged and was set aside; train again"
-
-    def load(self, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
-        """The ensemble of a finished training. Checkpoints are read with `weights_only=True`: they can run no code."""
-        bundle = trained_bundle(model, bundle)
-        recipe = Recipe.model_validate(model.facts["recipe"])
-        networks: list[nn.Module] = []
-        heads: list[LossHead] = []
-        for member in range(int(model.facts["members"])):
-            # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
-            network = bundle.network(len(model.facts["classes"]), QUERY_DROPOUT, recipe.deep_supervision)
-            path = self.member_path(model.digest, member)
-            network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-            networks.append(network)
-            if self.head_path(model.digest, member).is_file():
-                head = fresh_head(network, bundle.layers("loss_taps"), bundle.divisor)
-                weights = torch.load(self.head_path(model.digest, member), map_location=device, weights_only=True)
-                head.load_state_dict(weights)
-                heads.append(head)
-        taps = bundle.layers("loss_taps") if heads else []
-        spacing, grey = model.facts["spacing"], bundle.normalisation
-        mirrored = recipe.mirror if recipe.mirror_predictions else ()
-        crop, divisor, sure = recipe.patch, bundle.divisor, recipe.confidence
-        known_mm3 = model.facts.get("smallest_mm3", {})
-        smallest_mm3 = {model.facts["classes"][name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
-        return Ensemble(
-            networks,
-            crop,
-            divisor,
-            spacing,
-            device,
-            heads,
-            taps,
-            normalisation=grey,
-            mirrored=mirrored,
-            confidence=sure,
-            smallest_mm3=smallest_mm3,
-            precision=recipe.precision,
-            shifts=recipe.shifts,
-        )
 
     def _folders(self) -> list[Path]:
         """Folders of trainings, newest first."""

@@ -7,15 +7,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from lib.training.loss import PartialDiceCELoss
-from lib.training.networks import per_crop
 
 WIDTH = 128
 
@@ -40,29 +38,6 @@ class LossHead(nn.Module):
         pooled = [functional.relu(tap(average)) for tap, average in zip(self.taps, averages, strict=True)]
         predicted: Tensor = self.last(torch.cat(pooled, dim=1))[:, 0]
         return predicted
-
-
-def pair_loss(predicted: Tensor, target: Tensor, margin: float = 1.0) -> Tensor:
-    """Mean over the pairs (i, B - 1 - i) of max(0, margin - sign (p_i - p_j)), sign +1 where t_i > t_j, else -1.
-
-    The published configuration has margin 0, Yoo & Kweon have 1. Targets carry no gradient.
-
-    Raises:
-        ValueError: an odd number of samples, which leaves one without a partner.
-    """
-    if len(predicted) % 2:
-        raise ValueError(f"learning loss compares pairs: the batch must be even, found {len(predicted)}")
-    half = len(predicted) // 2
-    difference = predicted[:half] - predicted.flip(0)[:half]
-    sign = torch.where(target[:half] > target.flip(0)[:half], 1.0, -1.0)
-    return functional.relu(margin - sign * difference).mean()
-
-
-def sample_losses(logits: Tensor, labels: Tensor, sets: Tensor | None = None) -> Tensor:
-    """Dice + cross-entropy of each sample over its annotated voxels, (B,), without gradient."""
-    loss = PartialDiceCELoss()
-    with torch.no_grad():
-        return torch.stack([loss(logits[i : i + 1], labels[i : i + 1], sets) for i in range(len(logits))])
 
 
 @contextmanager
@@ -105,3 +80,11 @@ def fresh_head(network: nn.Module, layers: Sequence[str], divisor: Sequence[int]
         head = LossHead([a.shape[1] for a in activations])
     network.train(training)
     return head
+
+
+def per_crop(activation: Tensor, crops: int) -> Tensor:
+    """Activations of slices folded into the batch, (B S, C, h, w), as those of crops, (B, C, S, h, w)."""
+    if activation.shape[0] == crops:
+        return activation
+    apart: Tensor = activation.unflatten(0, (crops, math.floor(activation.shape[0] / crops))).transpose(1, 2)
+    return apart

@@ -8,22 +8,20 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lib.errors import PatchwiseError
 from lib.options import problems
 from lib.regions import Triple
-from lib.storage.atomic_files import write_atomic
 
 FLAT = 3
 
 Configuration = Literal["3d_fullres", "2d", "3d_anisotropic"]
 
 
-class PlanError(ValueError):
+class PlanError(PatchwiseError):
     """A plan that cannot be made or used; one sentence that names the file or the field."""
 
 
@@ -127,30 +125,6 @@ def _shown(name: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_plan(plan: Plan, path: Path) -> None:
-    """Writes a plan as YAML, whole or not at all."""
-    text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=120, default_flow_style=None)
-    write_atomic(path, lambda stream: stream.write(text.encode()))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Fields of a plan file, of all or of some decisions.
-
-    Raises:
-        PlanError: unreadable, or holding fields that no plan has.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PlanError(f"{path}: not readable as a plan ({error}); repair the file or delete it") from error
-    if not isinstance(content, dict):
-        raise PlanError(f"{path}: expected the fields of a plan, found {type(content).__name__}")
-    unknown = sorted(map(str, set(content) - set(Plan.model_fields)))
-    if unknown:
-        raise PlanError(f"{path}: {', '.join(unknown)} is no field of a plan; there are {', '.join(Plan.model_fields)}")
-    return content
-
-
 def checked(fields: dict[str, Any], source: object) -> Plan:
     """A plan of these fields.
 
@@ -161,12 +135,3 @@ def checked(fields: dict[str, Any], source: object) -> Plan:
         return Plan.model_validate(fields)
     except ValidationError as error:
         raise PlanError(f"{source}: {problems(error)}") from error
-
-
-def read_plan(path: Path) -> Plan:
-    """A complete plan of a YAML file.
-
-    Raises:
-        PlanError: unreadable or incomplete.
-    """
-    return checked(read_yaml(path), path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib.models.plan import Normalisation
+from lib.partial_labels import UNLABELLED
 from lib.regions import Triple
 from lib.storage.volumes import Volume
 
@@ -90,3 +91,17 @@ def to_grid(scores_cxyz: Tensor, shape: Sequence[int]) -> Tensor:
 def _resize(volume_cxyz: Tensor, shape: Triple, mode: str) -> Tensor:
     aligned = {"align_corners": False} if mode == "trilinear" else {}
     return functional.interpolate(volume_cxyz[None], size=shape, mode=mode, **aligned)[0]
+
+
+def crop(image_cxyz: Tensor, label_xyz: Tensor, start: Sequence[int], patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Plain crop; outside of the image lies 0 (the mean of a normalised image) and no annotation."""
+    image = image_cxyz.new_zeros((image_cxyz.shape[0], *patch))
+    label = label_xyz.new_full(tuple(patch), UNLABELLED)
+    source, target = [], []
+    for s, p, n in zip(start, patch, label_xyz.shape, strict=True):
+        a, b = max(s, 0), min(s + p, n)
+        source.append(slice(a, b))
+        target.append(slice(a - s, b - s))
+    image[(slice(None), *target)] = image_cxyz[(slice(None), *source)]
+    label[tuple(target)] = label_xyz[tuple(source)]
+    return image, label

@@ -16,12 +16,13 @@ from typing import Any, Literal, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from lib.errors import PatchwiseError
 from lib.models.plan import Configuration, Normalisation, Plan
 from lib.options import problems
 from lib.regions import Triple
 
 
-class RecipeError(ValueError):
+class RecipeError(PatchwiseError):
     """A bundle or a training option that cannot be used."""
 
 

@@ -11,11 +11,13 @@ import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lib.models.plan import Plan, checked, read_plan, read_yaml, write_plan
+from lib.models.plan import Plan, checked
+from lib.models.plan_files import read_plan, read_yaml, write_plan
 from lib.models.recipe import Bundle
 from lib.options import AppOptions
-from lib.planning.fingerprint import declared_modality, take_fingerprint
-from lib.planning.planner import make_plan, measure_budget, names_sides
+from lib.planning.fingerprint_reader import declared_modality, take_fingerprint
+from lib.planning.memory_budget import measure_budget
+from lib.planning.planner import make_plan, names_sides
 
 logger = logging.getLogger(__name__)
 

@@ -77,22 +77,6 @@ class Budget:
     memory_gib: float
 
 
-def measure_budget(device: str, memory_gib: float | None = None) -> Budget:
-    """Budget of this machine: given, or measured.
-
-    Of a GPU nine tenths of its memory but at most 8 GiB, which is what nnU-Net plans for on any GPU: plans are then
-    the same on all that have as much. Of a CPU a quarter of the RAM: the pool is in memory besides.
-    """
-    if device.startswith("cuda"):
-        import torch
-
-        measured = torch.cuda.get_device_properties(device).total_memory / GIB if memory_gib is None else 0.0
-        return Budget("cuda", memory_gib or round(min(0.9 * measured, REFERENCE_GIB), 2))
-    import psutil
-
-    return Budget("cpu", memory_gib or round(psutil.virtual_memory().total / GIB / 4, 2))
-
-
 def make_plan(
     pool: Fingerprint,
     budget: Budget,

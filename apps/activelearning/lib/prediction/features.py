@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from lib.models.loss_head import tapped
-from lib.models.preprocessing import network_image
+from lib.models.preprocessing import crop, network_image
 from lib.prediction.posterior import Ensemble
 from lib.regions import Box, Triple
 from lib.storage.volumes import Volume
-from lib.training.augmentation import crop
 
 # Voxels of crops that go through a network at a time.
 BATCH_VOXELS = 1 << 20

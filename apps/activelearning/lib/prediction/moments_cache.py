@@ -26,7 +26,6 @@ from lib.prediction.posterior import DEEP_ENSEMBLE, Ensemble, PosteriorSpec
 from lib.prediction.tiled import is_large, streamed_moments
 from lib.storage.atomic_files import text_digest, write_atomic
 from lib.storage.volumes import Volume, load_image
-from lib.studies.datastore import PartialLabelDatastore
 from lib.uncertainty import Moments
 
 logger = logging.getLogger(__name__)
@@ -41,18 +40,22 @@ class MomentsCache:
 
     Args:
         root: folder of the cache.
-        datastore: where images and their digests come from.
+        path_of: file of an image by its id.
+        digest_of: SHA-256 of that file.
         keep: how many models' moments stay.
     """
 
-    def __init__(self, root: Path, datastore: PartialLabelDatastore, keep: int = 1) -> None:
+    def __init__(
+        self, root: Path, path_of: Callable[[str], Path], digest_of: Callable[[str], str], keep: int = 1
+    ) -> None:
         self.root = root
-        self.datastore = datastore
+        self.path_of = path_of
+        self.digest_of = digest_of
         self.keep = keep
 
     def path(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> Path:
         """File of one image's moments."""
-        return self.root / model.digest[:16] / _name(self.datastore.image_digest(image), spec)
+        return self.root / model.digest[:16] / _name(self.digest_of(image), spec)
 
     def missing(self, model: Model, digests: Mapping[str, str], spec: PosteriorSpec = DEEP_ENSEMBLE) -> list[str]:
         """Images whose moments for this model and posterior are not cached, given the digests of their files."""
@@ -93,7 +96,7 @@ class MomentsCache:
         loaded = ensemble() if missing else None
         for done, image in enumerate(tqdm(missing, desc="scoring", unit="image", mininterval=5, disable=None), start=1):
             assert loaded is not None, "an ensemble is loaded whenever an image is missing"
-            volume = load_image(self.datastore.image_path(image))
+            volume = load_image(self.path_of(image))
             # Dropout and views follow from the image alone, whatever the order in which the pool is scored.
             seed = int(digests[image][:8], 16)
             with loaded.lock:

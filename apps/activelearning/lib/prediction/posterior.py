@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from lib.models.cpu_convolutions import OneDNN
 from lib.models.loss_head import LossHead, tapped
 from lib.models.plan import Normalisation
+from lib.models.precision import autocast_type
 from lib.models.preprocessing import network_image, to_grid
 from lib.models.vmapped import stacked
 from lib.prediction.test_time_augmentation import View, flip, identity, moved, views
 from lib.regions import Triple
 from lib.storage.volumes import Volume
-from lib.training.trainer import autocast_type
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib.errors import PatchwiseError
 
-class MethodError(ValueError):
+
+class MethodError(PatchwiseError):
     """A method, option or combination that does not exist or makes no sense, in one sentence."""
 
 

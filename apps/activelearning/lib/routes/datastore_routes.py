@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, UploadFile
 from fastapi.background import BackgroundTasks
@@ -29,14 +29,12 @@ from monailabel.utils.others.generic import file_checksum
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse
 
-from lib.errors import refuse, speaking_errors
+from lib.errors import refuse
 from lib.middleware.request_checks import check_plain_name
 from lib.middleware.roles import ADMIN, ANNOTATOR, USER
+from lib.routes.services import Services
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
-
-if TYPE_CHECKING:
-    from main import PatchwiseApp
 
 _CHECK_SUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MOST_FILES = 10_000
@@ -67,7 +65,7 @@ def received(file: UploadFile) -> Iterator[Path]:
         yield Path(stream.name)
 
 
-def datastore_routes(patchwise: PatchwiseApp) -> APIRouter:
+def datastore_routes(services: Services) -> APIRouter:
     """Uploads and downloads that leave nothing in the temporary folder."""
     router = APIRouter(tags=["Datastore"], prefix="/datastore")
 
@@ -97,7 +95,7 @@ def datastore_routes(patchwise: PatchwiseApp) -> APIRouter:
 
     @router.head("/image", summary="Check if an image exists")
     async def check_image_sum(image: str, check_sum: str | None = None, user: User = USER) -> dict[str, Any]:
-        path, found = patchwise.store.get_image_uri(image), _CHECK_SUM.fullmatch(check_sum or "")
+        path, found = services.store.get_image_uri(image), _CHECK_SUM.fullmatch(check_sum or "")
         if check_sum and not found:
             refuse(f"check_sum {check_sum[:80]!r} cannot be used; send SHA256:, SHA512: or MD5: and hexadecimal digits")
         if found and not file_checksum(path, found[1] or "SHA256").endswith(f":{found[2].lower()}"):
@@ -115,7 +113,7 @@ def datastore_routes(patchwise: PatchwiseApp) -> APIRouter:
     return router
 
 
-def session_routes(patchwise: PatchwiseApp) -> APIRouter:
+def session_routes(services: Services) -> APIRouter:
     """Sessions: images that clients bring along, kept for a while."""
     router = APIRouter(tags=["Session"], prefix="/session")
 
@@ -126,17 +124,16 @@ def session_routes(patchwise: PatchwiseApp) -> APIRouter:
         files: list[UploadFile] = File(...),  # noqa: B008
         user: User = USER,
     ) -> dict[str, Any]:
-        sessions = patchwise.sessions()
+        sessions = services.sessions()
         if sessions is None:
             refuse("sessions are turned off on this server; name an image of the studies folder", 406)
         with tempfile.TemporaryDirectory(prefix="patchwise-") as folder:
             kept = _keep(files, Path(folder) / "files")
             source = kept[0] if len(kept) == 1 else kept[0].parent
             if uncompress:
-                source = _unpack(source, Path(folder) / "unpacked", patchwise.options.upload_mib * 2**20)
+                source = _unpack(source, Path(folder) / "unpacked", services.options.upload_mib * 2**20)
             elif source.is_file():
-                with speaking_errors():
-                    check_image(source, uploaded=True)
+                check_image(source, uploaded=True)
             number, info = sessions.add_session(str(source), expiry)
         return {"session_id": number, "session_info": info.to_json()}
 
@@ -156,7 +153,7 @@ def session_routes(patchwise: PatchwiseApp) -> APIRouter:
     return router
 
 
-def other_routes(patchwise: PatchwiseApp) -> APIRouter:
+def other_routes(services: Services) -> APIRouter:
     """What this app does not do, or does with bounds."""
     router = APIRouter()
 
@@ -201,7 +198,7 @@ def other_routes(patchwise: PatchwiseApp) -> APIRouter:
         refuse("this server works on a folder, so there is no DICOMweb server behind it", 404)
 
     # In front of MONAI Label's own proxy only where that would lead nowhere.
-    if patchwise.studies.startswith(("http://", "https://")):
+    if services.studies.startswith(("http://", "https://")):
         router.routes[:] = [r for r in router.routes if "/proxy/" not in getattr(r, "path", "")]
     return router
 

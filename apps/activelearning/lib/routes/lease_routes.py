@@ -7,20 +7,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter
 from monailabel.endpoints.user.auth import User
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from lib.agreement import summarise
-from lib.errors import refuse, speaking_errors
+from lib.errors import refuse
 from lib.ledger.records import Answer, Query, iso
 from lib.middleware.roles import ANNOTATOR, USER
 from lib.options import problems
-
-if TYPE_CHECKING:
-    from main import PatchwiseApp
+from lib.routes.services import Services
 
 
 class _Request(BaseModel):
@@ -34,36 +32,33 @@ class _LeaseRequest(_Request):
     query: StrictInt
 
 
-def lease_routes(patchwise: PatchwiseApp) -> APIRouter:
+def lease_routes(services: Services) -> APIRouter:
     """Routes that change leases; `POST /activelearning/{strategy}` would take their paths, so they come before it."""
     router = APIRouter(tags=["Patchwise"])
-    ledger = patchwise.ledger
+    ledger = services.ledger
 
     @router.post("/activelearning/renew", summary="A new lease for a region")
     async def renew(params: dict[str, Any] | None = None, user: User = USER) -> dict[str, Any]:
-        wanted, client = _parse(_LeaseRequest, params, patchwise)
-        with speaking_errors():
-            return _told(ledger.renew(wanted.query, client))
+        wanted, client = _parse(_LeaseRequest, params, services)
+        return _told(ledger.renew(wanted.query, client))
 
     @router.post("/activelearning/release", summary="Give a region back to the pool")
     async def release(params: dict[str, Any] | None = None, user: User = USER) -> dict[str, Any]:
-        wanted, client = _parse(_LeaseRequest, params, patchwise)
-        with speaking_errors():
-            return _told(ledger.release(wanted.query, client, wanted.reason))
+        wanted, client = _parse(_LeaseRequest, params, services)
+        return _told(ledger.release(wanted.query, client, wanted.reason))
 
     @router.post("/activelearning/skip", summary="Never ask about a region again")
     async def skip(params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
-        wanted, client = _parse(_LeaseRequest, params, patchwise)
-        with speaking_errors():
-            return _told(ledger.skip(wanted.query, client, wanted.reason))
+        wanted, client = _parse(_LeaseRequest, params, services)
+        return _told(ledger.skip(wanted.query, client, wanted.reason))
 
     return router
 
 
-def answer_routes(patchwise: PatchwiseApp) -> APIRouter:
+def answer_routes(services: Services) -> APIRouter:
     """Routes that list answers, take them back, and tell how far people agree."""
     router = APIRouter(tags=["Patchwise"], prefix="/patchwise")
-    ledger, store = patchwise.ledger, patchwise.store
+    ledger, store = services.ledger, services.store
 
     @router.get("/answers", summary="Submissions of an image, or of all, withdrawn ones too")
     async def answers(image: str | None = None, user: User = USER) -> list[dict[str, Any]]:
@@ -72,23 +67,23 @@ def answer_routes(patchwise: PatchwiseApp) -> APIRouter:
 
     @router.post("/answers/{answer_id}/withdraw", summary="Take an answer out of the label")
     async def withdraw(answer_id: int, params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
-        wanted, client = _parse(_Request, params, patchwise)
+        wanted, client = _parse(_Request, params, services)
         return _answer(store.withdraw_answer(answer_id, client, wanted.reason))
 
     @router.post("/answers/{answer_id}/restore", summary="Put a withdrawn answer back")
     async def restore(answer_id: int, params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
-        wanted, client = _parse(_Request, params, patchwise)
+        wanted, client = _parse(_Request, params, services)
         return _answer(store.restore_answer(answer_id, client, wanted.reason))
 
     @router.get("/agreement", summary="Dice between two annotators of one region")
     async def agreement(user: User = USER) -> dict[str, Any]:
         pairs = ledger.agreements()
-        return {"classes": summarise(pairs, patchwise.classes), "pairs": pairs}
+        return {"classes": summarise(pairs, services.classes), "pairs": pairs}
 
     return router
 
 
-def times(patchwise: PatchwiseApp, query: Query) -> dict[str, Any]:
+def times(services: Services, query: Query) -> dict[str, Any]:
     """Who worked on a query, when and for how many minutes: what `GET /patchwise/queries/{id}` adds to it."""
     return {
         "status": query.status,
@@ -97,17 +92,17 @@ def times(patchwise: PatchwiseApp, query: Query) -> dict[str, Any]:
         "second_reading_of": query.twin,
         "handed_out": iso(query.leased),
         "opened": iso(query.opened),
-        "submitted": iso(patchwise.ledger.submitted(query.id)),
+        "submitted": iso(services.ledger.submitted(query.id)),
         "minutes": query.worked / 60 if query.worked else None,
     }
 
 
-def _parse(kind: type[Any], params: dict[str, Any] | None, patchwise: PatchwiseApp) -> tuple[Any, str]:
+def _parse(kind: type[Any], params: dict[str, Any] | None, services: Services) -> tuple[Any, str]:
     try:
         wanted = kind.model_validate(params or {})
     except ValidationError as error:
         refuse(f"request {problems(error)}")
-    return wanted, patchwise.clients.identify({"client_id": wanted.client_id})
+    return wanted, services.clients.identify({"client_id": wanted.client_id})
 
 
 def _told(query: Query) -> dict[str, Any]:

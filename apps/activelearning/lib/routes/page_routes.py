@@ -11,21 +11,19 @@ import base64
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 from monailabel.endpoints.user.auth import User
 
 from lib.middleware.roles import USER
-
-if TYPE_CHECKING:
-    from main import PatchwiseApp
+from lib.routes.services import Services
 
 PAGE = Path(__file__).parent / "pages" / "progress.html"
 
 
-def page_routes(patchwise: PatchwiseApp) -> APIRouter:
+def page_routes(services: Services) -> APIRouter:
     """Routes of the page; with MONAI Label's authentication on, everything but the empty shell needs its user role."""
     router = APIRouter(tags=["Patchwise"], prefix="/patchwise")
     html = PAGE.read_text(encoding="utf-8")
@@ -43,8 +41,8 @@ def page_routes(patchwise: PatchwiseApp) -> APIRouter:
     @router.get("/progress", summary="What the progress page shows")
     async def progress(user: User = USER) -> dict[str, Any]:
         # Label files are measured from the first look on, so that a server nobody looks at does not measure.
-        patchwise.background.start()
-        return patchwise.progress.report()
+        services.background.start()
+        return services.progress.report()
 
     return router
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, File, Form, UploadFile
 from fastapi.background import BackgroundTasks
@@ -21,23 +21,21 @@ from monailabel.endpoints.infer import ResultType
 from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 
-from lib.errors import refuse, speaking_errors
+from lib.errors import refuse
 from lib.middleware.request_checks import check_plain_name
 from lib.middleware.roles import ADMIN, ANNOTATOR, USER
 from lib.routes.datastore_routes import cleaned, received
+from lib.routes.services import Services
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
 from lib.uncertainty import SCORE_MAPS
-
-if TYPE_CHECKING:
-    from main import PatchwiseApp
 
 # What MONAI Label's own tasks make of a result is part of a file's name.
 _RESULTS = frozenset({*EXTENSIONS, ".seg.nrrd", ".json", ".mrk.json"})
 _ALL: Any = BatchInferImageType.IMAGES_ALL
 
 
-def infer_routes(patchwise: PatchwiseApp) -> APIRouter:
+def infer_routes(services: Services) -> APIRouter:
     """Inference on an image of the pool, a session's or an uploaded one."""
     router = APIRouter(tags=["Infer"])
 
@@ -53,7 +51,7 @@ def infer_routes(patchwise: PatchwiseApp) -> APIRouter:
         output: ResultType | None = None,
         user: User = USER,
     ) -> Any:
-        _check_model(patchwise, model)
+        _check_model(services, model)
         wanted = json.loads(params) if params else {}
         _check_params(wanted, {"model": model, "image": image})
         if not (file or image or session_id):
@@ -61,11 +59,11 @@ def infer_routes(patchwise: PatchwiseApp) -> APIRouter:
         if label or output == ResultType.dicom_seg:
             refuse("models of this server take no label and answer no DICOM segmentation; leave both out")
         if image:
-            patchwise.store.image_path(image)
-        if session_id and patchwise.sessions().get_session(session_id) is None:
+            services.store.image_path(image)
+        if session_id and services.sessions().get_session(session_id) is None:
             refuse(f"there is no session {session_id}; PUT /session/ makes one", 404)
         if file:
-            with received(file) as path, speaking_errors():
+            with received(file) as path:
                 check_image(path, uploaded=True)
         with cleaned(background):
             return upstream_infer.run_inference(background, model, image, session_id, params, file, None, output)
@@ -83,13 +81,13 @@ def infer_routes(patchwise: PatchwiseApp) -> APIRouter:
         run_sync: bool = False,
         user: User = ADMIN,
     ) -> Any:
-        _check_model(patchwise, model)
+        _check_model(services, model)
         wanted = dict(params or {})
         _check_params(wanted, {"model": model})
         listed = wanted.get("images", images)
         if isinstance(listed, list):
             for one in listed:
-                patchwise.store.image_path(str(one))
+                services.store.image_path(str(one))
         elif listed not in list(BatchInferImageType):
             refuse(f"images must be all, labeled, unlabeled or a list of ids, found {listed!r:.80}")
         for name in ("max_workers", "max_batch_size"):
@@ -104,16 +102,15 @@ def infer_routes(patchwise: PatchwiseApp) -> APIRouter:
     return router
 
 
-def task_routes(patchwise: PatchwiseApp) -> APIRouter:
+def task_routes(services: Services) -> APIRouter:
     """Trainings and scorings: whatever would only fail in the process started for it is refused here."""
     router = APIRouter()
 
     @router.post("/train/", include_in_schema=False)
     async def train_all(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = ADMIN) -> Any:
-        chosen = {name: _object(params, name) for name in patchwise.trainers}
-        with speaking_errors():
-            for name, trainer in patchwise.trainers.items():
-                trainer.parse(chosen[name])
+        chosen = {name: _object(params, name) for name in services.trainers}
+        for name, trainer in services.trainers.items():
+            trainer.parse(chosen[name])
         return {name: upstream_train.run_model(name, chosen[name], run_sync, enqueue=True) for name in chosen}
 
     @router.post("/scoring/", include_in_schema=False)
@@ -141,8 +138,8 @@ def _object(params: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
     return found
 
 
-def _check_model(patchwise: PatchwiseApp, model: str) -> None:
-    known: Sequence[str] = ["query_region", *patchwise.segmenters]
+def _check_model(services: Services, model: str) -> None:
+    known: Sequence[str] = ["query_region", *services.segmenters]
     if model not in known:
         refuse(f"no model {model[:80]!r}; known models are {', '.join(known)}", 404)
 

@@ -21,6 +21,8 @@ import nrrd
 import numpy as np
 from numpy.typing import NDArray
 
+from lib.errors import PatchwiseError
+
 # Far above any scan (512 x 512 x 600 has 157 million voxels); what a header may make this app allocate.
 MOST_VOXELS = 600_000_000
 MOST_IN_SLICE = 2**24
@@ -32,7 +34,7 @@ _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _NRRD_TYPES: dict[str, str] = nrrd.reader._TYPEMAP_NRRD2NUMPY
 
 
-class ImageError(ValueError):
+class ImageError(PatchwiseError):
     """A volume that cannot be used; the message names the file, what was found and what to do."""
 
 

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +22,15 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from numpy.typing import NDArray
 
-from lib.errors import refuse, speaking_errors
+from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Answer
-from lib.middleware.client_identity import current_client
 from lib.regions import Triple, triple
 from lib.storage.atomic_files import atomic_path, file_digest
 from lib.storage.volumes import EXTENSIONS, check_image, check_label_file, image_geometry
 from lib.studies.file_cache import FileFacts, Stamped
 from lib.studies.folder_listing import FolderListing, split_name
+from lib.studies.request_context import SAVED_ANSWER, current_client
 from lib.studies.submissions import Annotations
 
 FINAL = DefaultLabelTag.FINAL.value
@@ -88,7 +87,7 @@ class PartialLabelDatastore(Datastore):
         """File of an image.
 
         Raises:
-            HTTPException: 404 with the name asked for.
+            PatchwiseError: 404 with the name asked for.
         """
         path = self._images.path(image_id)
         if path is None:
@@ -111,8 +110,7 @@ class PartialLabelDatastore(Datastore):
             f"{source.name}: images must end in {', '.join(EXTENSIONS)}"
         )
         image_id = _checked_name(image_id or stem, "image")
-        with speaking_errors():
-            check_image(source, uploaded=True)
+        check_image(source, uploaded=True)
         if self._images.path(image_id) is not None:
             refuse(f"there is an image {image_id!r} already; choose another name or delete it first", 409)
         with atomic_path(self.studies / f"{image_id}{extension}") as temporary:
@@ -181,12 +179,10 @@ class PartialLabelDatastore(Datastore):
         if split_name(source.name) is None:
             refuse(f"label for {image_id}: files must end in {', '.join(EXTENSIONS)}, found {source.suffix or 'none'}")
         if tag == FINAL:
-            with speaking_errors():
-                _saved.set(self.annotations.save(image_id, image, source, info))
+            SAVED_ANSWER.set(self.annotations.save(image_id, image, source, info))
         else:
-            _saved.set(None)
-            with speaking_errors():
-                check_label_file(source, (*self.geometry(image_id), image_id))
+            SAVED_ANSWER.set(None)
+            check_label_file(source, (*self.geometry(image_id), image_id))
             extension = next(e for e in EXTENSIONS if source.name.endswith(e))
             with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
                 shutil.copyfile(source, temporary)
@@ -195,13 +191,11 @@ class PartialLabelDatastore(Datastore):
 
     def withdraw_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
         """Takes an answer out of its image's label; it can be restored."""
-        with speaking_errors():
-            return self.annotations.withdraw(answer_id, self.geometry, client, reason)
+        return self.annotations.withdraw(answer_id, self.geometry, client, reason)
 
     def restore_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
         """Takes back a withdrawal."""
-        with speaking_errors():
-            return self.annotations.restore(answer_id, self.geometry, client, reason)
+        return self.annotations.restore(answer_id, self.geometry, client, reason)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         path = self.label_path(label_id, label_tag)
@@ -331,14 +325,6 @@ def _parse_geometry(fact: dict[str, Any]) -> Geometry:
     affine = np.array(fact["affine"], dtype=np.float64)
     x, y, z = (float((affine[:3, axis] ** 2).sum() ** 0.5) for axis in range(3))
     return Geometry(triple(fact["shape"]), affine, (x, y, z))
-
-
-_saved: ContextVar[int | None] = ContextVar("saved_answer", default=None)
-
-
-def saved_answer() -> int | None:
-    """Number of the answer that the current request has saved; None where it saved none."""
-    return _saved.get()
 
 
 def _checked_name(name: str, what: str) -> str:

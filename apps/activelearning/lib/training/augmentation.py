@@ -90,20 +90,6 @@ def _within(angles: NDArray[np.float64], scale: float, axis: int) -> NDArray[np.
     return matrix
 
 
-def crop(image_cxyz: Tensor, label_xyz: Tensor, start: Sequence[int], patch: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Plain crop; outside of the image lies 0 (the mean of a normalised image) and no annotation."""
-    image = image_cxyz.new_zeros((image_cxyz.shape[0], *patch))
-    label = label_xyz.new_full(tuple(patch), UNLABELLED)
-    source, target = [], []
-    for s, p, n in zip(start, patch, label_xyz.shape, strict=True):
-        a, b = max(s, 0), min(s + p, n)
-        source.append(slice(a, b))
-        target.append(slice(a - s, b - s))
-    image[(slice(None), *target)] = image_cxyz[(slice(None), *source)]
-    label[tuple(target)] = label_xyz[tuple(source)]
-    return image, label
-
-
 def changed(
     blocks_bcxyz: Tensor, labels_bxyz: Tensor, patch: Triple, changes: Changes, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -211,11 +210,3 @@ class AnisotropicUNet(nn.Module):
             image = level(torch.cat([up(image), skip], dim=1))
         logits: Tensor = self.output(image)
         return logits
-
-
-def per_crop(activation: Tensor, crops: int) -> Tensor:
-    """Activations of slices folded into the batch, (B S, C, h, w), as those of crops, (B, C, S, h, w)."""
-    if activation.shape[0] == crops:
-        return activation
-    apart: Tensor = activation.unflatten(0, (crops, math.floor(activation.shape[0] / crops))).transpose(1, 2)
-    return apart

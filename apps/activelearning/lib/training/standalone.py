@@ -22,6 +22,7 @@ from lib.models.recipe import Bundle
 from lib.options import AppOptions, OptionError
 from lib.partial_labels import check_values
 from lib.planning.plan_store import PlanStore
+from lib.prediction.loading import load_ensemble
 from lib.prediction.segmentation import segment
 from lib.storage.atomic_files import file_digest, text_digest
 from lib.storage.volumes import EXTENSIONS, check_same_grid, load_image, load_label, save_label
@@ -141,7 +142,7 @@ class FolderInference:
         model = self.store.current()
         if model is None:
             raise OptionError(f"no trained {self.bundle.name} in {self.store.folder.parent}; run train.json first")
-        ensemble = self.store.load(model, self.bundle, self.device)
+        ensemble = load_ensemble(self.store, model, self.bundle, self.device)
         images, _ = listed(self.dataset, self.section)
         written = []
         for name, path in images.items():

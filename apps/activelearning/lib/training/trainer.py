@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.models.cpu_convolutions import FullWhereShort
-from lib.models.loss_head import LossHead, pair_loss, sample_losses, tapped
-from lib.models.preprocessing import TrainingCase
+from lib.models.loss_head import LossHead, tapped
+from lib.models.precision import autocast_type
+from lib.models.preprocessing import TrainingCase, crop
 from lib.models.recipe import Recipe
 from lib.partial_labels import UNLABELLED
 from lib.storage.atomic_files import write_atomic
-from lib.training.augmentation import Augmentation, changed, crop, draw_changes
+from lib.training.augmentation import Augmentation, changed, draw_changes
 from lib.training.loss import LOSSES, DeepSupervisionLoss
+from lib.training.loss_prediction import pair_loss, sample_losses
 from lib.training.sampling import AnnotatedCase, RegionSampler
 
 POLY_POWER = 0.9
@@ -127,19 +129,6 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     if step < warm:
         return recipe.learning_rate * (step + 1) / warm
     return float(recipe.learning_rate * (1 - (step - warm) / max(1, recipe.steps - warm)) ** POLY_POWER)
-
-
-def autocast_type(device: torch.device, precision: str = "native") -> torch.dtype | None:
-    """Reduced precision a device runs natively: bfloat16 on CPUs and GPUs that have it, float16 on older GPUs.
-
-    A property of the hardware rather than a timing, so that a resumed training takes the same path. None where there
-    is none, or `precision` is "full".
-    """
-    if precision == "full":
-        return None
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 
 def sound(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[object]:

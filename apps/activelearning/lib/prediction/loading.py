@@ -1,0 +1,58 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""From the checkpoints of a training to an ensemble that predicts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lib.models.checkpoints import Model, ModelStore, trained_bundle
+from lib.models.loss_head import LossHead, fresh_head
+from lib.models.recipe import Bundle, Recipe
+from lib.prediction.posterior import Ensemble
+
+QUERY_DROPOUT = 0.1
+
+
+def load_ensemble(store: ModelStore, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
+    """Return the ensemble of a finished training; checkpoints are read with `weights_only=True` and run no code."""
+    bundle = trained_bundle(model, bundle)
+    recipe = Recipe.model_validate(model.facts["recipe"])
+    networks: list[nn.Module] = []
+    heads: list[LossHead] = []
+    for member in range(int(model.facts["members"])):
+        # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
+        network = bundle.network(len(model.facts["classes"]), QUERY_DROPOUT, recipe.deep_supervision)
+        path = store.member_path(model.digest, member)
+        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        networks.append(network)
+        if store.head_path(model.digest, member).is_file():
+            head = fresh_head(network, bundle.layers("loss_taps"), bundle.divisor)
+            weights = torch.load(store.head_path(model.digest, member), map_location=device, weights_only=True)
+            head.load_state_dict(weights)
+            heads.append(head)
+    taps = bundle.layers("loss_taps") if heads else []
+    spacing, grey = model.facts["spacing"], bundle.normalisation
+    mirrored = recipe.mirror if recipe.mirror_predictions else ()
+    crop, divisor, sure = recipe.patch, bundle.divisor, recipe.confidence
+    known_mm3 = model.facts.get("smallest_mm3", {})
+    smallest_mm3 = {model.facts["classes"][name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
+    return Ensemble(
+        networks,
+        crop,
+        divisor,
+        spacing,
+        device,
+        heads,
+        taps,
+        normalisation=grey,
+        mirrored=mirrored,
+        confidence=sure,
+        smallest_mm3=smallest_mm3,
+        precision=recipe.precision,
+        shifts=recipe.shifts,
+    )

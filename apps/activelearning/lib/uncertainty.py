@@ -11,7 +11,8 @@ Axes: m members, c classes (background included), x y z voxels. Natural logarith
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,89 +25,81 @@ _TINY = float(np.finfo(np.float32).tiny)  # log of it is finite, so 0 * log(max(
 _ABOVE_ONE = 1e-3  # slack for softmax computed in half precision
 
 
-class Moments:
-    """Running sums over posterior members p[m,c,x,y,z]: what every uncertainty needs, and never the stack itself.
+class PosteriorMoments(Protocol):
+    """What a query reads of an image's posterior, wherever its moments are kept.
 
-    Kept, in float32: sum_m p (C,X,Y,Z); the spread sum_m (p - mean)^2 (C,X,Y,Z), updated by Welford's rule, which does
-    not cancel; and sum_m H(p_m) (X,Y,Z), with H the entropy over classes.
+    `Moments` holds them in memory, `lib.prediction.moments_archive.ArchivedMoments` on disk.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Classes, X, Y, Z."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Posterior members."""
+        ...
+
+    def voxelwise(self, read: Callable[[Moments], NDArray[Any]]) -> NDArray[Any]:
+        """The map (X, Y, Z) that `read` makes voxel by voxel of moments in memory."""
+        ...
+
+    def mean_of(self, c: int) -> Array:
+        """Mean probability of class `c` (X, Y, Z)."""
+        ...
+
+    def variance_of(self, c: int, ddof: int = 1) -> Array:
+        """Variance of class `c` over members (X, Y, Z)."""
+        ...
+
+    def learning_loss(self) -> Array:
+        """Loss (X, Y, Z) that the members' heads predict."""
+        ...
+
+    def predicted(self) -> NDArray[np.uint8]:
+        """Most probable class (X, Y, Z)."""
+        ...
+
+    def predicted_fractions(self, box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
+        """Share of the voxels of `box` for which each class is the most probable one, (C,)."""
+        ...
+
+
+class RunningMoments:
+    """Sums over posterior members p[m,c,x,y,z], one member at a time; `finished` gives their moments.
+
+    Kept in float32, on the device of the first member: sum_m p (C,X,Y,Z); the spread sum_m (p - mean)^2 (C,X,Y,Z),
+    updated by Welford's rule, which does not cancel; and sum_m H(p_m) (X,Y,Z), with H the entropy over classes.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
-        """Empty sums for members of `shape` (C, X, Y, Z)."""
+        """Empty sums for members of `shape` (C, X, Y, Z).
+
+        Raises:
+            ValueError: not four axes.
+        """
         if len(shape) != 4 or min(shape) < 1:
             raise ValueError(f"a member has four axes (class, x, y, z), found the shape {tuple(shape)}")
         self.shape: tuple[int, int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]), int(shape[3]))
         self.count = 0
-        self.loss: Array | None = None  # predicted loss (X, Y, Z) of members that have a head for it
-        # p, spread, entropy; on the device of the members, until a map is asked for
         self._sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self._held: tuple[Array, ...] = ()  # members given as a list: read in place until sums per class are asked for
-        self._held_maps: tuple[Array, Array] | None = None  # their predictive and expected entropy
-
-    @classmethod
-    def empty(cls, shape: Sequence[int]) -> Moments:
-        """Moments of no member yet, of `shape` (C, X, Y, Z)."""
-        return cls(shape)
-
-    @classmethod
-    def from_members(cls, members: Iterable[ArrayLike | torch.Tensor]) -> Moments:
-        """Moments of all `members`, arrays or tensors (C, X, Y, Z) of probabilities, taken one at a time.
-
-        A generator is consumed member by member. A list, tuple or array (M, C, X, Y, Z) is already in memory: its
-        members are kept by reference and read in place (do not change them), so only result maps are allocated.
-
-        Raises:
-            ValueError: no member, differing shapes, or a value that is not a probability.
-        """
-        if isinstance(members, (list, tuple, np.ndarray)) and len(members) > 0:
-            held = tuple(np.ascontiguousarray(p, dtype=np.float32) for p in members)
-            moments = cls(held[0].shape)
-            for probs_cxyz in held:
-                moments._check_shape(probs_cxyz)
-            moments._held, moments.count = held, len(held)
-            moments._held_maps = _entropies_in_step(held)
-            return moments
-        streamed: Moments | None = None
-        for member in members:
-            probs = member if isinstance(member, torch.Tensor) else np.asarray(member, dtype=np.float32)
-            streamed = streamed or cls(probs.shape)
-            streamed.add(probs)
-        if streamed is None:
-            raise ValueError("moments need at least one posterior member, found none: predict with the model first")
-        return streamed
 
     def add(self, probs_cxyz: ArrayLike | torch.Tensor) -> None:
-        """Take one more member (C, X, Y, Z) into the sums, which live on the device of the first.
+        """Take one more member (C, X, Y, Z) into the sums.
 
         Raises:
             ValueError: another shape, or a value that is NaN, infinite, negative or above one.
         """
         probs = _tensor(probs_cxyz)
-        self._check_shape(probs)
+        if tuple(probs.shape) != self.shape:
+            raise ValueError(f"every member must have the shape {self.shape}, found {tuple(probs.shape)}")
         _check(probs)  # before anything changes: a refused member leaves the sums as they were
-        self._accumulate(probs)
-
-    def _check_shape(self, probs_cxyz: Array | torch.Tensor) -> None:
-        if tuple(probs_cxyz.shape) != self.shape:
-            raise ValueError(f"every member must have the shape {self.shape}, found {tuple(probs_cxyz.shape)}")
-
-    def _settle(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The sums, allocated now if they were not, with members held by reference moved into them."""
         if self._sums is None:
-            self._sums = (
-                torch.zeros(self.shape, device=device),
-                torch.zeros(self.shape, device=device),
-                torch.zeros(self.shape[1:], device=device),
-            )
-            held, self._held, self._held_maps, self.count = self._held, (), None, 0
-            for probs in held:
-                self._accumulate(_tensor(probs))
-        return self._sums
-
-    def _accumulate(self, probs_cxyz: torch.Tensor) -> None:
-        sums = self._settle(probs_cxyz.device)
-        n = self.count
-        probs, total, spread = (a.view(self.shape[0], -1) for a in (probs_cxyz.to(sums[0].device), sums[0], sums[1]))
+            total, spread = (torch.zeros(self.shape, device=probs.device) for _ in range(2))
+            self._sums = total, spread, torch.zeros(self.shape[1:], device=probs.device)
+        n, sums = self.count, self._sums
+        probs, total, spread = (a.view(self.shape[0], -1) for a in (probs.to(sums[0].device), sums[0], sums[1]))
         entropy = sums[2].view(-1)
         for part in _slabs(probs):
             p, t = probs[:, part], total[:, part]
@@ -117,18 +110,49 @@ class Moments:
             t += p
         self.count = n + 1
 
-    def _ready(self) -> tuple[Array, Array, Array]:
-        if self.count == 0:
-            raise ValueError("moments hold no member yet: add one before asking for a map")
-        total, spread, entropy = (values.cpu() for values in self._settle(torch.device("cpu")))
-        self._sums = (total, spread, entropy)
-        return total.numpy(), spread.numpy(), entropy.numpy()
+    def finished(self, loss_xyz: Array | None = None) -> Moments:
+        """Moments of the members so far, with the loss their heads predict where they have such heads.
 
-    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """What a cache stores: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
-        total, spread, entropy = self._ready()
-        stored = {"sum": total, "spread": spread, "entropy": entropy, "count": np.array(self.count)}
-        return stored | ({} if self.loss is None else {"learning_loss": self.loss})
+        Raises:
+            ValueError: no member.
+        """
+        if self._sums is None:
+            raise ValueError("moments need at least one posterior member, found none: predict with the model first")
+        total, spread, entropy = (values.cpu().numpy() for values in self._sums)
+        return Moments(total, spread, entropy, self.count, loss_xyz)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments in memory of M posterior members: what every uncertainty needs, and never the stack itself.
+
+    Args:
+        total_cxyz: sum_m p, float32.
+        spread_cxyz: sum_m (p - mean)^2, float32.
+        entropy_xyz: sum_m H(p_m), float32, nats.
+        count: M.
+        loss_xyz: predicted loss of members that have a head for it.
+    """
+
+    total_cxyz: Array
+    spread_cxyz: Array
+    entropy_xyz: Array
+    count: int
+    loss_xyz: Array | None = None
+
+    @classmethod
+    def from_members(cls, members: Iterable[ArrayLike | torch.Tensor], loss_xyz: Array | None = None) -> Moments:
+        """Moments of all `members`, arrays or tensors (C, X, Y, Z) of probabilities, taken one at a time.
+
+        Raises:
+            ValueError: no member, differing shapes, or a value that is not a probability.
+        """
+        running: RunningMoments | None = None
+        for member in members:
+            probs = member if isinstance(member, torch.Tensor) else np.asarray(member, dtype=np.float32)
+            running = running or RunningMoments(probs.shape)
+            running.add(probs)
+        return (running or RunningMoments((1, 1, 1, 1))).finished(loss_xyz)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Moments:
@@ -140,17 +164,30 @@ class Moments:
         missing = {"sum", "spread", "entropy", "count"} - set(arrays)
         if missing:
             raise ValueError(f"stored moments lack {sorted(missing)}: delete this cache entry and score again")
-        moments = cls(arrays["sum"].shape)
-        if arrays["spread"].shape != moments.shape or arrays["entropy"].shape != moments.shape[1:]:
+        total, spread, entropy = (np.asarray(arrays[name], np.float32) for name in ("sum", "spread", "entropy"))
+        if spread.shape != total.shape or entropy.shape != total.shape[1:]:
             raise ValueError("stored moments disagree in shape: delete this cache entry and score again")
-        moments._sums = (_tensor(arrays["sum"]), _tensor(arrays["spread"]), _tensor(arrays["entropy"]))
-        moments.count = int(arrays["count"])
-        if "learning_loss" in arrays:
-            moments.loss = np.asarray(arrays["learning_loss"], np.float32)
-        return moments
+        loss = np.asarray(arrays["learning_loss"], np.float32) if "learning_loss" in arrays else None
+        return cls(total, spread, entropy, int(arrays["count"]), loss)
 
-    def whole(self, read: Callable[[Moments], NDArray[Any]]) -> NDArray[Any]:
-        """The map (X, Y, Z) that `read` makes of moments voxel by voxel; of moments on disk, a part at a time."""
+    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+        """What a cache stores: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
+        stored: dict[str, NDArray[np.generic]] = {
+            "sum": self.total_cxyz,
+            "spread": self.spread_cxyz,
+            "entropy": self.entropy_xyz,
+            "count": np.array(self.count),
+        }
+        return stored | ({} if self.loss_xyz is None else {"learning_loss": self.loss_xyz})
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Classes, X, Y, Z."""
+        c, x, y, z = self.total_cxyz.shape
+        return c, x, y, z
+
+    def voxelwise(self, read: Callable[[Moments], NDArray[Any]]) -> NDArray[Any]:
+        """The map (X, Y, Z) that `read` makes of these moments."""
         return read(self)
 
     def learning_loss(self) -> Array:
@@ -159,27 +196,20 @@ class Moments:
         Raises:
             ValueError: the members were trained without such a head.
         """
-        if self.loss is None:
-            raise ValueError("the members predict no loss: train with learning_loss above 0 and score again")
-        return self.loss
+        return predicted_loss(self.loss_xyz)
 
     @property
     def mean(self) -> Array:
         """Mean probability (C, X, Y, Z): (1/M) sum_m p."""
-        return np.asarray(self._ready()[0] / np.float32(self.count))
+        return np.asarray(self.total_cxyz / np.float32(self.count))
 
     def predictive_entropy(self) -> Array:
         """Entropy of the mean (X, Y, Z), in nats: -sum_c mean log mean."""
-        if self._held_maps is not None:
-            return self._held_maps[0]
-        total = self._ready()[0]
-        return _entropy_of_sum(total, self.count)
+        return _entropy_of_sum(self.total_cxyz, self.count)
 
     def expected_entropy(self) -> Array:
         """Mean entropy of the members (X, Y, Z), in nats: -(1/M) sum_m sum_c p log p."""
-        if self._held_maps is not None:
-            return self._held_maps[1]
-        return np.asarray(self._ready()[2] / np.float32(self.count))
+        return np.asarray(self.entropy_xyz / np.float32(self.count))
 
     def mutual_information(self) -> Array:
         """Predictive minus expected entropy (X, Y, Z), clipped at 0: BALD, the Jensen-Shannon divergence of members."""
@@ -188,14 +218,12 @@ class Moments:
 
     def class_variance(self, ddof: int = 1) -> Array:
         """Variance of each class over members (C, X, Y, Z); 0 where there are too few members for `ddof`."""
-        spread = self._ready()[1]
-        return np.asarray(spread / np.float32(max(self.count - ddof, 1)))
+        return np.asarray(self.spread_cxyz / np.float32(max(self.count - ddof, 1)))
 
     def mean_std(self) -> Array:
         """Mean over classes of the standard deviation over members (ddof 0), (X, Y, Z); USIM, Mean STD."""
-        spread = self._ready()[1]
         out = np.zeros(self.shape[1:], np.float32)
-        for spread_xyz in spread:
+        for spread_xyz in self.spread_cxyz:
             out += np.sqrt(spread_xyz / np.float32(self.count))
         return np.asarray(out / np.float32(self.shape[0]))
 
@@ -216,24 +244,32 @@ class Moments:
 
     def mean_of(self, c: int) -> Array:
         """Mean probability of class `c` (X, Y, Z)."""
-        return np.asarray(self._ready()[0][c] / np.float32(self.count))
+        return np.asarray(self.total_cxyz[c] / np.float32(self.count))
 
-    def class_entropy(self, c: int) -> Array:
-        """U_c = predictive entropy * mean_c (X, Y, Z); c = -1 gives plain predictive entropy (ClaSP PE)."""
-        entropy = self.predictive_entropy()
-        return entropy if c == -1 else np.asarray(entropy * self.mean_of(c))
+    def variance_of(self, c: int, ddof: int = 1) -> Array:
+        """Variance of class `c` over members (X, Y, Z); 0 where there are too few members for `ddof`."""
+        return np.asarray(self.spread_cxyz[c] / np.float32(max(self.count - ddof, 1)))
 
     def predicted_fractions(self, box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
         """Share of the voxels of `box` for which each class is the most probable one, (C,)."""
-        index = (slice(None), *box)
-        total = sum(p[index] for p in self._held) if self._held else self._ready()[0][index]
-        winners = np.asarray(total).argmax(axis=0)
-        result: NDArray[np.float64] = np.bincount(winners.ravel(), minlength=self.shape[0]) / max(winners.size, 1)
-        return result
+        winners = self.total_cxyz[(slice(None), *box)].argmax(axis=0)
+        shares: NDArray[np.float64] = np.bincount(winners.ravel(), minlength=self.shape[0]) / max(winners.size, 1)
+        return shares
 
-    def predicted(self) -> NDArray[np.intp]:
+    def predicted(self) -> NDArray[np.uint8]:
         """Most probable class (X, Y, Z), argmax_c mean; the lowest class among equals."""
-        return np.asarray(self._ready()[0].argmax(axis=0))
+        return np.asarray(self.total_cxyz.argmax(axis=0), np.uint8)
+
+
+def predicted_loss(loss_xyz: Array | None) -> Array:
+    """`loss_xyz`, known to be there.
+
+    Raises:
+        ValueError: None.
+    """
+    if loss_xyz is None:
+        raise ValueError("the members predict no loss: train with learning_loss above 0 and score again")
+    return loss_xyz
 
 
 def mixed_entropy(moments: Moments, alpha: float = 0.5) -> Array:
@@ -263,7 +299,7 @@ def burmeister_entropy(moments: Moments) -> Array:
 
 
 UNCERTAINTIES: dict[str, Callable[[Moments], Array]] = {
-    "predictive_entropy": Moments.predictive_entropy,
+    "predictive_entropy": lambda moments: moments.predictive_entropy(),
     "expected_entropy": Moments.expected_entropy,
     "bald": Moments.mutual_information,
     "mean_std": Moments.mean_std,
@@ -276,27 +312,15 @@ UNCERTAINTIES: dict[str, Callable[[Moments], Array]] = {
 }
 """Maps that follow from the members' probabilities."""
 
-SCORE_MAPS: dict[str, Callable[[Moments], Array]] = {**UNCERTAINTIES, "learning_loss": Moments.learning_loss}
+SCORE_MAPS: tuple[str, ...] = (*UNCERTAINTIES, "learning_loss")
 """Every map that units can be ranked by."""
 
 
-def score_map_of(name: str, moments: Moments) -> Array:
+def score_map_of(name: str, moments: PosteriorMoments) -> Array:
     """The map (X, Y, Z) of that name, whether the moments are in memory or on disk."""
     if name == "learning_loss":
         return moments.learning_loss()
-    return moments.whole(UNCERTAINTIES[name])
-
-
-def class_weighted(moments: Moments, weights_c: ArrayLike) -> Array:
-    """sum_c w_c Var_m(p_c) (X, Y, Z), variance with ddof 1: the weighted uncertainty of USIM (section 3.3).
-
-    Raises:
-        ValueError: not one finite, non-negative weight a class.
-    """
-    weights = np.asarray(weights_c, np.float32)
-    if weights.shape != moments.shape[:1] or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(f"class weights must be {moments.shape[0]} finite numbers, none negative, found {weights}")
-    return np.asarray(np.tensordot(weights, moments.class_variance(), axes=1))
+    return moments.voxelwise(UNCERTAINTIES[name])
 
 
 def _tensor(values: ArrayLike | torch.Tensor) -> torch.Tensor:
@@ -322,34 +346,11 @@ def _p_log_p(p: torch.Tensor) -> torch.Tensor:
     return p.clamp(min=_TINY).log_().mul_(p)
 
 
-def _check(p: torch.Tensor) -> float:
-    """Lowest of `p`, all of which are probabilities."""
+def _check(p: torch.Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(p))
     if not (low >= 0 and high <= 1 + _ABOVE_ONE):  # NaN fails both
         what = "a value that is not a number" if np.isnan(low) else f"values from {low:.4g} to {high:.4g}"
         raise ValueError(f"members must hold probabilities from 0 to 1, found {what}: give softmax output, not logits")
-    return low
-
-
-def _entropies_in_step(members: tuple[Array, ...]) -> tuple[Array, Array]:
-    """Predictive and expected entropy (X, Y, Z) of members in memory, slab by slab over all of them."""
-    shape, share = members[0].shape, 1 / len(members)
-    maps = np.empty(shape[1:], np.float32), np.empty(shape[1:], np.float32)
-    predictive, expected = (torch.from_numpy(m).view(-1) for m in maps)
-    flat = [_by_class(m) for m in members]
-    for part in _slabs(flat[0]):
-        total = flat[0][:, part].clone()
-        single = torch.zeros_like(total)
-        work = torch.empty_like(total)
-        for m, probs in enumerate(flat):
-            p = probs[:, part]
-            positive = p if _check(p) >= _TINY else torch.clamp(p, min=_TINY, out=work)
-            single.addcmul_(p, torch.log(positive, out=work))
-            if m > 0:
-                total += p
-        torch.clamp(single.sum(0).mul_(-share), min=0, out=expected[part])
-        torch.clamp(_p_log_p(total.mul_(share)).sum(0).neg_(), min=0, out=predictive[part])
-    return maps
 
 
 def _entropy_of_sum(total_cxyz: Array, count: int) -> Array:

@@ -14,6 +14,7 @@ import pytest
 
 from lib.annotator.explanations import Reasons
 from lib.annotator.predicted_regions import Proposals
+from lib.automation import background_tasks
 from lib.automation.background_tasks import Failures, how_it_ended
 from lib.dashboard.counts import Measures
 from lib.dashboard.snapshot import Progress
@@ -76,6 +77,7 @@ def progress(store, measures, proposals, failures, tmp_path):
         AppOptions(budget_minutes=60),
         None,
         failures,
+        background_tasks,
     )
 
 

@@ -21,7 +21,7 @@ from lib.storage.volumes import Volume
 from lib.training.loss import PartialDiceCELoss
 from lib.training.loss_prediction import pair_loss, sample_losses
 from lib.training.trainer import train_member
-from lib.uncertainty import SCORE_MAPS, Moments
+from lib.uncertainty import Moments, score_map_of
 
 BUNDLE = Bundle(Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d")
 CPU = torch.device("cpu")
@@ -86,10 +86,9 @@ def test_the_head_learns_which_crops_are_hard():
     found = ensemble.learning_loss(volume)
     assert found.shape == (20, 18, 17)
     assert found.min() > 0
-    moments = Moments.from_members(ensemble.members(volume))
-    moments.loss = found
+    moments = Moments.from_members(ensemble.members(volume), found)
     stored = Moments.from_arrays(moments.to_arrays())
-    np.testing.assert_array_equal(SCORE_MAPS["learning_loss"](stored), found)
+    np.testing.assert_array_equal(score_map_of("learning_loss", stored), found)
 
 
 def test_members_without_a_head_predict_no_loss():

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
@@ -18,14 +17,14 @@ import torch
 from lib.ledger.queries import QueryLedger
 from lib.models.checkpoints import Model
 from lib.models.recipe import Bundle
-from lib.prediction.moments_archive import SlabbedMoments, has_slabs, save_slabs
+from lib.prediction.moments_archive import ArchivedMoments
 from lib.prediction.moments_cache import MomentsCache
 from lib.prediction.posterior import DEEP_ENSEMBLE, Ensemble, PosteriorSpec
 from lib.prediction.tiled import is_large, streamed_moments, window_starts
 from lib.storage.volumes import ImageError, Volume
 from lib.studies.datastore import PartialLabelDatastore
 from lib.training.trainer import autocast_type
-from lib.uncertainty import UNCERTAINTIES, Moments, score_map_of
+from lib.uncertainty import Moments, score_map_of
 
 BUNDLE = Bundle(Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d")
 PATCH = (16, 16, 16)
@@ -142,50 +141,6 @@ def test_views_of_a_large_image_are_refused_by_name():
         next(streamed(ensemble_at(), volume_of(SHAPE), PosteriorSpec(tta=True, flips=True)))
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """A large image's moments on disk, and the same in memory."""
-    ensemble, volume = ensemble_at(), volume_of(SHAPE)
-    stream = BytesIO()
-    loss = np.random.default_rng(1).random(SHAPE).astype(np.float32)
-    save_slabs(streamed(ensemble, volume, working_bytes=1 << 18), loss, stream)
-    path = tmp_path_factory.mktemp("slabs") / "x.npz"
-    path.write_bytes(stream.getvalue())
-    moments = Moments.from_members(ensemble.members(volume, 0.25))
-    moments.loss = loss
-    return SlabbedMoments(path), moments
-
-
-@pytest.mark.parametrize("name", [*UNCERTAINTIES, "learning_loss"])
-def test_every_map_from_disk_equals_the_one_from_memory(stored, name):
-    on_disk, in_memory = stored
-    np.testing.assert_allclose(score_map_of(name, on_disk), score_map_of(name, in_memory), rtol=2e-3, atol=2e-3)
-
-
-def test_classes_from_disk_equal_those_from_memory(stored):
-    on_disk, in_memory = stored
-    assert (on_disk.shape, on_disk.count) == ((4, *SHAPE), 2)
-    clear = np.sort(in_memory.mean, axis=0)
-    clear = clear[-1] - clear[-2] > 1e-3
-    assert clear.mean() > 0.9
-    assert np.array_equal(on_disk.predicted()[clear], in_memory.predicted()[clear])
-    np.testing.assert_allclose(on_disk.mean_of(2), in_memory.mean_of(2), atol=1e-3)
-    for box in ((slice(0, 16), slice(3, 9), slice(5, 30)), (slice(2, 4), slice(0, 28), slice(24, 40))):
-        shares = on_disk.predicted_fractions(box)
-        np.testing.assert_allclose(shares, np.bincount(on_disk.predicted()[box].ravel(), minlength=4) / shares_of(box))
-        np.testing.assert_allclose(shares, in_memory.predicted_fractions(box), atol=0.02)
-
-
-def shares_of(box):
-    return np.prod([s.stop - s.start for s in box])
-
-
-def test_archives_of_both_kinds_are_told_apart(stored, tmp_path):
-    np.savez(tmp_path / "plain.npz", sum=np.zeros(3))
-    assert has_slabs(stored[0].path)
-    assert not has_slabs(tmp_path / "plain.npz")
-
-
 def test_the_cache_stores_large_images_in_slabs_and_gives_them_back(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.prediction.moments_cache.is_large", lambda classes, shape: (classes, shape) == (4, SHAPE))
     volume = volume_of(SHAPE)
@@ -197,7 +152,7 @@ def test_the_cache_stores_large_images_in_slabs_and_gives_them_back(tmp_path, mo
     cache, ensemble = MomentsCache(tmp_path / "moments", store.image_path, store.image_digest), ensemble_at()
     assert cache.fill(model, lambda: ensemble, store.digests(store.image_files()), lambda done, total: None) == 1
     found = cache.load(model, "a")
-    assert isinstance(found, SlabbedMoments)
+    assert isinstance(found, ArchivedMoments)
     whole = Moments.from_members(ensemble.members(volume, 0.25))
     np.testing.assert_allclose(score_map_of("bald", found), whole.mutual_information(), atol=2e-3)
     assert cache.fill(model, lambda: ensemble, store.digests(store.image_files()), lambda done, total: None) == 0

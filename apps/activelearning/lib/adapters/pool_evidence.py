@@ -23,7 +23,7 @@ from lib.querying.methods import QueryMethod, members_of
 from lib.regions import Box
 from lib.storage.volumes import load_image, load_label
 from lib.studies.datastore import FINAL, PartialLabelDatastore
-from lib.uncertainty import Moments
+from lib.uncertainty import PosteriorMoments
 
 # The name under which a request composes its own method.
 COMPOSE = "compose"
@@ -65,7 +65,7 @@ class ModelEvidence:
         self.datastore = datastore
         self.classes = classes
 
-    def moments(self, image: str) -> Moments:
+    def moments(self, image: str) -> PosteriorMoments:
         return self.cache.load(self.model, image, self.spec)
 
     def features(self, image: str, boxes: Sequence[Box]) -> NDArray[np.float32]:
@@ -98,7 +98,7 @@ class DescriptorEvidence:
     def __init__(self, datastore: PartialLabelDatastore) -> None:
         self.datastore = datastore
 
-    def moments(self, image: str) -> Moments:
+    def moments(self, image: str) -> PosteriorMoments:
         raise AssertionError(f"a method without a posterior asked for moments of {image}")
 
     def features(self, image: str, boxes: Sequence[Box]) -> NDArray[np.float32]:

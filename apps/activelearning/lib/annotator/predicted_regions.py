@@ -101,7 +101,7 @@ class Proposals:
     def _predicted(self, model: Model, image: str, spec: PosteriorSpec) -> NDArray[np.uint8] | None:
         for wanted in dict.fromkeys((spec, DEEP_ENSEMBLE)):
             try:
-                return self.cache.load(model, image, wanted).predicted().astype(np.uint8)
+                return self.cache.load(model, image, wanted).predicted()
             except FileNotFoundError:
                 continue
         return None

@@ -3,12 +3,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Cached moments of a large image: slabs in one archive, and maps that are made of one slab after the other."""
+"""Moments of large scans on disk: an archive of slabs, read one slab at a time."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -16,25 +17,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib.prediction.tiled import Slab
-from lib.uncertainty import Array, Moments
+from lib.uncertainty import Array, Moments, predicted_loss
 
 _INDEX = "slabs.npy"
 _LEVEL = 1
 
+_Box = tuple[slice, slice, slice]
+
 
 def save_slabs(slabs: Iterable[Slab], loss_xyz: Array | None, stream: BinaryIO) -> None:
-    """Writes slabs as they come: sums of probabilities and spread in half precision, entropies in single precision.
+    """Write slabs as they come, each class by itself.
 
-    A mean is off by at most 2^-11 of itself, so an entropy of it by less than a thousandth of itself; what differs
-    between members (BALD) stays exact in the entropies.
+    Sums of probabilities and spread are kept in half precision: a mean is off by at most 2^-11 of itself. Both
+    entropies are kept in single precision, so that their difference (BALD) is what it is in memory.
     """
     boxes = []
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as archive:
         for number, slab in enumerate(slabs):
             boxes.append(slab.box)
-            for name, values in slab.moments.to_arrays().items():
-                kept = values.astype(np.float16) if name in ("sum", "spread") else values
-                _write(archive, f"{number}.{name}.npy", kept)
+            moments = slab.moments
+            for c in range(moments.shape[0]):
+                _write(archive, f"{number}.sum.{c}.npy", moments.total_cxyz[c].astype(np.float16))
+                _write(archive, f"{number}.spread.{c}.npy", moments.spread_cxyz[c].astype(np.float16))
+            _write(archive, f"{number}.entropy.npy", moments.entropy_xyz)
+            _write(archive, f"{number}.predictive.npy", moments.predictive_entropy())
+            _write(archive, f"{number}.members.npy", np.array([moments.shape[0], moments.count]))
         if loss_xyz is not None:
             _write(archive, "learning_loss.npy", loss_xyz)
         _write(archive, _INDEX, np.array(boxes))
@@ -46,8 +53,10 @@ def has_slabs(path: Path) -> bool:
         return _INDEX in archive.namelist()
 
 
-class SlabbedMoments(Moments):
-    """Moments that stay on disk: a map is computed slab by slab, so that only one slab of every class is in memory.
+class ArchivedMoments:
+    """Moments that stay on disk (`lib.uncertainty.PosteriorMoments`): a map is made slab by slab.
+
+    No more than one slab of every class is in memory, and of what is asked class by class one map.
 
     Args:
         path: an archive of `save_slabs`.
@@ -60,47 +69,83 @@ class SlabbedMoments(Moments):
         self.path = path
         with zipfile.ZipFile(path) as archive:
             boxes_nab = _read(archive, _INDEX)
-            classes = _shape(archive, "0.sum.npy")[0]
-            count = int(_read(archive, "0.count.npy"))
-            loss = _read(archive, "learning_loss.npy") if "learning_loss.npy" in archive.namelist() else None
-        super().__init__((classes, *boxes_nab[:, :, 1].max(axis=0)))
-        self._boxes = [tuple(slice(int(a), int(b)) for a, b in box) for box in boxes_nab]
-        self.count, self.loss = count, loss
+            classes, count = (int(n) for n in _read(archive, "0.members.npy"))
+            self._loss = _read(archive, "learning_loss.npy") if "learning_loss.npy" in archive.namelist() else None
+        x, y, z = (int(n) for n in boxes_nab[:, :, 1].max(axis=0))
+        self.shape: tuple[int, int, int, int] = (classes, x, y, z)
+        self.count = count
+        self._boxes: list[_Box] = [cast(_Box, tuple(slice(int(a), int(b)) for a, b in box)) for box in boxes_nab]
 
-    def whole(self, read: Callable[[Moments], NDArray[Any]]) -> NDArray[Any]:
-        """The map (X, Y, Z) whose slabs `read` makes of moments."""
+    def voxelwise(self, read: Callable[[Moments], NDArray[Any]]) -> NDArray[Any]:
+        """The map (X, Y, Z) whose slabs `read` makes of moments in memory."""
+        return self._assembled(lambda archive, number: read(self._slab(archive, number)))
+
+    def mean_of(self, c: int) -> Array:
+        """Mean probability of class `c` (X, Y, Z)."""
+        return self._assembled(lambda archive, number: self._kept(archive, number, "sum", c) / np.float32(self.count))
+
+    def variance_of(self, c: int, ddof: int = 1) -> Array:
+        """Variance of class `c` over members (X, Y, Z); 0 where there are too few members for `ddof`."""
+        share = np.float32(max(self.count - ddof, 1))
+        return self._assembled(lambda archive, number: self._kept(archive, number, "spread", c) / share)
+
+    def learning_loss(self) -> Array:
+        """Loss (X, Y, Z) that the members' heads predict.
+
+        Raises:
+            ValueError: the members were trained without such a head.
+        """
+        return predicted_loss(self._loss)
+
+    def predicted(self) -> NDArray[np.uint8]:
+        """Most probable class (X, Y, Z); the lowest class among equals."""
+        return self.voxelwise(Moments.predicted)
+
+    def predicted_fractions(self, box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
+        """Share of the voxels of `box` for which each class is the most probable one, (C,)."""
+        counts = np.zeros(self.shape[0])
+        wanted = [slice(*cut.indices(n)) for cut, n in zip(box, self.shape[1:], strict=True)]
+        with zipfile.ZipFile(self.path) as archive:
+            for number, kept in enumerate(self._boxes):
+                if all(map(_touch, kept, wanted)):
+                    pairs = zip(kept, wanted, strict=True)
+                    inside = tuple(slice(max(0, w.start - k.start), min(w.stop, k.stop) - k.start) for k, w in pairs)
+                    winners = self._slab(archive, number).predicted()[inside]
+                    counts += np.bincount(winners.ravel(), minlength=self.shape[0])
+        return np.asarray(counts / max(counts.sum(), 1))
+
+    def _assembled(self, read: Callable[[zipfile.ZipFile, int], NDArray[Any]]) -> NDArray[Any]:
         out: NDArray[Any] | None = None
-        for box, slab in self._slabs(self._boxes):
-            part = read(slab)
-            out = np.empty(self.shape[1:], part.dtype) if out is None else out
-            out[box] = part
+        with zipfile.ZipFile(self.path) as archive:
+            for number, box in enumerate(self._boxes):
+                part = read(archive, number)
+                out = np.empty(self.shape[1:], part.dtype) if out is None else out
+                out[box] = part
         assert out is not None, "an archive has at least one slab"
         return out
 
-    def mean_of(self, c: int) -> Array:
-        return self.whole(lambda slab: slab.mean_of(c))
+    def _slab(self, archive: zipfile.ZipFile, number: int) -> ArchivedSlab:
+        total, spread = (
+            np.stack([self._kept(archive, number, name, c) for c in range(self.shape[0])]) for name in ("sum", "spread")
+        )
+        entropy, predictive = (_read(archive, f"{number}.{name}.npy") for name in ("entropy", "predictive"))
+        return ArchivedSlab(total, spread, entropy, self.count, None, predictive)
 
-    def predicted(self) -> NDArray[np.intp]:
-        # One byte a voxel: eight would be more than a gigabyte.
-        found: NDArray[Any] = self.whole(lambda slab: slab.predicted().astype(np.uint8))
-        return found
+    @staticmethod
+    def _kept(archive: zipfile.ZipFile, number: int, name: str, c: int) -> Array:
+        return _read(archive, f"{number}.{name}.{c}.npy").astype(np.float32)
 
-    def predicted_fractions(self, box: tuple[slice, slice, slice]) -> NDArray[np.float64]:
-        counts = np.zeros(self.shape[0])
-        wanted = [slice(*cut.indices(n)) for cut, n in zip(box, self.shape[1:], strict=True)]
-        for kept, slab in self._slabs([kept for kept in self._boxes if all(map(_touch, kept, wanted))]):
-            pairs = zip(kept, wanted, strict=True)
-            inside = tuple(slice(max(0, w.start - k.start), min(w.stop, k.stop) - k.start) for k, w in pairs)
-            counts += np.bincount(slab.predicted()[inside].ravel(), minlength=self.shape[0])
-        return np.asarray(counts / max(counts.sum(), 1))
 
-    def _slabs(self, boxes: Iterable[tuple[slice, ...]]) -> Iterator[tuple[tuple[slice, ...], Moments]]:
-        with zipfile.ZipFile(self.path) as archive:
-            for box in boxes:
-                number = self._boxes.index(box)
-                names = ("sum", "spread", "entropy", "count")
-                arrays = {name: _read(archive, f"{number}.{name}.npy") for name in names}
-                yield box, Moments.from_arrays(arrays)
+@dataclass(frozen=True, eq=False)
+class ArchivedSlab(Moments):
+    """Moments of a slab in memory, with the predictive entropy that was computed before rounding."""
+
+    predictive_xyz: Array | None = None
+
+    def predictive_entropy(self) -> Array:
+        """Entropy of the mean (X, Y, Z), in nats, as it was before the sums were rounded."""
+        assert self.predictive_xyz is not None, "an archive holds it"
+        return self.predictive_xyz.copy()
 
 
 def _touch(one: slice, two: slice) -> bool:
@@ -115,11 +160,3 @@ def _write(archive: zipfile.ZipFile, name: str, values: NDArray[Any]) -> None:
 def _read(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     with archive.open(name) as stream:
         return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
-
-
-def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    with archive.open(name) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape: tuple[int, ...] = cast(Any, read)(stream)[0]
-    return shape

@@ -21,16 +21,18 @@ from tqdm import tqdm
 
 from lib.models.checkpoints import Model
 from lib.prediction.candidate_store import SummaryFile
-from lib.prediction.moments_archive import SlabbedMoments, has_slabs, save_slabs
+from lib.prediction.moments_archive import ArchivedMoments, has_slabs, save_slabs
 from lib.prediction.posterior import DEEP_ENSEMBLE, Ensemble, PosteriorSpec
 from lib.prediction.tiled import is_large, streamed_moments
 from lib.storage.atomic_files import text_digest, write_atomic
 from lib.storage.volumes import Volume, load_image
-from lib.uncertainty import Moments
+from lib.uncertainty import Moments, PosteriorMoments
 
 logger = logging.getLogger(__name__)
 
 QUERY_OVERLAP = 0.25
+# What older versions of this app cached is computed anew.
+_FORMAT = 2
 
 _Write = Callable[[BinaryIO], None]
 
@@ -67,7 +69,7 @@ class MomentsCache:
         """Where candidates made of this model's moments are kept."""
         return SummaryFile(self.root / model.digest[:16] / "summaries.sqlite", digests)
 
-    def load(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> Moments:
+    def load(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> PosteriorMoments:
         """Moments of one image.
 
         Raises:
@@ -75,7 +77,7 @@ class MomentsCache:
         """
         path = self.path(model, image, spec)
         if has_slabs(path):
-            return SlabbedMoments(path)
+            return ArchivedMoments(path)
         with np.load(path) as arrays:
             return Moments.from_arrays(dict(arrays))
 
@@ -117,7 +119,7 @@ class MomentsCache:
 
 @lru_cache(maxsize=1 << 16)
 def _name(digest: str, spec: PosteriorSpec) -> str:
-    return f"{text_digest(digest, asdict(spec), QUERY_OVERLAP)[:32]}.npz"
+    return f"{text_digest(digest, asdict(spec), QUERY_OVERLAP, _FORMAT)[:32]}.npz"
 
 
 def _writer(ensemble: Ensemble, volume: Volume, spec: PosteriorSpec, seed: int, classes: int) -> _Write:
@@ -126,8 +128,7 @@ def _writer(ensemble: Ensemble, volume: Volume, spec: PosteriorSpec, seed: int, 
     if is_large(1 + classes, volume.shape):
         slabs = streamed_moments(ensemble, volume, QUERY_OVERLAP, spec, seed, 1 + classes)
         return partial(save_slabs, slabs, loss)
-    moments = Moments.from_members(ensemble.members(volume, QUERY_OVERLAP, spec, seed))
-    moments.loss = loss
+    moments = Moments.from_members(ensemble.members(volume, QUERY_OVERLAP, spec, seed), loss)
     return partial(_save, moments.to_arrays())
 
 

@@ -26,7 +26,7 @@ from lib.prediction.posterior import Ensemble, PosteriorSpec, dropout
 from lib.regions import Triple
 from lib.storage.volume_headers import ImageError
 from lib.storage.volumes import Volume
-from lib.uncertainty import Moments
+from lib.uncertainty import Moments, RunningMoments
 
 # Above this, sums of an image and what they are made of would take several times as much memory.
 LARGE_BYTES = 1 << 28
@@ -106,7 +106,7 @@ def _stripe_moments(grid: _Grid, stripe: Range, predictions: Sequence[Prediction
     kept: list[Tensor | None] = [None] * len(predictions)
     done = first = 0
     for number in range(len(grid.starts[grid.along])):
-        moments: Moments | None = None
+        moments: RunningMoments | None = None
         known = layers.end(number)
         ready = grid.ready(known)
         low = grid.needed(grid.along, (ready, ready + 1))[0] if ready < grid.stored[grid.along] else known
@@ -122,13 +122,13 @@ def _stripe_moments(grid: _Grid, stripe: Range, predictions: Sequence[Prediction
                 probs = grid.to_stored(held, stripe, layers.across_range[0], (done, ready), first)
                 del held
                 probs = probs.softmax(dim=0)
-                moments = moments or Moments(probs.shape)
+                moments = moments or RunningMoments(probs.shape)
                 moments.add(probs)
         layers.advance(number)
         if moments is not None:
             ranges = {grid.along: (done, ready), grid.across: stripe}
             x, y, z = (ranges.get(axis, (0, grid.stored[axis])) for axis in range(3))
-            yield Slab((x, y, z), moments)
+            yield Slab((x, y, z), moments.finished())
         done, first = max(done, ready), low
 
 

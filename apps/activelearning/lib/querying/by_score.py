@@ -44,11 +44,11 @@ from lib.selectors.greedy import best_boxes, open_grid
 from lib.selectors.noise import beta_at, power, softrank
 from lib.selectors.peaks import ranked_slices
 from lib.selectors.random_regions import BACKGROUND
-from lib.uncertainty import Moments, score_map_of
+from lib.uncertainty import PosteriorMoments, score_map_of
 from lib.units import unit_grid, volume_mean
 
 
-def moments_of(image: PoolImage, evidence: Evidence) -> Moments:
+def moments_of(image: PoolImage, evidence: Evidence) -> PosteriorMoments:
     """Moments of an image, checked to lie on its grid.
 
     Raises:
@@ -146,7 +146,7 @@ def image_candidates(
     return found
 
 
-def score_map(ask: Ask, moments: Moments) -> NDArray[np.float32]:
+def score_map(ask: Ask, moments: PosteriorMoments) -> NDArray[np.float32]:
     """The method's uncertainty at every voxel, (X, Y, Z)."""
     assert ask.method.uncertainty is not None, "a method that ranks has an uncertainty"
     return score_map_of(ask.method.uncertainty, moments)
@@ -221,7 +221,9 @@ def _pool_streams(
     return streams
 
 
-def _streams(ask: Ask, image: PoolImage, moments: Moments, limits: Mapping[int, int]) -> dict[int, list[Candidate]]:
+def _streams(
+    ask: Ask, image: PoolImage, moments: PosteriorMoments, limits: Mapping[int, int]
+) -> dict[int, list[Candidate]]:
     size, stride, score = ask.box_size(image), ask.stride, score_map(ask, moments)
     # A map a class would be too much of a large image at once.
     grids = {s: unit_grid(score if s == ALL else score * moments.mean_of(s), size, stride) for s in limits}

@@ -49,6 +49,7 @@ from lib.selectors.stochastic import stochastic_batch
 from lib.selectors.strided import Block, strided_blocks
 from lib.selectors.typiclust import MAX_CLUSTERS, typiclust
 from lib.selectors.usim import usim
+from lib.uncertainty import PosteriorMoments
 from lib.units import unit_grid
 
 Units = list[tuple[PoolImage, Triple, Triple]]
@@ -71,7 +72,7 @@ def free_units(ask: Ask, pool: Sequence[PoolImage]) -> Units:
 
 
 def unit_scores(
-    ask: Ask, image: PoolImage, maps: Sequence[NDArray[np.float32]], starts: Sequence[Triple]
+    ask: Ask, image: PoolImage, maps: Iterable[NDArray[np.float32]], starts: Sequence[Triple]
 ) -> NDArray[np.float64]:
     """Mean of each map (X, Y, Z) over the units at `starts`, (units, maps)."""
     size = ask.box_size(image)
@@ -222,7 +223,7 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
         return _plain(ask, units, indices, lambda: _nearest(gradients, indices, np.square(gradients).sum(axis=1)))
     variances = np.concatenate(
         [
-            unit_scores(ask, image, list(moments_of(image, evidence).class_variance()), [s for s, _ in boxes])
+            unit_scores(ask, image, _variances(moments_of(image, evidence)), [s for s, _ in boxes])
             for image, boxes in _by_image(units)
         ]
     )
@@ -253,6 +254,11 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
     return picks_from(
         ask, chosen, steps=lambda: [step(c.utility, (), int(n)) for c, n in zip(chosen, left, strict=True)]
     )
+
+
+def _variances(moments: PosteriorMoments) -> Iterator[NDArray[np.float32]]:
+    """Variance of each class in turn: all of them at once may be more than the memory holds."""
+    return (moments.variance_of(c) for c in range(moments.shape[0]))
 
 
 def select_diverse(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lib.querying.method import MethodError, QueryMethod
 from lib.randomness import child_rng
 from lib.regions import Box, Triple, boxes_overlap, triple
-from lib.uncertainty import Moments
+from lib.uncertainty import PosteriorMoments
 from lib.units import unit_size
 
 ALTERNATIVES = 5  # candidates told of a step besides its pick
@@ -40,7 +40,7 @@ class PoolImage:
 class Evidence(Protocol):
     """What the model says about an image; read lazily, one image at a time."""
 
-    def moments(self, image: str) -> Moments:
+    def moments(self, image: str) -> PosteriorMoments:
         """Moments of the posterior on the grid of the stored image."""
         ...
 
@@ -238,7 +238,7 @@ def picks_from(
     return found
 
 
-def class_shares(moments: Moments, box: Box, labels: Mapping[str, int]) -> dict[str, float]:
+def class_shares(moments: PosteriorMoments, box: Box, labels: Mapping[str, int]) -> dict[str, float]:
     """Share of the voxels of `box` predicted to be each class, by name where `labels` knows it; zeros left out."""
     names = {0: "background"} | {value: name for name, value in labels.items()}
     cut = triple(a + d for a, d in zip(*box, strict=True))

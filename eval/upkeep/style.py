@@ -91,7 +91,8 @@ HABITS: tuple[Habit, ...] = (
     Habit(
         "what-clause",
         r"(?:^|[.;:] )What (?=[a-z`])(?![^.]*\?)"
-        r"|\b(?:of|from|by|with|for|to|in|on|at|into|about|than|as|is|are|was|were|and|or|see) what (?=[a-z`])(?![^.]*\?)",
+        r"|\b(?:of|from|by|with|for|to|in|on|at|into|about|than|as|is|are|was|were|and|or|see) "
+        r"what (?=[a-z`])(?![^.]*\?)",
         "a clause stands where a noun exists",
         "a noun: the result, the content, the derived state",
     ),
@@ -105,7 +106,8 @@ HABITS: tuple[Habit, ...] = (
     ),
     Habit(
         "a-for-per",
-        rf"\b(?:{_COUNTED}) an? (?:{_UNITS})\b(?=[.,;:)\]]|\s*$| (?:and|or|of|in|at|on|for|from|with|by|that|which|where)\b)",
+        rf"\b(?:{_COUNTED}) an? (?:{_UNITS})\b"
+        r"(?=[.,;:)\]]|\s*$| (?:and|or|of|in|at|on|for|from|with|by|that|which|where)\b)",
         "a rate is per something",
         "per voxel, per class, per round",
     ),

@@ -101,7 +101,9 @@ def test_items_and_cells_are_sentences_of_their_own() -> None:
 
 
 def test_findings_have_the_line_of_the_word() -> None:
-    page = "# Title\n\nOne line,\nand nobody reads\nthe third.\n\n```bash\nwhoever\n```\n\n- an item of what\n  is left\n"
+    page = (
+        "# Title\n\nOne line,\nand nobody reads\nthe third.\n\n```bash\nwhoever\n```\n\n- an item of what\n  is left\n"
+    )
     assert [line for line, _ in check_page(page)] == [4, 11]
     module = '"""A module."""\n\n\nclass A:\n    """A class.\n\n    It is kept for nobody.\n    """\n'
     assert [line for line, _ in check_module(module)] == [7]

@@ -9,7 +9,7 @@ OUT ?= runs
 JOBS ?= 2
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow system-test-dicom faults lint bench bench-nnunet fuzz quality phantoms study install clean
+.PHONY: demo test test-slow system-test-dicom faults lint docs reference bench bench-nnunet fuzz quality phantoms study install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
@@ -39,6 +39,16 @@ lint: $(STAMP)
 	$(BIN)/python -m eval.upkeep.layout
 	$(BIN)/python -m eval.upkeep.licences
 	$(BIN)/python -m eval.upkeep.vulnerabilities
+	$(BIN)/python -m eval.upkeep.style --pages
+
+# The commands of the pages, really run on small phantoms; minutes.
+docs: $(STAMP)
+	$(BIN)/python -m eval.upkeep.pages --run
+
+# The pages that are written from the code: methods, options, commands.
+reference: $(STAMP)
+	$(BIN)/python -m eval.app_tools.catalogue
+	$(BIN)/python -m eval.app_tools.reference_pages
 
 # 95 % of the lines and branches of the pure core and the ledger; pyproject.toml lists their modules.
 coverage: $(STAMP)

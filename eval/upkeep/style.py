@@ -5,7 +5,8 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """The English of docstrings and Markdown pages: a table of habits that `make lint` refuses.
 
-Only habits that a pattern finds with few false alarms are in the table; code, formulas and link targets are not read.
+Only habits that a pattern finds with few false alarms are in the table. Code, formulas and link targets are not read;
+texts of options (`description=`, `help=`) are, and therefore not the parts of pages that are written from them.
 `python -m eval.upkeep.style` prints `file:line: message` per finding and ends with exit code 1 if there is one.
 """
 
@@ -148,7 +149,10 @@ def _compiled(habit: Habit) -> re.Pattern[str]:
 _HABITS = [(habit, _compiled(habit)) for habit in HABITS]
 _OPENERS = [(habit, _compiled(habit)) for habit in OPENERS]
 _SENTENCE = re.compile(r"(?<=[.!?])[)\"'*]*\s+(?=[A-Z`(\"*\[])")
-_HIDDEN = re.compile(r"```.*?```|<!--.*?-->|``[^`]+``|`[^`]+`|\$\$.+?\$\$|\$[^$\n]+\$|(?<=\])\([^)\s]*\)", re.DOTALL)
+_HIDDEN = re.compile(
+    r"```.*?```|<!-- begin:.*?<!-- end -->|<!--.*?-->|``[^`]+``|`[^`]+`|\$\$.+?\$\$|\$[^$\n]+\$|(?<=\])\([^)\s]*\)",
+    re.DOTALL,
+)
 _ITEM = re.compile(r"^\s*(?:[-*+] |\d+\. |#|\||>|\w+(?:Error|Exception|Exhausted|Exit|Interrupt): )")
 
 
@@ -206,9 +210,17 @@ def check_page(text: str) -> list[tuple[int, str]]:
 
 
 def check_module(source: str) -> list[tuple[int, str]]:
-    """Line and message per finding in the docstrings of a Python module."""
+    """Line and message per finding in the docstrings and texts of options of a Python module."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg in ("description", "help")
+            and isinstance(node.value, ast.Constant)
+        ):
+            found += [
+                finding for p in passages(str(node.value.value), node.value.lineno) for finding in check_passage(p)
+            ]
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         text = ast.get_docstring(node, clean=False)

@@ -121,6 +121,12 @@ def test_comments_and_code_of_modules_are_not_read() -> None:
     assert check_module('"""A module."""\n\nnobody = "the server says"  # whoever\n') == []
 
 
+def test_texts_of_options_are_read_and_parts_written_from_them_are_not() -> None:
+    module = '"""A module."""\n\nadd(\n    "--n",\n    help="bytes a voxel, and more",\n    name="bytes a voxel",\n)\n'
+    assert [(line, message.split(":")[0]) for line, message in check_module(module)] == [(5, "a-for-per")]
+    assert check_page("One.\n\n<!-- begin: written -->\n\n| bytes a voxel |\n\n<!-- end -->\n\nTwo.\n") == []
+
+
 def test_every_habit_names_a_reason_and_a_replacement() -> None:
     assert all(habit.reason and habit.instead for habit in (*HABITS, *OPENERS))
     assert {name for name, _ in REFUSED} == {habit.name for habit in HABITS}

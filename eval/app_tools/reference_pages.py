@@ -1,0 +1,106 @@
+# Copyright (c) Patchwise contributors
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
+"""The reference of options and commands, written from the code: `python -m eval.app_tools.reference_pages`.
+
+A page keeps its own text; only the part between two marks is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eval.__main__ import main as referee
+from eval.app_path import APP, add_app
+from eval.files import write_text
+
+add_app()
+
+from lib.options import AppOptions  # noqa: E402  the app's path comes first
+
+REFERENCE = APP.parents[1] / "docs" / "reference"
+BEGIN, END = "<!-- begin: written by `make reference` -->", "<!-- end -->"
+
+
+def options_table() -> str:
+    """Return the options of the app as a Markdown table."""
+    lines = ["| name | default | meaning |", "| --- | --- | --- |"]
+    for name, field in AppOptions.model_fields.items():
+        meaning = (field.description or "").replace("|", "\\|")
+        lines.append(f"| `{name}` | {_default(field.default)} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return f"`{','.join(map(str, value))}`"
+    return f"`{json.dumps(value)}`" if isinstance(value, (dict, bool)) else f"`{value}`"
+
+
+def help_of(*arguments: str) -> str:
+    """Return the help of `python -m eval ARGUMENTS`, 100 columns wide; empty if there is no such command."""
+    out, before = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            referee([*arguments, "--help"])
+    except SystemExit:
+        pass
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return out.getvalue()
+
+
+def command_names() -> list[str]:
+    """Return the commands of `python -m eval`, in the order of its help."""
+    return re.findall(r"^    ([a-z]+)  ", help_of(), re.MULTILINE)
+
+
+def commands_text() -> str:
+    """Return a section per command with its help."""
+    return "\n\n".join(f"## {name}\n\n```text\n{help_of(name).rstrip()}\n```" for name in command_names())
+
+
+PAGES: dict[str, Callable[[], str]] = {"options.md": options_table, "commands.md": commands_text}
+"""Writer of the generated part of each page."""
+
+
+def written(page: str, part: str) -> str:
+    """Return `page` with `part` between its marks.
+
+    Raises:
+        ValueError: a page without the two marks.
+    """
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page lacks its marks: expected {BEGIN} and {END}; add both")
+    return f"{head}{BEGIN}\n\n{part}\n\n{END}{tail}"
+
+
+def main() -> int:
+    """Write the generated parts of all pages; return 0."""
+    for name, write in PAGES.items():
+        path: Path = REFERENCE / name
+        write_text(path, written(path.read_text(encoding="utf-8"), write()))
+        sys.stdout.write(f"reference: {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -21,15 +21,15 @@ from typing import Any
 
 from eval.app_path import APP, add_app
 from eval.app_tools.catalogue_pictures import write_picture
+from eval.app_tools.gallery import BATCH, PhantomEvidence, _picks
 from eval.app_tools.method_facts import FACTS, POSTERIORS, UNCERTAINTIES
 from eval.files import write_text
-from eval.gallery import BATCH, PhantomEvidence, _picks
 
 add_app()
 
-from lib.engine import Pick  # noqa: E402  the app's path comes first
-from lib.methods import describe  # noqa: E402
-from lib.registry import POSTERIOR_OPTIONS  # noqa: E402
+from lib.querying.methods import describe  # noqa: E402
+from lib.querying.registry import POSTERIOR_OPTIONS  # noqa: E402
+from lib.querying.types import Pick  # noqa: E402  the app's path comes first
 
 ROOT = APP.parents[1]
 PAGE = ROOT / "docs" / "reference" / "methods.md"

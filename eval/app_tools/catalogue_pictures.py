@@ -20,10 +20,10 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from eval.gallery import IMAGES, TAKEN, PhantomEvidence
+from eval.app_tools.gallery import IMAGES, TAKEN, PhantomEvidence
 
 if TYPE_CHECKING:
-    from lib.engine import Pick
+    from lib.querying.types import Pick
 
 KEY = "picks"  # entry of a picture's metadata
 _DARK = "#101018"

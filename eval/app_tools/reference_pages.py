@@ -10,17 +10,16 @@ A page keeps its own text; only the part between two marks is written.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eval.__main__ import main as referee
 from eval.app_path import APP, add_app
 from eval.files import write_text
 
@@ -28,7 +27,8 @@ add_app()
 
 from lib.options import AppOptions  # noqa: E402  the app's path comes first
 
-REFERENCE = APP.parents[1] / "docs" / "reference"
+ROOT = APP.parents[1]
+REFERENCE = ROOT / "docs" / "reference"
 BEGIN, END = "<!-- begin: written by `make reference` -->", "<!-- end -->"
 
 
@@ -49,21 +49,17 @@ def _default(value: Any) -> str:
     return f"`{json.dumps(value)}`" if isinstance(value, (dict, bool)) else f"`{value}`"
 
 
+@cache
 def help_of(*arguments: str) -> str:
     """Return the help of `python -m eval ARGUMENTS`, 100 columns wide; empty if there is no such command."""
-    out, before = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100"
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            referee([*arguments, "--help"])
-    except SystemExit:
-        pass
-    finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
-    return out.getvalue()
+    command = [sys.executable, "-m", "eval", *arguments, "--help"]
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False).stdout
+
+
+def option_names() -> frozenset[str]:
+    """Return the names that `--conf` accepts."""
+    return frozenset(AppOptions.model_fields)
 
 
 def command_names() -> list[str]:

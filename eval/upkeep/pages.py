@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.app_tools.reference_pages import help_of
+from eval.app_tools.reference_pages import help_of, option_names
 from eval.upkeep.style import ROOT, sources
 
 # Pages whose commands run first; the others use the data and the run that these make.
@@ -98,10 +98,8 @@ def _flags(command: str) -> frozenset[str]:
 
 def unknown_options(text: str) -> Iterator[str]:
     """Options, commands and targets in `text` that do not exist."""
-    from lib.options import AppOptions
-
     for name in _CONF.findall(text):
-        if name not in AppOptions.model_fields and name != "NAME":
+        if name not in option_names() and name != "NAME":
             yield f"--conf {name} is not an option of the app"
     for command, rest in _EVAL.findall(text):
         if not _flags(command):

@@ -259,12 +259,14 @@ def check(paths: Sequence[Path], root: Path = ROOT) -> list[Finding]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings; return 1 if there is one, else 0."""
     parser = argparse.ArgumentParser(prog="python -m eval.upkeep.style", description="Check docstrings and pages.")
-    parser.add_argument("paths", nargs="*", type=Path, help="files to check; default: the whole project")
+    parser.add_argument("paths", nargs="*", type=Path, help="files and folders to check; default: the whole project")
     parser.add_argument("--pages", action="store_true", help="Markdown pages only")
     parser.add_argument("--counts", action="store_true", help="the number of findings per file")
     options = parser.parse_args(arguments)
-    paths = [path.resolve() for path in options.paths] or sources()
-    found = check([path for path in paths if path.suffix == ".md" or not options.pages])
+    chosen = [path.resolve() for path in options.paths]
+    below = [path for path in sources() if any(path.is_relative_to(folder) for folder in chosen)]
+    paths = [*(path for path in chosen if path.is_file()), *(path for path in below if path not in chosen)]
+    found = check([path for path in (paths if chosen else sources()) if path.suffix == ".md" or not options.pages])
     if options.counts:
         counts = Counter(finding.path for finding in found)
         sys.stdout.write("".join(f"{count:5} {path}\n" for path, count in counts.most_common()))

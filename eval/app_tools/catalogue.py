@@ -146,7 +146,7 @@ def _option(key: str, option: Mapping[str, Any]) -> str:
     elif option["kind"] == "bool":
         values = "true, false"
     else:
-        values = f"{option['low']:g} to {option['high']:g}"
+        values = f"{option['low']:,.10g} to {option['high']:,.10g}"
     return f"| `{key}` | {_shown(option['default'])} | {values} | {option['help']} |"
 
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The reference of options and commands, written from the code: `python -m eval.app_tools.reference_pages`.
+"""The reference of options, recipes and commands, written from the code: `python -m eval.app_tools.reference_pages`.
 
 A page keeps its own text; only the part between two marks is written.
 """
@@ -18,31 +18,56 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from eval.app_path import APP, add_app
 from eval.files import write_text
 
 add_app()
 
-from lib.options import AppOptions  # noqa: E402  the app's path comes first
+from lib.models.recipe import Recipe  # noqa: E402  the app's path comes first
+from lib.options import AppOptions  # noqa: E402
 
 ROOT = APP.parents[1]
 REFERENCE = ROOT / "docs" / "reference"
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}  # sorted by name, lower bounds come first
 BEGIN, END = "<!-- begin: written by `make reference` -->", "<!-- end -->"
 
 
 def options_table() -> str:
     """Return the options of the app as a Markdown table."""
-    lines = ["| name | default | meaning |", "| --- | --- | --- |"]
-    for name, field in AppOptions.model_fields.items():
+    return _table(AppOptions)
+
+
+def recipes_table() -> str:
+    """Return the options of a recipe as a Markdown table."""
+    return _table(Recipe)
+
+
+def _table(model: type[BaseModel]) -> str:
+    lines = ["| option | default | values | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in model.model_fields.items():
         meaning = (field.description or "").replace("|", "\\|")
-        lines.append(f"| `{name}` | {_default(field.default)} | {meaning} |")
+        lines.append(f"| `{name}` | {_default(field.default)} | {_values(field)} | {meaning} |")
     return "\n".join(lines)
 
 
+def _values(field: FieldInfo) -> str:
+    """Return the choices or bounds of a field, as far as its type declares them."""
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
+    if field.annotation is bool:
+        return "`true`, `false`"
+    bounds = {name: getattr(rule, name) for rule in field.metadata for name in _BOUNDS if hasattr(rule, name)}
+    return ", ".join(f"{_BOUNDS[name]} {bound:,.10g}" for name, bound in sorted(bounds.items()))
+
+
 def _default(value: Any) -> str:
-    if value is None:
+    if value is None or value is PydanticUndefined:
         return ""
     if isinstance(value, (list, tuple)):
         return f"`{','.join(map(str, value))}`"
@@ -72,7 +97,11 @@ def commands_text() -> str:
     return "\n\n".join(f"## {name}\n\n```text\n{help_of(name).rstrip()}\n```" for name in command_names())
 
 
-PAGES: dict[str, Callable[[], str]] = {"options.md": options_table, "commands.md": commands_text}
+PAGES: dict[str, Callable[[], str]] = {
+    "options.md": options_table,
+    "recipes.md": recipes_table,
+    "commands.md": commands_text,
+}
 """Writer of the generated part of each page."""
 
 

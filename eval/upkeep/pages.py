@@ -38,7 +38,7 @@ _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTAL
 _MARK = re.compile(r"<!-- run: (yes|no; .+?) -->\s*$")
 _LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 _CONF = re.compile(r"--conf (\w+)")
-_EVAL = re.compile(r"python -m eval ([a-z]+)((?:[^\n`#|;&]|\\\n)*)")
+_EVAL = re.compile(r"python -m eval ([a-z]+)((?:\\\n|[^\n`#|;&])*)")
 _TARGET = re.compile(r"^make ([a-z-]+)", re.MULTILINE)
 
 

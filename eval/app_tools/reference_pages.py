@@ -82,11 +82,6 @@ def help_of(*arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False).stdout
 
 
-def option_names() -> frozenset[str]:
-    """Return the names that `--conf` accepts."""
-    return frozenset(AppOptions.model_fields)
-
-
 def command_names() -> list[str]:
     """Return the commands of `python -m eval`, in the order of its help."""
     return re.findall(r"^    ([a-z]+)  ", help_of(), re.MULTILINE)

@@ -26,12 +26,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.app_tools.reference_pages import help_of, option_names
 from eval.upkeep.style import ROOT, sources
 
 # Pages whose commands run first; the others use the data and the run that these make.
 FIRST = ("docs/tutorial/first-study.md",)
 LINKED = ("Makefile", "apps", "bundles", "eval", "sample-datasets", "tests", "requirements.txt", "pyproject.toml")
+REFERENCE = ROOT / "docs" / "reference"
 LIMIT = 900  # seconds per block
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -92,8 +92,17 @@ def targets() -> frozenset[str]:
 
 
 @cache
+def option_names() -> frozenset[str]:
+    """Return the names that `--conf` accepts, from their page, which a test compares with the code."""
+    return frozenset(re.findall(r"^\| `(\w+)`", (REFERENCE / "options.md").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@cache
 def _flags(command: str) -> frozenset[str]:
-    return frozenset(re.findall(r"--[a-z][a-z-]*", help_of(command)))
+    """Return the flags of a command, from its page; none if there is no such command."""
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {command}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return frozenset(re.findall(r"--[a-z][a-z-]*", section[1])) if section else frozenset()
 
 
 def unknown_options(text: str) -> Iterator[str]:

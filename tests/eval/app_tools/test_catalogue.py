@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from eval.app_tools.catalogue import PAGE, PICTURES, catalogue, digest, picked
-from eval.app_tools.catalogue_pictures import digest_in
-from eval.app_tools.method_facts import FACTS, POSTERIORS, UNCERTAINTIES
+from eval.app_tools.catalogue.facts import FACTS, POSTERIORS, UNCERTAINTIES
+from eval.app_tools.catalogue.page import PAGE, PICTURES, catalogue, digest, picked
+from eval.app_tools.catalogue.pictures import digest_in
 from lib.querying.methods import POSTERIORS as KNOWN_POSTERIORS
 from lib.querying.registry import REGISTRY
 from lib.querying.types import Pick

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from eval.upkeep import pages
-from eval.upkeep.pages import anchors, blocks, broken_links, faults, run, run_order, unknown_options, unmarked
+from eval.upkeep.pages import (
+    anchors,
+    blocks,
+    broken_links,
+    faults,
+    option_names,
+    run,
+    run_order,
+    unknown_options,
+    unmarked,
+)
+from lib.options import AppOptions
 
 
 @pytest.fixture
@@ -35,6 +46,10 @@ def test_the_tutorial_is_run_first() -> None:
     order = [block.page.name for block in run_order()]
     assert order[0] == "first-study.md"
     assert "run-studies.md" in order
+
+
+def test_option_names_are_those_of_the_app() -> None:
+    assert option_names() == set(AppOptions.model_fields)
 
 
 def test_a_block_is_found_with_line_and_mark(page: Path) -> None:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The catalogue of query methods, written from the registry: `python -m eval.app_tools.catalogue`.
+"""The page of the catalogue, written from the registry.
 
 The page holds per method the equation, source, needs, cost, advice, options and a picture of the regions it picks on
 the posterior of the gallery. A picture carries its picks as metadata, so that a test notices an outdated one.
@@ -11,19 +11,14 @@ the posterior of the gallery. A picture carries its picks as metadata, so that a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eval.app_path import APP, add_app
-from eval.app_tools.catalogue_pictures import write_picture
+from eval.app_tools.catalogue.facts import FACTS, POSTERIORS, UNCERTAINTIES
 from eval.app_tools.gallery import BATCH, PhantomEvidence, _picks
-from eval.app_tools.method_facts import FACTS, POSTERIORS, UNCERTAINTIES
-from eval.files import write_text
 
 add_app()
 
@@ -53,7 +48,7 @@ _NEEDS = {
 _INTRO = f"""\
 # Query methods
 
-<!-- Written by `make reference`; edit lib/querying/registry.py or eval/app_tools/method_facts.py instead. -->
+<!-- Written by `make reference`; edit lib/querying/registry.py or eval/app_tools/catalogue/facts.py instead. -->
 
 A query method is a composition of a posterior, an uncertainty, a unit and a selector. Every method works in requests
 and studies by its name. The option `methods` selects those that the clients list; by default the recommended ones.
@@ -165,21 +160,3 @@ def digest(picks: Sequence[Pick]) -> str:
     """Return a digest of rank, image and box of every pick."""
     boxes = [[pick.rank, pick.image, *map(int, pick.start), *map(int, pick.size)] for pick in picks]
     return hashlib.sha256(json.dumps(boxes).encode()).hexdigest()[:16]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and its pictures; return 0."""
-    parser = argparse.ArgumentParser(prog="python -m eval.app_tools.catalogue", description="Write the catalogue.")
-    parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
-    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the pictures")
-    options = parser.parse_args(arguments)
-    options.pictures.mkdir(parents=True, exist_ok=True)
-    for name, picks, evidence in picked():
-        write_picture(options.pictures / f"{name}.png", picks, evidence, digest(picks))
-    write_text(options.out, catalogue())
-    sys.stdout.write(f"catalogue: {options.out}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

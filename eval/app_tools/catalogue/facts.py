@@ -5,9 +5,9 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Equations, cost and advice of every query method, for the catalogue: the facts that the registry does not hold.
 
-Formulas are LaTeX. p_mc(v) is the probability of class c by member m at voxel v, and s(R) the mean of the uncertainty
-u(v) over the region R. k is the batch, L the annotated regions, A the batch so far; f_R and g_R are features and
-gradients of R.
+Formulas are LaTeX. The probability of class c by member m at voxel v is p_mc(v), and s(R) is the mean of the
+uncertainty u(v) over the region R. The batch is k, L are the annotated regions, A the batch so far. Features and
+gradients of R are f_R and g_R.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from eval.app_tools.catalogue.facts import FACTS, POSTERIORS, UNCERTAINTIES
-from eval.app_tools.catalogue.page import PAGE, PICTURES, catalogue, digest, picked
+from eval.app_tools.catalogue.page import PAGE, PICTURES, ROOT, catalogue, digest, picked
 from eval.app_tools.catalogue.pictures import digest_in
 from lib.querying.methods import POSTERIORS as KNOWN_POSTERIORS
 from lib.querying.registry import REGISTRY
@@ -27,6 +27,10 @@ def test_every_registered_method_has_facts_and_no_fact_is_left_over() -> None:
         assert all(text.strip() for text in facts), name
         assert facts.equation.count("{") == facts.equation.count("}"), name
         assert facts.advice.endswith("."), name
+
+
+def test_the_readme_counts_the_methods() -> None:
+    assert f"{len(REGISTRY)} query methods" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_committed_page_is_that_of_the_registry() -> None:

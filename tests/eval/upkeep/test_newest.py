@@ -101,7 +101,7 @@ def test_pip_names_what_it_cannot_resolve():
 
 def test_failures_are_told_by_file():
     assert failed(JUNIT) == {
-        "tests/eval/test_run.py": ["(not importable)"],
+        "tests/eval/runner/test_run.py": ["(not importable)"],
         "tests/lib/test_units.py": ["test_odd[1]", "test_late"],
     }
     assert passed(JUNIT) == 1

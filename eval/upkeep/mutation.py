@@ -220,12 +220,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which the copied tests find the reference arrays beside the project they came from.
+    """This process's with one thread.
 
-    One thread: OpenMP's threads do not outlive a fork, and mutmut forks for every change, so that k-means would wait
+    OpenMP's threads do not outlive a fork, and mutmut forks for every change, so that k-means would wait
     for them until its time is used up, which looks like a change that was noticed.
     """
-    return {"PATCHWISE_SHARED": str(ROOT.parent / "shared"), **os.environ, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def _mutmut(folder: Path, processes: int) -> str:

@@ -163,11 +163,9 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> list[Scan]:
 
 
 @pytest.fixture(scope="session")
-def real_scans(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> list[Scan]:
+def real_scans(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> list[Scan]:
     """Two real hippocampi as MR series."""
-    task = shared / "data" / "Task04_Hippocampus"
-    if not task.is_dir():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no real scans at {task}")
+    task = real_data / "Task04_Hippocampus"
     folder = tmp_path_factory.mktemp("real")
     script = load_script(ROOT / "sample-datasets" / "dicom.py")
     classes = {"anterior": 1, "posterior": 2}

@@ -16,12 +16,12 @@ from lib.pseudo_labels import fill_between, interpolate, signed_distance
 
 
 @pytest.fixture(scope="session")
-def golden(shared: Path) -> Path:
-    return shared / "reference/strategies/golden"
+def golden(reference: Path) -> Path:
+    return reference / "active_segmentation"
 
 
 def test_published_interpolation(golden: Path) -> None:
-    arrays = np.load(golden / "as_interpolation.npz")
+    arrays = np.load(golden / "interpolation.npz")
     for slices in (3, 5, 10):
         mine = interpolate(arrays["top"], arrays["bottom"], slices - 2)
         np.testing.assert_array_equal(mine, arrays[f"sd_multi_{slices}"])
@@ -45,14 +45,14 @@ def test_blocks_without_interpolation() -> None:
 
 
 def test_morphological_labels_are_the_published_ones(golden: Path) -> None:
-    arrays = np.load(golden / "as_interpolation.npz")
+    arrays = np.load(golden / "interpolation.npz")
     for slices in (3, 5, 10):
         mine = interpolate(arrays["top"], arrays["bottom"], slices - 2, "morphological")
         np.testing.assert_array_equal(mine, arrays[f"morph_multi_{slices}"])
 
 
 def test_slices_between_annotated_ones_are_filled_where_nothing_is_annotated(golden: Path) -> None:
-    arrays = np.load(golden / "as_interpolation.npz")
+    arrays = np.load(golden / "interpolation.npz")
     label = np.full((32, 32, 12), 255, np.uint8)
     label[..., 1], label[..., 5], label[..., 11] = arrays["top"], arrays["bottom"], arrays["top"]
     label[3, 4, 2] = 2

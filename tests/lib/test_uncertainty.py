@@ -25,8 +25,8 @@ def members(seed: int = 0, m: int = 4, c: int = 3, shape: tuple[int, int, int] =
     return softmax(np.random.default_rng(seed).normal(0, 3, (m, c, *shape)), 1)
 
 
-def test_published_maps(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/a_uncertainty.npz")
+def test_published_maps(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/uncertainty.npz")
     probs = golden["probs"]
     moments = Moments.from_members(iter(probs))
     entropy = moments.predictive_entropy()
@@ -61,8 +61,8 @@ def test_a_hand_computed_voxel() -> None:
     assert moments.class_variance(ddof=3).ravel().tolist() == pytest.approx([0.125, 0.125])  # divided by one at least
 
 
-def test_mean_variance_is_the_published_mean_std(shared: Path) -> None:
-    golden = np.load(shared / "reference/strategies/golden/mc_scores_alunet.npz")
+def test_mean_variance_is_the_published_mean_std(reference: Path) -> None:
+    golden = np.load(reference / "alunet/dropout_scores.npz")
     probs = softmax(golden["logits"].astype(np.float64), 2)  # T N C H W
     for i in range(probs.shape[1]):
         moments = Moments.from_members(probs[:, i, :, :, :, None])
@@ -75,8 +75,8 @@ def test_mean_variance_is_the_published_mean_std(shared: Path) -> None:
         assert one.predictive_entropy().mean() / np.log(2) == pytest.approx(golden["entropy_score"][i], abs=1e-6)
 
 
-def test_true_and_mixed_divergence(shared: Path) -> None:
-    golden = np.load(shared / "reference/strategies/golden/jsd.npz")
+def test_true_and_mixed_divergence(reference: Path) -> None:
+    golden = np.load(reference / "stochastic_batches/divergence.npz")
     for n, probs in enumerate(golden["p"]):
         moments = Moments.from_members(probs[..., None])
         np.testing.assert_allclose(moments.mutual_information()[..., 0], golden["true_jsd"][n], atol=1e-6)
@@ -86,8 +86,8 @@ def test_true_and_mixed_divergence(shared: Path) -> None:
     assert mixed_entropy(same).max() == pytest.approx(np.log(2), abs=1e-6)
 
 
-def test_burmeister_scores(shared: Path) -> None:
-    golden = np.load(shared / "reference/strategies/golden/as_uncertainty.npz")
+def test_burmeister_scores(reference: Path) -> None:
+    golden = np.load(reference / "active_segmentation/uncertainty.npz")
     probs = golden["P"]  # N C H W
     pixels = probs[0, 0].size
     for i, p in enumerate(probs):

@@ -22,8 +22,8 @@ def plain_box_mean(score: np.ndarray, size: tuple[int, ...], stride: tuple[int, 
 
 
 @pytest.mark.parametrize("case", ["s1", "s1_big", "s2", "s122", "s8", "s3_big"])
-def test_published_aggregation(shared: Path, case: str) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/b_aggregation.npz")
+def test_published_aggregation(reference: Path, case: str) -> None:
+    golden = np.load(reference / "nnactive/aggregation.npz")
     size, stride = golden[f"{case}_patch_size"], golden[f"{case}_stride"]
     grid = box_mean(golden["u"], size, stride)
     np.testing.assert_allclose(grid, golden[f"{case}_agg"], atol=1e-6)
@@ -63,8 +63,8 @@ def test_box_mean_takes_views_and_other_types() -> None:
     np.testing.assert_allclose(box_mean(score.T, (2, 2, 2)), plain_box_mean(score.T, (2, 2, 2), (1, 1, 1)), rtol=1e-6)
 
 
-def test_slices_and_volumes_by_hand(shared: Path) -> None:
-    golden = np.load(shared / "reference/strategies/golden/uss_reference.npz")
+def test_slices_and_volumes_by_hand(reference: Path) -> None:
+    golden = np.load(reference / "formulas/slices.npz")
     np.testing.assert_allclose(slice_mean(golden["U"], 0), golden["slice_score_axis0"], rtol=1e-12)
     score = np.arange(24.0).reshape(2, 3, 4)
     np.testing.assert_array_equal(slice_mean(score, 2), [10, 11, 12, 13])

@@ -24,8 +24,8 @@ from eval.metrics.study import (
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
-    return np.load(shared / "reference/nnactive/golden/e_metrics.npz")
+def golden(reference):
+    return np.load(reference / "nnactive/study.npz")
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_kendall_by_hand():
         kendall([1, 2], [1, 2, 3])
 
 
-def test_setting_effect_matches_nnactive(shared):
-    golden = np.load(shared / "reference/nnactive/golden/e_kendall.npz")
+def test_setting_effect_matches_nnactive(reference):
+    golden = np.load(reference / "nnactive/kendall.npz")
     for m in range(len(golden["methods"])):
         effect = setting_effect(list(golden["values"][:, m]))
         assert effect.tau == pytest.approx(float(golden["corr"][m]))

@@ -16,8 +16,8 @@ from eval.errors import RefereeError
 from eval.protocol.dataset import content_digest, load_scan, read_dataset, split_by_hash
 
 
-def test_split_of_the_real_dataset(shared):
-    dataset = read_dataset(shared / "data" / "Task04_Hippocampus")
+def test_split_of_the_real_dataset(real_data):
+    dataset = read_dataset(real_data / "Task04_Hippocampus")
     pool, test = split_by_hash([case.id for case in dataset.cases], 0.25)
     assert (len(pool), len(test)) == (156, 52)
     assert dataset.labels == {"background": 0, "Anterior": 1, "Posterior": 2}

@@ -119,11 +119,10 @@ def test_a_stopped_run_goes_on_in_its_folder(tmp_path, monkeypatch):
     assert laid_out == ["selectors"]
 
 
-def test_copied_tests_find_the_reference_arrays(monkeypatch):
-    monkeypatch.delenv("PATCHWISE_SHARED", raising=False)
-    assert environment()["PATCHWISE_SHARED"] == str(ROOT.parent / "shared")
-    monkeypatch.setenv("PATCHWISE_SHARED", "/elsewhere")
-    assert environment()["PATCHWISE_SHARED"] == "/elsewhere"
+def test_copied_tests_bring_the_reference_arrays_and_run_on_one_thread(monkeypatch, tmp_path):
+    lay_out(GROUPS["partial_labels"], tmp_path / "copy")
+    assert (tmp_path / "copy" / "tests" / "reference" / "nnactive" / "noise.npz").is_file()
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert environment()["OMP_NUM_THREADS"] == "1"
 
 

@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.0])
-def test_pair_loss_is_the_published_one(shared, margin):
-    golden = json.loads((shared / "reference/strategies/golden/learning_loss.json").read_text())
+def test_pair_loss_is_the_published_one(reference, margin):
+    golden = json.loads((reference / "stochastic_batches/learning_loss.json").read_text())
     found = pair_loss(torch.tensor(golden["pred"]), torch.tensor(golden["target"]), margin)
     assert float(found) == pytest.approx(golden[f"loss_margin{margin}"], abs=1e-6)
 

@@ -36,8 +36,8 @@ def volume():
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
-    return np.load(shared / "reference/strategies/golden/tta.npz")
+def golden(reference):
+    return np.load(reference / "stochastic_batches/rotation.npz")
 
 
 @pytest.mark.parametrize(("name", "degrees"), [("rot_plus10", 10), ("rot_minus7", -7)])

@@ -29,8 +29,8 @@ def plain_best(grid, size, stride, taken, limit):
     return found
 
 
-def test_published_selection(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/c_select_volume.npz")
+def test_published_selection(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/selection.npz")
     size = tuple(int(v) for v in golden["patch_size"])
     taken = [
         (tuple(map(int, c)), tuple(map(int, s))) for c, s in zip(golden["ann_coords"], golden["ann_size"], strict=True)
@@ -41,8 +41,8 @@ def test_published_selection(shared: Path) -> None:
         np.testing.assert_array_equal([score for _, score in found], golden[f"{name}_score"])
 
 
-def test_published_overlap_pairs(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/c_overlap_pairs.npz")
+def test_published_overlap_pairs(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/overlaps.npz")
     for row in golden["rows"]:
         a, b = (
             (tuple(map(int, row[0:3])), tuple(map(int, row[3:6]))),

@@ -15,23 +15,23 @@ from lib.selectors.noise import beta_at, exponential_schedule, power, sigmoid_sc
 
 
 @pytest.mark.parametrize("beta", [1, 5, 20])
-def test_published_power_noise(shared: Path, beta: int) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/d_noise.npz")
+def test_published_power_noise(reference: Path, beta: int) -> None:
+    golden = np.load(reference / "nnactive/noise.npz")
     seed = int(golden["seed"])
     noisy = power(golden["scores"], beta, np.random.default_rng(seed))
     np.testing.assert_allclose(noisy, golden[f"power_b{beta}"], rtol=1e-12)
 
 
-def test_published_schedules(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/d_noise.npz")
+def test_published_schedules(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/noise.npz")
     np.testing.assert_allclose(exponential_schedule(5, 1, 100), golden["exp_schedule_5_1_100"])
     np.testing.assert_allclose(exponential_schedule(9, 1, 100), golden["exp_schedule_9_1_100"])
     np.testing.assert_allclose(sigmoid_schedule(5, 1, 100), golden["sigmoid_schedule_5_T2"])
     np.testing.assert_allclose(sigmoid_schedule(5, 1, 100, 0.5), golden["sigmoid_schedule_5_T05"])
 
 
-def test_negative_scores_come_last_where_published_code_ranks_them_first(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/d_noise.npz")
+def test_negative_scores_come_last_where_published_code_ranks_them_first(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/noise.npz")
     scores = golden["neg_scores"]
     noisy = power(scores, 1, np.random.default_rng(int(golden["seed"])))
     published = golden["neg_power_b1"]

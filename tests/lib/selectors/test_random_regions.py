@@ -30,8 +30,8 @@ from lib.selectors.random_regions import (
 )
 
 
-def test_published_centring(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/f_random_geometry.npz")
+def test_published_centring(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/random_geometry.npz")
     for patch, dim, loc, start, size, overshoots in golden["center_table"]:
         (mine, _, _), (kept, _, _) = centred((loc, 0, 0), (patch, 1, 1), (dim, 1, 1))
         assert kept == size
@@ -41,8 +41,8 @@ def test_published_centring(shared: Path) -> None:
             assert mine == start
 
 
-def test_published_voxel_sets(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/f_random_geometry.npz")
+def test_published_voxel_sets(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/random_geometry.npz")
     labels = golden["seg"]
     drawn = {area: [tuple(v) for s in range(4) for v in golden[f"locs_{area}_seed{s}"]] for area in ("seg", "border")}
     hints = hints_from_labels(labels, "a", {1: "one", 2: "two"}, np.random.default_rng(0), per_class=10**6)
@@ -51,8 +51,8 @@ def test_published_voxel_sets(shared: Path) -> None:
     assert {h.voxel for h in hints if h.area == "border"} <= {h.voxel for h in hints if h.area == "inside"}
 
 
-def test_every_valid_start_is_drawn_the_last_one_too(shared: Path) -> None:
-    golden = np.load(shared / "reference/nnactive/golden/f_random_geometry.npz")
+def test_every_valid_start_is_drawn_the_last_one_too(reference: Path) -> None:
+    golden = np.load(reference / "nnactive/random_geometry.npz")
     rng = np.random.default_rng(0)
     for dim, patch in ((10, 4), (10, 5), (4, 4), (5, 4), (3, 4)):
         seen = {uniform_start((dim, 1, 1), (min(patch, dim), 1, 1), rng)[0] for _ in range(400)}

@@ -16,8 +16,8 @@ from lib.training.loss import LOSSES, DeepSupervisionLoss, PartialDiceCELoss
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
-    return np.load(shared / "reference/nnactive/golden/h_partial_loss.npz")
+def golden(reference):
+    return np.load(reference / "nnactive/partial_loss.npz")
 
 
 @pytest.mark.parametrize("batch_dice", [True, False])

@@ -35,8 +35,8 @@ def test_the_voxel_is_uniform_inside_the_crop_and_never_just_outside():
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
-    return np.load(shared / "reference/nnactive/golden/h_region_sampling.npz")
+def golden(reference):
+    return np.load(reference / "nnactive/region_sampling.npz")
 
 
 @pytest.mark.parametrize("name", ["interior", "corner", "small"])

@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs
-# Files of tests that run side by side.
+# Groups of tests that run side by side: files, and files that share a server.
 JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 STUDY ?= eval/studies/demo.yaml
 
 .PHONY: demo test test-slow system-test-dicom faults lint docs reference bench bench-nnunet fuzz quality phantoms study install clean
@@ -15,10 +16,11 @@ demo: $(STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not dicom"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not dicom"
 
+# PART=0/4 for the first of four equally large parts.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow $(if $(PART),--slow-part $(PART))
 
 # OHIF on a PACS, in a headless browser; its pictures stay in runs/dicom.
 system-test-dicom: $(STAMP)

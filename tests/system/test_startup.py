@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from eval.runner.server import free_port
+from main import PatchwiseApp
 from tests.eval.answered import Studies
 from tests.system.conftest import BUNDLE, ROOT, fill
 
@@ -51,6 +53,13 @@ def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_pat
     assert done.stdout.strip().splitlines()[-1] == f"['query_region', '{BUNDLE}'] False False"
 
 
+def refused(studies: Path, *conf: str) -> SystemExit:
+    """How the app ends with such options, without a process of its own."""
+    with pytest.raises(SystemExit) as ended:
+        PatchwiseApp(str(APP), str(studies), dict(zip(conf[::2], conf[1::2], strict=True)))
+    return ended.value
+
+
 @pytest.mark.parametrize(
     ("conf", "sentence"),
     [
@@ -64,41 +73,27 @@ def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_pat
     ],
 )
 def test_unusable_options_end_with_one_sentence_and_code_2(
-    tmp_path: Path, phantoms: Path, conf: tuple[str, str], sentence: str
+    tmp_path: Path, phantoms: Path, caplog: pytest.LogCaptureFixture, conf: tuple[str, str], sentence: str
 ) -> None:
-    import re
-
     fill(tmp_path / "studies", phantoms, 1)
     before = sorted(p.name for p in (tmp_path / "studies").iterdir())
-    done = start(tmp_path / "studies", *conf)
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert re.search(sentence, done.stderr), done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+    assert refused(tmp_path / "studies", *conf).code == 2
+    (record,) = (record for record in caplog.records if record.levelname == "ERROR")
+    assert re.search(sentence, record.message)
+    assert record.exc_info is None
     assert sorted(p.name for p in (tmp_path / "studies").iterdir()) == before
 
 
-def test_the_server_itself_ends_with_one_sentence_and_no_traceback(tmp_path: Path, phantoms: Path) -> None:
-    fill(tmp_path / "studies", phantoms, 1)
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies"]
-    command += [str(tmp_path / "studies"), "--host", "127.0.0.1", "--port", "0", "--conf", "modelz", "x"]
-    env = {**os.environ, "PYTHONPATH": str(APP)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    output = done.stdout + done.stderr
-    assert "--conf modelz is not an option of this app" in output
-    assert "Traceback" not in output
-
-
-def test_classes_that_answers_exist_for_cannot_be_renumbered(tmp_path: Path) -> None:
+def test_classes_that_answers_exist_for_cannot_be_renumbered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     studies = Studies(tmp_path / "studies")
     before = studies.ledger.get_meta("classes")
-    done = start(studies.folder, "labels", "posterior,anterior")
-    assert done.returncode == 2
-    assert "answers were given with {'anterior': 1, 'posterior': 2}, and now anterior is 2" in done.stderr
+    assert refused(studies.folder, "labels", "posterior,anterior").code == 2
+    assert "answers were given with {'anterior': 1, 'posterior': 2}, and now anterior is 2" in caplog.text
     assert studies.ledger.get_meta("classes") == before
 
 
-def test_every_network_has_to_be_asked_for(tmp_path: Path, phantoms: Path) -> None:
+def test_the_server_itself_ends_with_one_sentence_and_no_traceback(tmp_path: Path, phantoms: Path) -> None:
+    # Every network has to be asked for. Within the running server the process ends at once, before exit handlers.
     fill(tmp_path / "studies", phantoms, 1)
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies"]
     env = {**os.environ, "PYTHONPATH": str(APP)}
@@ -111,8 +106,10 @@ def test_every_network_has_to_be_asked_for(tmp_path: Path, phantoms: Path) -> No
     assert not (tmp_path / "studies" / ".patchwise").exists()
 
 
-def test_a_missing_studies_folder_is_said(tmp_path: Path) -> None:
+def test_a_process_that_loads_the_app_ends_with_one_sentence_and_no_traceback(tmp_path: Path) -> None:
+    # As trainings and scorings load it.
     done = start(tmp_path / "nowhere")
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr[-2000:]
     assert "no such folder" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "nowhere").exists()

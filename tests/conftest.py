@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.browser import CHROMIUM
+from tests.warm import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_SERVERS = ("clients", "faults", "system")
@@ -73,6 +75,14 @@ def real_data() -> Path:
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmProcess]:
+    """A process from which servers start without their imports; one per worker."""
+    process = WarmProcess()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import pytest
 
 from eval.runner.server import ServerProcess
 from tests.system.conftest import BUNDLE, ROOT
+from tests.warm import WarmProcess, WarmServer
 
 SHAPE = (20, 16, 12)
 # Turned about the axis of the patient by the angle of a 3-4-5 triangle, stored left-handed; voxels of 2 x 1 x 3 mm.
@@ -55,10 +56,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(studies: Path, bundles: Path) -> Iterator[ServerProcess]:
+def server(studies: Path, bundles: Path, warm: WarmProcess) -> Iterator[ServerProcess]:
     conf = {"models": BUNDLE, "bundles": bundles, "labels": "anterior,posterior", "members": 1, "batch": 4}
     conf |= {"size": "6,5,4", "plan": "bundle"}
-    process = ServerProcess(studies, conf, log=studies.parent / "server.log", threads=1)
+    process = WarmServer(studies, conf, log=studies.parent / "server.log", threads=1, warm=warm)
     process.start()
     yield process
     process.stop()

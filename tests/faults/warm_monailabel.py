@@ -5,7 +5,7 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Starts servers from a process that has imported everything: the same program, without the seconds of its imports.
 
-Reads a line of JSON for each (`arguments`, `log`, `folder`), writes the number of the process.
+Reads a line of JSON for each (`arguments`, `log`, `folder`, `env`), writes the number of the process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 
 MODULES = (
@@ -37,12 +38,19 @@ MODULES = (
 
 def serve(wanted: dict) -> None:
     """In the child: becomes the server."""
+    from monailabel.config import settings
+
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     log = os.open(wanted["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for place, handle in enumerate((nothing, log, log)):
         os.dup2(handle, place)
+    os.environ.clear()
+    os.environ.update(wanted["env"])
+    # Both were read from the environment of this process's parent.
+    tempfile.tempdir = None
+    settings.__init__()  # type: ignore[misc]
     os.chdir(wanted["folder"])
     sys.argv = ["monailabel", *wanted["arguments"]]
     from monailabel.main import Main

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from eval.app_tools.audit import audit
 from eval.runner.client import LabelClient
 from eval.runner.server import APP, ServerProcess
 from tests.faults.stream import CLASSES, Annotator, Told
+from tests.warm import WarmProcess, WarmServer
 
 BUNDLE = "segmentation_dynunet_3d"
 FOLDER = Path(__file__).parent
@@ -42,24 +42,9 @@ if TYPE_CHECKING:
     from tests.faults.referee import BackgroundStudy
 
 
-class Forked:
-    """A server that is the child of the warm process, as far as `ServerProcess` has to know."""
+class FaultsServer(WarmServer):
+    """A warm server, but for every `cold`th start (0: never)."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def poll(self) -> int | None:
-        return None if psutil.pid_exists(self.pid) else 1
-
-    def wait(self) -> None:
-        while psutil.pid_exists(self.pid):
-            time.sleep(0.01)
-
-
-class WarmServer(ServerProcess):
-    """A server that starts without waiting for its imports, but for every `cold`th time (0: never)."""
-
-    warm: subprocess.Popen[str] | None = None
     cold = 0
     starts = 0
     was_cold = False
@@ -67,36 +52,7 @@ class WarmServer(ServerProcess):
     def _launch(self, arguments: list[str]) -> Any:
         self.starts += 1
         self.was_cold = bool(self.cold) and self.starts % self.cold == 0
-        if self.was_cold:
-            return super()._launch(arguments)
-        if self.warm is None:
-            command = [sys.executable, str(FOLDER / "warm_monailabel.py")]
-            with open(self.log, "ab") as log:
-                self.warm = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    env=self._environment(),
-                )
-            assert self._line() == "ready", self.last_lines()
-        wanted = {"arguments": arguments, "log": str(self.log), "folder": str(self.log.parent)}
-        assert self.warm.stdin
-        self.warm.stdin.write(json.dumps(wanted) + "\n")
-        self.warm.stdin.flush()
-        return Forked(int(self._line()))
-
-    def _line(self) -> str:
-        assert self.warm
-        assert self.warm.stdout
-        return self.warm.stdout.readline().strip()
-
-    def close(self) -> None:
-        if self.warm is not None:
-            self.warm.terminate()
-            self.warm.wait()
-            self.warm = None
+        return ServerProcess._launch(self, arguments) if self.was_cold else super()._launch(arguments)
 
 
 class World:
@@ -143,7 +99,8 @@ class World:
         (self.studies / "dataset.json").write_text(json.dumps({"labels": names}))
         self.clock = folder / "clock"
         env = {"STOPPED_CLOCK": str(self.clock), "PYTHONPATH": os.pathsep.join([str(APP), str(FOLDER / "clock")])}
-        self.server = WarmServer(self.studies, {"models": BUNDLE}, log=folder / "server" / "log", threads=1, env=env)
+        log, warm = folder / "server" / "log", WarmProcess()
+        self.server = FaultsServer(self.studies, {"models": BUNDLE}, log=log, threads=1, env=env, warm=warm)
         self.server.cold = cold
         self.server.start()
         self.told, self.working, self.ended = Told(), threading.Event(), threading.Event()
@@ -317,7 +274,7 @@ class World:
         for person in self.people:
             person.join(timeout=100)
         self.server.stop()
-        self.server.close()
+        self.server.warm.close()
         if self.mounted:
             subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
 

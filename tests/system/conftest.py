@@ -20,6 +20,7 @@ import pytest
 
 from eval.runner.server import ServerProcess
 from tests.system.realm import GuardedServer, guarded_server
+from tests.warm import WarmProcess, WarmServer
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = "segmentation_dynunet_3d"
@@ -113,13 +114,13 @@ Start = Callable[..., tuple[ServerProcess, Client]]
 
 
 @pytest.fixture(scope="session")
-def start_server(phantoms: Path) -> Iterator[Start]:
+def start_server(phantoms: Path, warm: WarmProcess) -> Iterator[Start]:
     """Starts servers on studies folders; all of them are stopped at the end."""
     started: list[ServerProcess] = []
 
     def start(studies: Path, **conf: Any) -> tuple[ServerProcess, Client]:
         log = studies.parent / f"{studies.name}.log"
-        server = ServerProcess(studies, {"models": BUNDLE, **conf}, log=log, threads=1)
+        server = WarmServer(studies, {"models": BUNDLE, **conf}, log=log, threads=1, warm=warm)
         server.start()
         started.append(server)
         return server, Client(server.url, phantoms)

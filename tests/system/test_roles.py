@@ -25,6 +25,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.system.realm import PUBLIC, GuardedServer, claims, signed
 
+# The same server, on the same worker.
+pytestmark = pytest.mark.xdist_group("guarded server")
+
 PEOPLE = ("guest", "user", "annotator", "reviewer", "admin")
 # Pages and files that are the same for everybody, and what signing in itself needs.
 OPEN = {

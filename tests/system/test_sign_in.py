@@ -16,6 +16,9 @@ import pytest
 from tests.browser import Browser
 from tests.system.realm import GuardedServer
 
+# The same server, on the same worker.
+pytestmark = pytest.mark.xdist_group("guarded server")
+
 
 @pytest.fixture
 def url(guarded: GuardedServer) -> str:

@@ -149,9 +149,9 @@ SERVER = ("start_server",)
 @pytest.mark.parametrize(
     ("after", "victim"),
     [
-        pytest.param("0.annotate", "trainer", id="trainer in its first round"),
-        pytest.param("0.query", "server", id="server while answers are saved"),
-        pytest.param("1.query", "referee", id="referee after the second query"),
+        pytest.param("0.annotate", "trainer", id="trainer in its first round", marks=pytest.mark.slow),
+        pytest.param("0.query", "server", id="server while answers are saved", marks=pytest.mark.slow),
+        pytest.param("1.query", "referee", id="referee after the second query", marks=pytest.mark.slow),
         pytest.param("0.train", "everything", id="everything while testing"),
     ],
 )

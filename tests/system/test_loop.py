@@ -86,6 +86,7 @@ def test_two_rounds_through_the_real_server(uninterrupted: Path, phantoms: Path)
     assert (uninterrupted / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_methods_of_a_seed_start_with_members_that_were_trained_once(study: Path, tmp_path: Path) -> None:
     content = {**yaml.safe_load(study.read_text()), "methods": ["random", "power_pe"], "rounds": 1}
     both = tmp_path / "both.yaml"
@@ -146,12 +147,13 @@ TRAINER = ("interfaces.utils.app", "-m train")
 SERVER = ("start_server",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "victim"),
     [
-        pytest.param("0.annotate", "trainer", id="trainer in its first round", marks=pytest.mark.slow),
-        pytest.param("0.query", "server", id="server while answers are saved", marks=pytest.mark.slow),
-        pytest.param("1.query", "referee", id="referee after the second query", marks=pytest.mark.slow),
+        pytest.param("0.annotate", "trainer", id="trainer in its first round"),
+        pytest.param("0.query", "server", id="server while answers are saved"),
+        pytest.param("1.query", "referee", id="referee after the second query"),
         pytest.param("0.train", "everything", id="everything while testing"),
     ],
 )

@@ -127,6 +127,7 @@ def test_a_failed_training_is_told_and_annotation_goes_on(client: Client, studie
     assert client.http.get("/info/").json()["patchwise"]["rounds"]["failure"] is None
 
 
+@pytest.mark.slow
 def test_a_server_killed_while_it_trains_carries_on(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
     fill(tmp_path / "studies", phantoms, 2)
     conf = {"batch": 3, "size": "10,10,10", "auto_rounds": "true", "auto_method": "bald", "auto_train": TINY}

@@ -194,9 +194,10 @@ def _open(path, barrier):
     QueryLedger(path)
 
 
-def test_processes_that_make_the_ledger_at_once_all_open_it(tmp_path):
+@pytest.mark.parametrize("turns", [8, pytest.param(30, marks=pytest.mark.slow)])
+def test_processes_that_make_the_ledger_at_once_all_open_it(tmp_path, turns):
     context = multiprocessing.get_context("fork")
-    for turn in range(30):
+    for turn in range(turns):
         path, barrier = tmp_path / f"{turn}.sqlite", context.Barrier(4)
         processes = [context.Process(target=_open, args=(path, barrier)) for _ in range(4)]
         for process in processes:

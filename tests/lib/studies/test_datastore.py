@@ -281,7 +281,7 @@ def test_killed_at_any_instant_nothing_is_lost(store, tmp_path):
     upload = write(tmp_path / "upload" / "label.nii.gz", truth(), dtype=np.uint8)
     starts = [(x, y, z) for x in range(12) for y in range(0, 10, 5) for z in range(0, 8, 4)]
     ids = [ask(store, start, (1, 5, 4)).id for start in starts]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     rng = np.random.default_rng(0)
     for _ in range(4):
         process = context.Process(target=_submit_forever, args=(store.studies, upload, ids))

@@ -124,10 +124,6 @@ def representativeness(content: Any) -> Any:
     return {name: content[name] for name in names}
 
 
-def unique_scans(content: Any) -> Any:
-    return {**content, "selected": {k: v for k, v in content["selected"].items() if k.startswith("distance_unique")}}
-
-
 def first_channel(arrays: Arrays) -> Arrays:
     """A plane is rotated by itself."""
     return {name: arrays[name][:, :1] for name in ("x", "rot_plus10", "rot_minus7")}
@@ -177,7 +173,6 @@ FILES: dict[str, tuple[list[str], Callable[..., Any]]] = {
         [f"{S}/as_uncertainty.npz"],
         only("P", "distance", "entropy", "textbook_entropy"),
     ),
-    "active_segmentation/unique_scans.json": ([f"{S}/as_uncertainty_selection.json"], unique_scans),
     "active_segmentation/representativeness.npz": (
         [f"{S}/as_representativeness.npz"],
         only("maxpooled", "reduced_code", "avg_distance_scores"),

@@ -22,11 +22,10 @@ from lib.selectors.core_set import k_center
 from lib.selectors.peaks import ranked_slices, slice_peaks
 from lib.selectors.representative import (
     farthest_on_average,
-    mean_distances,
+    farthest_on_average_steps,
     mean_shift_clusters,
     reduced_features,
     stratified,
-    unique_first,
 )
 from lib.selectors.stochastic import stochastic_batch
 from lib.selectors.strided import strided_blocks
@@ -266,7 +265,8 @@ def test_published_features_clusters_and_distances(reference: Path) -> None:
     for width in ("5", "2.5"):
         published = [picks[f"clust_bw{width}_labels"][i] for i in ids]
         assert mean_shift_clusters(points, float(width)).tolist() == published
-    np.testing.assert_allclose(mean_distances(points[12:], points[:12]), arrays["avg_distance_scores"], rtol=1e-5)
+    first = next(farthest_on_average_steps(points[12:], points[:12], 1))
+    np.testing.assert_allclose(first.utilities(), arrays["avg_distance_scores"], rtol=1e-5)
 
 
 def test_distance_updates_where_published_code_runs_on(reference: Path) -> None:
@@ -299,15 +299,6 @@ def test_strata_are_evened_out_by_fraction_or_count() -> None:
         stratified(strata, labelled, 1, rng, "share")
     with pytest.raises(ValueError, match="one stratum a unit"):
         stratified(strata, labelled[1:], 1, rng)
-
-
-def test_published_unique_scans(reference: Path) -> None:
-    case = json.loads((reference / "active_segmentation/unique_scans.json").read_text())
-    ids, order = case["case_ids"], list(range(8))
-    scans = [i.split("-")[0] for i in ids]
-    for k in (3, 5):
-        assert [ids[i] for i in unique_first(order, scans, k)] == case["selected"][f"distance_uniqueTrue_k{k}"]
-    assert len(unique_first(order, scans, 8)) == 8  # published code gives 4
 
 
 def test_typical_units_come_from_every_cluster_and_its_middle() -> None:

@@ -72,11 +72,9 @@ def select_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
     """
     if ask.method.selector == "softrank":
         return _select_softrank(ask, pool, evidence)
-    kept = _best_scored(ask, pool, evidence)
+    kept = _best_scored(_wider(ask) if ask.utilities else ask, pool, evidence)
     chosen, runner_up = kept[: ask.n], kept[ask.n] if len(kept) > ask.n else None
-    return picks_from(
-        ask, chosen, runner_up, lambda: ranked_steps(_best_scored(_wider(ask), pool, evidence), len(chosen))
-    )
+    return picks_from(ask, chosen, runner_up, lambda: ranked_steps(kept, len(chosen)))
 
 
 def _wider(ask: Ask) -> Ask:
@@ -251,11 +249,9 @@ def _beta(ask: Ask) -> float:
 
 def select_peaks(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
     """Slices at the peaks of each image's profile, the highest of the pool; other slices when peaks run short (USS)."""
-    kept = _best_peaks(ask, pool, evidence)
+    kept = _best_peaks(_wider(ask) if ask.utilities else ask, pool, evidence)
     chosen, runner_up = kept[: ask.n], kept[ask.n] if len(kept) > ask.n else None
-    return picks_from(
-        ask, chosen, runner_up, lambda: ranked_steps(_best_peaks(_wider(ask), pool, evidence), len(chosen))
-    )
+    return picks_from(ask, chosen, runner_up, lambda: ranked_steps(kept, len(chosen)))
 
 
 def _best_peaks(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Candidate]:

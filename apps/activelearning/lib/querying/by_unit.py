@@ -7,15 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.neighbors import NearestNeighbors
 
 from lib.querying.by_score import best, image_candidates, moments_of, score_map
 from lib.querying.method import MethodError
@@ -29,25 +27,24 @@ from lib.querying.types import (
     Step,
     picks_from,
     step,
-    traced_steps,
+    traced,
     with_features,
     with_gradients,
 )
 from lib.regions import Triple, triple
-from lib.selectors.badge import kmeans_plus_plus
-from lib.selectors.core_set import CHUNK, SquaredDistances, feature_matrix, k_center
+from lib.selectors.badge import kmeans_plus_plus_steps
+from lib.selectors.core_set import k_center_steps
 from lib.selectors.random_regions import BACKGROUND
 from lib.selectors.representative import (
-    OUTLIER,
-    farthest_on_average,
-    mean_distances,
+    farthest_on_average_steps,
     mean_shift_clusters,
     reduced_features,
-    stratified,
+    stratified_steps,
 )
+from lib.selectors.steps import Selection, Taken
 from lib.selectors.stochastic import stochastic_batch
 from lib.selectors.strided import Block, strided_blocks
-from lib.selectors.typiclust import MAX_CLUSTERS, typiclust
+from lib.selectors.typiclust import typiclust_steps
 from lib.selectors.usim import usim
 from lib.uncertainty import PosteriorMoments
 from lib.units import unit_grid
@@ -118,8 +115,7 @@ def select_stratified(ask: Ask, pool: Sequence[PoolImage]) -> list[Pick]:
     labelled = [not image.is_free((start, size)) for image, start, size in units]
     rng = ask.rng("strata")
     strata, equal = [i.id for i, _, _ in units], str(ask.option("equal"))
-    indices = stratified(strata, labelled, ask.n, rng, equal)
-    return _plain(ask, units, indices, lambda: _evenness(strata, labelled, indices, equal))
+    return _plain(ask, units, stratified_steps(strata, labelled, ask.n, rng, equal))
 
 
 def select_strided(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence | None) -> list[Pick]:
@@ -183,22 +179,21 @@ def select_by_features(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) 
     labelled = source.labelled_features()
     rng, selector = ask.rng("features"), ask.method.selector
     if selector == "core_set":
-        indices = k_center(features, labelled, ask.n)
-        start = _to_nearest(features, labelled)
-        return _plain(ask, units, indices, lambda: map(np.sqrt, _nearest(features, indices, start, start)))
+        return _plain(ask, units, k_center_steps(features, labelled, ask.n))
     if selector == "typiclust":
-        neighbours = int(ask.option("neighbours"))
-        indices = typiclust(features, labelled, ask.n, rng, neighbours)
-        again = ask.rng("features")
-        return _plain(ask, units, indices, lambda: _typicality(features, labelled, ask.n, again, neighbours, indices))
+        return _plain(ask, units, typiclust_steps(features, labelled, ask.n, rng, int(ask.option("neighbours"))))
     free, known = _reduced(features, labelled, ask)
     if selector == "distance":
-        indices = farthest_on_average(free, known, ask.n)
-        return _plain(ask, units, indices, lambda: _mean_distance(free, known, indices))
+        return _plain(ask, units, farthest_on_average_steps(free, known, ask.n))
     clusters = mean_shift_clusters(np.concatenate([free, known]), float(ask.option("bandwidth")) or None)
     flags = np.arange(len(clusters)) >= len(free)
-    indices = stratified(clusters.tolist(), flags, ask.n, rng)
-    return _plain(ask, units, indices, lambda: (v[: len(units)] for v in _evenness(clusters.tolist(), flags, indices)))
+    steps = stratified_steps(clusters.tolist(), flags, ask.n, rng)
+    return _plain(ask, units, (Taken(t.row, partial(_first, t, len(units))) for t in steps))
+
+
+def _first(taken: Taken, units: int) -> NDArray[np.floating[Any]]:
+    """Utilities of the units, without those of the labelled rows behind them."""
+    return taken.utilities()[:units]
 
 
 def _reduced(
@@ -219,8 +214,7 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
     gradients = np.concatenate([source.gradients(i.id, boxes, layer) for i, boxes in _by_image(units)])
     rng = ask.rng("gradients")
     if ask.method.selector == "kmeans_plus_plus":
-        indices = kmeans_plus_plus(gradients, ask.n, rng)
-        return _plain(ask, units, indices, lambda: _nearest(gradients, indices, np.square(gradients).sum(axis=1)))
+        return _plain(ask, units, kmeans_plus_plus_steps(gradients, ask.n, rng))
     variances = np.concatenate(
         [
             unit_scores(ask, image, _variances(moments_of(image, evidence)), [s for s, _ in boxes])
@@ -274,15 +268,25 @@ def select_diverse(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> l
     source = with_features(evidence, ask)
     features = np.concatenate([source.features(i.id, boxes) for i, boxes in spans]).astype(np.float64)
     features = features / (features.std(axis=0) + 1e-6)
-    first = int(np.square(features).sum(axis=1).argmax())
-    rest = np.delete(np.arange(len(units)), first)
-    order = [first, *rest[k_center(features[rest], features[[first]], ask.n - 1)]] if ask.n > 1 else [first]
+    chosen, steps = traced(units, _largest_then_farthest(features, ask.n), ask.utilities)
+    return picks_from(ask, [units[i] for i in chosen], steps=lambda: steps)
+
+
+def _largest_then_farthest(features: NDArray[np.float64], k: int) -> Selection:
+    """The row with the largest norm, then core-set."""
     norms = np.square(features).sum(axis=1)
-    return picks_from(
-        ask,
-        [units[i] for i in order],
-        steps=lambda: traced_steps(units, order, map(np.sqrt, _nearest(features, order, norms))),
-    )
+    first = int(norms.argmax())
+    yield Taken(first, lambda: np.sqrt(norms))
+    rest = np.delete(np.arange(len(features)), first)
+    for taken in k_center_steps(features[rest], features[[first]], k - 1):
+        yield Taken(int(rest[taken.row]), partial(_spread, taken, rest, len(features)))
+
+
+def _spread(taken: Taken, rest: NDArray[np.intp], units: int) -> NDArray[np.floating[Any]]:
+    """Utilities of the rows in `rest`, at their places among all."""
+    found = np.full(units, np.nan)
+    found[rest] = taken.utilities()
+    return found
 
 
 def _by_image(units: Units) -> list[tuple[PoolImage, list[tuple[Triple, Triple]]]]:
@@ -295,100 +299,8 @@ def _by_image(units: Units) -> list[tuple[PoolImage, list[tuple[Triple, Triple]]
     return found
 
 
-def _plain(
-    ask: Ask,
-    units: Units,
-    indices: NDArray[np.intp],
-    utilities: Callable[[], Iterable[NDArray[np.floating[Any]]]],
-) -> list[Pick]:
-    """Picks of units without a score; `utilities` gives those of every unit at each step, where they are asked for."""
-
-    def steps() -> list[Step]:
-        return traced_steps([Candidate(i.id, s, d, 0.0, 0.0) for i, s, d in units], indices.tolist(), utilities())
-
-    chosen = [Candidate(units[i][0].id, units[i][1], units[i][2], 0.0, 0.0) for i in indices]
-    return picks_from(ask, chosen, steps=steps)
-
-
-def _to_nearest(features: NDArray[np.floating[Any]], labelled: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Squared distance of each row to the nearest labelled one, (U,); infinite where there is none."""
-    rows, nearest = feature_matrix(features, "unlabelled"), np.full(len(features), np.inf, np.float32)
-    if not len(labelled):
-        return nearest
-    known = feature_matrix(labelled, "labelled")
-    for a in range(0, len(rows), CHUNK):
-        part = torch.cdist(rows[a : a + CHUNK], known, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest[a : a + CHUNK] = part.min(dim=1).values.square().numpy()
-    return nearest
-
-
-def _nearest(
-    features: NDArray[np.floating[Any]],
-    chosen: Sequence[int] | NDArray[np.intp],
-    first: NDArray[np.floating[Any]],
-    start: NDArray[np.floating[Any]] | None = None,
-) -> Iterator[NDArray[np.floating[Any]]]:
-    """`first`, then at each further step the squared distance to the nearest row chosen before, at most `start`."""
-    distances = SquaredDistances(feature_matrix(features, "unlabelled"))
-    nearest = np.full(len(features), np.inf, np.float32) if start is None else start
-    yield first
-    for row in chosen[:-1]:
-        nearest = np.minimum(nearest, distances.to(int(row)))
-        yield nearest
-
-
-def _mean_distance(
-    features: NDArray[np.floating[Any]], labelled: NDArray[np.floating[Any]], chosen: NDArray[np.intp]
-) -> Iterator[NDArray[np.floating[Any]]]:
-    """Mean distance to labelled rows and those chosen before, at each step; infinite where there are none."""
-    count = len(labelled)
-    total = mean_distances(features, labelled) * count if count else np.zeros(len(features))
-    for row in chosen:
-        yield total / count if count else np.full(len(features), np.inf)
-        total, count = total + mean_distances(features, features[[row]]), count + 1
-
-
-def _evenness(
-    strata: Sequence[Hashable],
-    labelled: Sequence[bool] | NDArray[np.bool_],
-    chosen: NDArray[np.intp],
-    equal: str = "fraction",
-) -> Iterator[NDArray[np.floating[Any]]]:
-    """Minus the labelled share (or count) of each unit's stratum at each step; outliers lie below all others."""
-    names, code = np.unique(np.array(strata), return_inverse=True)
-    done, sizes = np.array(labelled, dtype=bool), np.bincount(code)
-    counts = np.bincount(code[done], minlength=len(names))
-    below = np.array([name == OUTLIER for name in names.tolist()]) * (sizes.max() + 1)
-    for i in chosen:
-        share = counts / sizes if equal == "fraction" else counts
-        yield np.where(done, np.nan, 0.0 - (share + below)[code])
-        done[i] = True
-        counts[code[i]] += 1
-
-
-def _typicality(
-    features: NDArray[np.floating[Any]],
-    labelled: NDArray[np.floating[Any]],
-    k: int,
-    rng: np.random.Generator,
-    neighbours: int,
-    chosen: NDArray[np.intp],
-) -> Iterator[NDArray[np.floating[Any]]]:
-    """Typicality in the clusters of `typiclust`, drawn again by the same `rng`; -inf outside of the pick's cluster.
-
-    A cluster of one has no neighbours to be typical of: infinite.
-    """
-    rows = feature_matrix(np.concatenate([features, labelled]) if len(labelled) else features, "all").numpy()
-    spread = rows.std(axis=0)
-    rows = (rows - rows.mean(axis=0)) / np.where(spread > 0, spread, 1)
-    clusters = max(1, min(len(labelled) + k, MAX_CLUSTERS, len(np.unique(rows, axis=0))))
-    cluster = KMeans(clusters, n_init=4, random_state=int(rng.integers(2**31))).fit_predict(rows)[: len(features)]
-    far = np.zeros(len(features))
-    for c in np.unique(cluster):
-        members = np.flatnonzero(cluster == c)
-        if len(members) > 1:
-            near = NearestNeighbors(n_neighbors=min(neighbours, len(members) - 1)).fit(rows[members])
-            far[members] = near.kneighbors()[0].mean(axis=1)
-    typicality = np.divide(1, far, out=np.full(len(far), np.inf), where=far > 0)
-    for i in chosen:
-        yield np.where(cluster == cluster[i], typicality, -np.inf)
+def _plain(ask: Ask, units: Units, selection: Selection) -> list[Pick]:
+    """Picks of units without a score, in the order of `selection`."""
+    candidates = [Candidate(i.id, start, size, 0.0, 0.0) for i, start, size in units]
+    chosen, steps = traced(candidates, selection, ask.utilities)
+    return picks_from(ask, [candidates[i] for i in chosen], steps=lambda: steps)

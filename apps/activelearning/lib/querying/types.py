@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lib.querying.method import MethodError, QueryMethod
 from lib.randomness import child_rng
 from lib.regions import Box, Triple, boxes_overlap, triple
+from lib.selectors.steps import Selection, indices_of
 from lib.uncertainty import PosteriorMoments
 from lib.units import unit_size
 
@@ -187,20 +188,35 @@ def ranked_steps(ranked: Sequence[Candidate], n: int, left: int | None = None) -
     ]
 
 
+def traced(units: Sequence[Candidate], selection: Selection, trace: bool) -> tuple[list[int], list[Step]]:
+    """Indices that `selection` takes of `units`, and with `trace` the record of each step."""
+    chosen = list[int]()
+
+    def utilities() -> Iterator[NDArray[np.floating[Any]]]:
+        for taken in selection:
+            chosen.append(taken.row)
+            yield taken.utilities()
+
+    if trace:
+        return chosen, traced_steps(units, chosen, utilities())
+    return indices_of(selection).tolist(), []
+
+
 def traced_steps(
-    units: Sequence[Candidate], chosen: Iterable[int], utilities: Iterable[NDArray[np.floating[Any]]]
+    units: Sequence[Candidate], chosen: Sequence[int], utilities: Iterable[NDArray[np.floating[Any]]]
 ) -> list[Step]:
     """Steps of taking `chosen` of `units`, given the utility of every unit at each step, (U,).
 
     NaN stands for a unit that is not free, -inf for a free one that does not compare with the pick.
     """
     free, found = np.ones(len(units), dtype=bool), list[Step]()
-    for i, values in zip(chosen, utilities, strict=True):
+    for k, values in enumerate(utilities):
+        i = chosen[k]
         free[i] = False
         comparable = np.flatnonzero(free & (values > -np.inf))
         best = comparable[np.argsort(-values[comparable], kind="stable")[:ALTERNATIVES]]
         left = np.count_nonzero(free & ~np.isnan(values))
-        found.append(step(values[i], [replace(units[k], utility=float(values[k])) for k in best], left))
+        found.append(step(values[i], [replace(units[b], utility=float(values[b])) for b in best], left))
     return found
 
 

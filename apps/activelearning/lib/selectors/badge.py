@@ -11,31 +11,41 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lib.selectors.core_set import SquaredDistances, feature_matrix
+from lib.selectors.steps import Selection, Taken, indices_of
 
 
 def kmeans_plus_plus(embeddings: ArrayLike, k: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """Indices of `k` rows: the first has the largest norm, each further one is drawn with probability D^2 / sum D^2.
+    """Return the indices that `kmeans_plus_plus_steps` takes, (min(k, U),)."""
+    return indices_of(kmeans_plus_plus_steps(embeddings, k, rng))
+
+
+def kmeans_plus_plus_steps(embeddings: ArrayLike, k: int, rng: np.random.Generator) -> Selection:
+    """Take `k` rows: the first has the largest norm, each further one is drawn with probability D^2 / sum D^2.
 
     D is the Euclidean distance to the nearest row chosen before (Ash et al. 2020; USIM, appendix C). No row is drawn
     twice; where all rows left coincide with chosen ones the draw is uniform over them.
 
-    Shapes: embeddings (U, D) -> (min(k, U),).
+    Utility: the squared norm at the first step, then D^2.
+
+    Shapes: embeddings (U, D) -> min(k, U) steps.
 
     Raises:
-        ValueError: embeddings that are no finite matrix.
+        ValueError: embeddings that are not a finite matrix.
     """
     matrix = feature_matrix(embeddings, "embedding")
     distances = SquaredDistances(matrix)
     wanted = min(k, len(matrix))
     if wanted < 1:
-        return np.empty(0, dtype=np.intp)
-    chosen = [int(matrix.square().sum(dim=1).argmax())]
+        return
+    norms = matrix.square().sum(dim=1)
+    chosen = [int(norms.argmax())]
+    yield Taken(chosen[0], norms.numpy)
     nearest = distances.to(chosen[0])
     while len(chosen) < wanted:
         chosen.append(_draw(nearest, chosen, rng))
+        yield Taken(chosen[-1], lambda: nearest)
         np.minimum(nearest, distances.to(chosen[-1]), out=nearest)
         nearest[chosen] = 0
-    return np.array(chosen, dtype=np.intp)
 
 
 def _draw(weights: NDArray[np.float32], chosen: list[int], rng: np.random.Generator) -> int:

@@ -11,19 +11,28 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from lib.selectors.steps import Selection, Taken, indices_of
+
 CHUNK = 8192
 
 
 def k_center(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) -> NDArray[np.intp]:
-    """Indices of `k` rows of `unlabelled`, each the farthest from `labelled` and the ones before (Sener & Savarese).
+    """Return the indices that `k_center_steps` takes, (min(k, U),)."""
+    return indices_of(k_center_steps(unlabelled, labelled, k))
+
+
+def k_center_steps(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) -> Selection:
+    """Take `k` rows of `unlabelled`, each the farthest from `labelled` and the ones before (Sener & Savarese).
 
     i* = argmax_u min_{l in labelled and chosen} ||x_u - x_l||; the first index among equals, so without labelled
     rows the first pick is row 0 (USIM, appendix C). Each pick costs one product of the features with one row.
 
-    Shapes: unlabelled (U, D), labelled (L, D) or None -> (min(k, U),).
+    Utility: the distance to the nearest labelled or taken row; infinite where there is none.
+
+    Shapes: unlabelled (U, D), labelled (L, D) or None -> min(k, U) steps.
 
     Raises:
-        ValueError: features that are no finite matrix, or that disagree in width.
+        ValueError: features that are not a finite matrix, or that disagree in width.
     """
     features = feature_matrix(unlabelled, "unlabelled")
     known = None if labelled is None or len(np.asarray(labelled)) == 0 else feature_matrix(labelled, "labelled")
@@ -38,10 +47,10 @@ def k_center(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) -> NDArr
     chosen: list[int] = []
     while len(chosen) < min(k, len(features)):
         best = int(nearest.argmax())
+        yield Taken(best, lambda: np.sqrt(np.maximum(nearest, 0)))
         chosen.append(best)
         np.minimum(nearest, distances.to(best), out=nearest)
         nearest[chosen] = -1  # a chosen row is never drawn again, even where every distance is zero
-    return np.array(chosen, dtype=np.intp)
 
 
 class SquaredDistances:

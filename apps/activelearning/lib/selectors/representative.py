@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sklearn.cluster import MeanShift, estimate_bandwidth
 from sklearn.decomposition import PCA
 
 from lib.selectors.core_set import feature_matrix
+from lib.selectors.steps import Selection, Taken, indices_of
 
 OUTLIER = -1
 
@@ -46,12 +48,25 @@ def stratified(
     rng: np.random.Generator,
     equal: str = "fraction",
 ) -> NDArray[np.intp]:
-    """Indices of `k` unlabelled units that even out what is labelled over the strata; ties at random.
+    """Return the indices that `stratified_steps` takes, (min(k, unlabelled),)."""
+    return indices_of(stratified_steps(strata, labelled, k, rng, equal))
+
+
+def stratified_steps(
+    strata: Sequence[Hashable],
+    labelled: Sequence[bool] | NDArray[np.bool_],
+    k: int,
+    rng: np.random.Generator,
+    equal: str = "fraction",
+) -> Selection:
+    """Take `k` unlabelled units that even out what is labelled over the strata; ties at random.
 
     Each pick comes from the stratum with the least labelled `"fraction"` (the paper's code) or `"count"` (the paper's
     text), which is updated after every pick. A stratum of -1 holds outliers and comes last.
 
-    Shapes: one entry of `strata` and `labelled` a unit, labelled ones included -> (min(k, unlabelled),).
+    Utility: minus the labelled share (or count) of the stratum; outliers lie below all others.
+
+    Shapes: one entry of `strata` and `labelled` per unit, labelled ones included -> min(k, unlabelled) steps.
 
     Raises:
         ValueError: an unknown rule, or sequences of different lengths.
@@ -68,59 +83,58 @@ def stratified(
     left = sizes - counts
     outliers = np.array([name == OUTLIER for name in names], dtype=bool)
     queues = {c: list(rng.permutation(np.flatnonzero((code == c) & ~done))) for c in range(len(names))}
-    chosen: list[int] = []
-    while len(chosen) < k and left.any():
+    for _ in range(min(k, int(left.sum()))):
         share = counts / sizes if equal == "fraction" else counts.astype(float)
         share = np.where(outliers, share + sizes.max() + 1, share)
-        share[left == 0] = np.inf
-        lowest = np.flatnonzero(share == share.min())
+        open_share = np.where(left == 0, np.inf, share)
+        lowest = np.flatnonzero(open_share == open_share.min())
         weights = left[lowest] / left[lowest].sum()  # a unit among all units of the tied strata, not a stratum
         stratum = int(rng.choice(lowest, p=weights))
-        chosen.append(int(queues[stratum].pop()))
+        unit = int(queues[stratum].pop())
+        yield Taken(unit, partial(_free_share, done, share, code))
+        done[unit] = True
         counts[stratum] += 1
         left[stratum] -= 1
-    return np.array(chosen, dtype=np.intp)
+
+
+def _free_share(done: NDArray[np.bool_], share: NDArray[np.float64], code: NDArray[np.intp]) -> NDArray[np.float64]:
+    return np.where(done, np.nan, 0.0 - share[code])
 
 
 def farthest_on_average(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) -> NDArray[np.intp]:
-    """Indices of `k` rows, each with the largest mean distance to `labelled` and the rows chosen before (DistRS).
+    """Return the indices that `farthest_on_average_steps` takes, (min(k, U),)."""
+    return indices_of(farthest_on_average_steps(unlabelled, labelled, k))
+
+
+def farthest_on_average_steps(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) -> Selection:
+    """Take `k` rows, each with the largest mean distance to `labelled` and the rows chosen before (DistRS).
 
     After each pick the sums of distances are updated; published code keeps stale ids and returns a run of consecutive
     pool entries instead. Ties go to the first row, so without labelled rows the first pick is row 0.
 
-    Shapes: unlabelled (U, D), labelled (L, D) or None -> (min(k, U),).
+    Utility: the mean distance; infinite where there is nothing to measure it to.
+
+    Shapes: unlabelled (U, D), labelled (L, D) or None -> min(k, U) steps.
     """
     features = feature_matrix(unlabelled, "unlabelled")
-    total = np.zeros(len(features))
+    total, count = np.zeros(len(features)), 0
     if labelled is not None and len(np.asarray(labelled)):
         known = feature_matrix(labelled, "labelled")
         for row in known:
             total += _distance(features, row)
-    chosen: list[int] = []
+        count = len(known)
     free = np.ones(len(features), bool)
-    while len(chosen) < min(k, len(features)):
+    for _ in range(min(k, len(features))):
         best = int(np.where(free, total, -1).argmax())
-        chosen.append(best)
+        yield Taken(best, partial(_mean, total, count))
         free[best] = False
         total += _distance(features, features[best])
-    return np.array(chosen, dtype=np.intp)
+        count += 1
 
 
-def mean_distances(unlabelled: ArrayLike, labelled: ArrayLike) -> NDArray[np.float64]:
-    """Mean Euclidean distance of each row (U, D) to the rows of `labelled` (L, D), (U,)."""
-    features, known = feature_matrix(unlabelled, "unlabelled"), feature_matrix(labelled, "labelled")
-    return np.asarray(sum(_distance(features, row) for row in known) / len(known))
+def _mean(total: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    return total / count if count else np.full(len(total), np.inf)
 
 
 def _distance(features: torch.Tensor, row: torch.Tensor) -> NDArray[np.float64]:
     return np.asarray((features - row).double().square_().sum(dim=1).sqrt_().numpy())
-
-
-def unique_first(order: Sequence[int], scans: Sequence[Hashable], k: int) -> list[int]:
-    """The first `k` of `order`, taking a second unit of a scan only when every scan has given one."""
-    seen: set[Hashable] = set()
-    front, rest = list[int](), list[int]()
-    for i in order:
-        (rest if scans[i] in seen else front).append(i)
-        seen.add(scans[i])
-    return (front + rest)[:k]

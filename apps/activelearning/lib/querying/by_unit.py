@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lib.querying.by_score import best, image_candidates, moments_of, score_map
 from lib.querying.method import MethodError
+from lib.querying.registry import SELECTORS
 from lib.querying.types import (
     ALTERNATIVES,
     Ask,
@@ -36,15 +37,11 @@ from lib.selectors.badge import kmeans_plus_plus_steps
 from lib.selectors.core_set import k_center_steps
 from lib.selectors.random_regions import BACKGROUND
 from lib.selectors.representative import (
-    farthest_on_average_steps,
-    mean_shift_clusters,
-    reduced_features,
     stratified_steps,
 )
 from lib.selectors.steps import Selection, Taken
 from lib.selectors.stochastic import stochastic_batch
 from lib.selectors.strided import Block, strided_blocks
-from lib.selectors.typiclust import typiclust_steps
 from lib.selectors.usim import usim
 from lib.uncertainty import PosteriorMoments
 from lib.units import unit_grid
@@ -170,38 +167,16 @@ def _block_steps(
 
 
 def select_by_features(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
-    """Core-set, clusters, distance or typicality over the features of units."""
+    """Units by a selector over their features."""
     units = free_units(ask, pool)
     if not units:
         return []
-    source = with_features(evidence, ask)
+    source, selector = with_features(evidence, ask), SELECTORS[ask.method.selector]
+    assert selector.steps is not None, "a selector without a stage of its own works on features"
     features = np.concatenate([source.features(i.id, boxes) for i, boxes in _by_image(units)])
-    labelled = source.labelled_features()
-    rng, selector = ask.rng("features"), ask.method.selector
-    if selector == "core_set":
-        return _plain(ask, units, k_center_steps(features, labelled, ask.n))
-    if selector == "typiclust":
-        return _plain(ask, units, typiclust_steps(features, labelled, ask.n, rng, int(ask.option("neighbours"))))
-    free, known = _reduced(features, labelled, ask)
-    if selector == "distance":
-        return _plain(ask, units, farthest_on_average_steps(free, known, ask.n))
-    clusters = mean_shift_clusters(np.concatenate([free, known]), float(ask.option("bandwidth")) or None)
-    flags = np.arange(len(clusters)) >= len(free)
-    steps = stratified_steps(clusters.tolist(), flags, ask.n, rng)
-    return _plain(ask, units, (Taken(t.row, partial(_first, t, len(units))) for t in steps))
-
-
-def _first(taken: Taken, units: int) -> NDArray[np.floating[Any]]:
-    """Utilities of the units, without those of the labelled rows behind them."""
-    return taken.utilities()[:units]
-
-
-def _reduced(
-    features: NDArray[np.floating[Any]], labelled: NDArray[np.floating[Any]], ask: Ask
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    everything = np.concatenate([features, labelled]) if len(labelled) else features
-    points = reduced_features(everything, int(ask.option("components")))
-    return points[: len(features)], points[len(features) :]
+    options = {name: ask.option(name) for name in selector.options}
+    steps = selector.steps(features, source.labelled_features(), ask.n, ask.rng("features"), **options)
+    return _plain(ask, units, steps)
 
 
 def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:

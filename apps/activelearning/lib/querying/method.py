@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lib.errors import PatchwiseError
+from lib.selectors.steps import FeatureSelector
 
 
 class MethodError(PatchwiseError):
@@ -67,13 +68,17 @@ def _convert(kind: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Selector:
-    """What a selector takes: whether it ranks by an uncertainty, its units, what it needs, its options."""
+    """A selector: whether it ranks by an uncertainty, its units, needs and options.
+
+    `steps` is the selector itself if it works on features; the others have a stage in `lib.querying.selection`.
+    """
 
     summary: str
     scored: bool = True
     units: tuple[str, ...] = ("patch", "slice", "volume")
     needs: frozenset[str] = frozenset()
     options: Mapping[str, Option] = field(default_factory=dict)
+    steps: FeatureSelector | None = None
 
 
 @dataclass(frozen=True)

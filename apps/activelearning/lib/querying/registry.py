@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lib.querying.method import Option, QueryMethod, Selector
+from lib.selectors.core_set import core_set_steps
+from lib.selectors.representative import cluster_steps, distance_steps
+from lib.selectors.typiclust import typiclust_steps
 
 _NNACTIVE = "Lüth et al. 2025, nnActive (TMLR)"
 _CLASP = "Lüth et al. 2026, ClaSP PE"
@@ -96,7 +99,7 @@ SELECTORS: dict[str, Selector] = {
         options=_BLOCKS,
     ),
     "strided_uncertainty": Selector("outer slices of the most uncertain blocks", units=("slice",), options=_BLOCKS),
-    "core_set": Selector("k-center over features", scored=False, needs=_FEATURES),
+    "core_set": Selector("k-center over features", scored=False, needs=_FEATURES, steps=core_set_steps),
     "cluster": Selector(
         "even shares of clusters of features",
         scored=False,
@@ -105,18 +108,21 @@ SELECTORS: dict[str, Selector] = {
             "components": _COMPONENTS,
             "bandwidth": Option(0.0, "float", 0.0, 1e9, help="of the mean shift; 0 to estimate it"),
         },
+        steps=cluster_steps,
     ),
     "distance": Selector(
         "largest mean distance to what is labelled",
         scored=False,
         needs=_FEATURES,
         options={"components": _COMPONENTS},
+        steps=distance_steps,
     ),
     "typiclust": Selector(
         "the most typical unit of each cluster of features",
         scored=False,
         needs=frozenset({"features"}),
         options={"neighbours": Option(20, "int", 1, 1000, help="neighbours that make a unit typical")},
+        steps=typiclust_steps,
     ),
     "diverse_top": Selector("the best units of every image, then those farthest apart in features", needs=_FEATURES),
     "kmeans_plus_plus": Selector(

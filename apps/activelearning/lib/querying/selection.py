@@ -40,10 +40,6 @@ _STAGES: dict[str, _Stage] = {
     "stratified": lambda ask, pool, evidence: select_stratified(ask, pool),
     "strided": select_strided,
     "strided_uncertainty": select_strided,
-    "core_set": select_by_features,
-    "cluster": select_by_features,
-    "distance": select_by_features,
-    "typiclust": select_by_features,
     "kmeans_plus_plus": select_by_gradients,
     "usim": select_by_gradients,
     "diverse_top": select_diverse,
@@ -94,7 +90,8 @@ def select(
     ask = Ask(method, n, patch, seed, round_, axis, steps, n_per_image, hints, regions, names, rounds_total, utilities)
     images = sorted(pool, key=lambda image: image.id)
     _check(ask, images, evidence)
-    picks = _STAGES[method.selector](ask, images, evidence) if images else []
+    stage = _STAGES.get(method.selector, select_by_features)
+    picks = stage(ask, images, evidence) if images else []
     if len(picks) < n and method.selector != "precomputed":
         raise PoolExhausted(n, picks, _limited_by(ask, picks))
     return picks

@@ -53,6 +53,11 @@ def k_center_steps(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) ->
         nearest[chosen] = -1  # a chosen row is never drawn again, even where every distance is zero
 
 
+def core_set_steps(features: ArrayLike, labelled: ArrayLike | None, k: int, rng: np.random.Generator) -> Selection:
+    """Take what `k_center_steps` takes; nothing is drawn from `rng`."""
+    return k_center_steps(features, labelled, k)
+
+
 class SquaredDistances:
     """||x_i - x_j||^2 of all rows to one row: ||x_i||^2 + ||x_j||^2 - 2 x_i x_j on centred features."""
 

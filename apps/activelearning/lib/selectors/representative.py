@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,6 +135,46 @@ def farthest_on_average_steps(unlabelled: ArrayLike, labelled: ArrayLike | None,
 
 def _mean(total: NDArray[np.float64], count: int) -> NDArray[np.float64]:
     return total / count if count else np.full(len(total), np.inf)
+
+
+def distance_steps(
+    features: ArrayLike, labelled: ArrayLike, k: int, rng: np.random.Generator, components: int = 10
+) -> Selection:
+    """Take what `farthest_on_average_steps` takes of reduced features; nothing is drawn from `rng`."""
+    return farthest_on_average_steps(*_reduced_apart(features, labelled, components), k)
+
+
+def cluster_steps(
+    features: ArrayLike,
+    labelled: ArrayLike,
+    k: int,
+    rng: np.random.Generator,
+    components: int = 10,
+    bandwidth: float = 0.0,
+) -> Selection:
+    """Take units that even out the annotated share of mean-shift clusters of reduced features (ClustRS).
+
+    `bandwidth` 0 estimates it.
+    """
+    free, known = _reduced_apart(features, labelled, components)
+    clusters = mean_shift_clusters(np.concatenate([free, known]), bandwidth or None).tolist()
+    annotated = np.arange(len(clusters)) >= len(free)
+    for taken in stratified_steps(clusters, annotated, k, rng):
+        yield Taken(taken.row, partial(_first, taken, len(free)))
+
+
+def _first(taken: Taken, units: int) -> NDArray[np.floating[Any]]:
+    """Utilities of the units, without those of the labelled rows behind them."""
+    return taken.utilities()[:units]
+
+
+def _reduced_apart(
+    features: ArrayLike, labelled: ArrayLike, components: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both sets of rows on the principal components of all."""
+    free, known = np.asarray(features), np.asarray(labelled)
+    points = reduced_features(np.concatenate([free, known]) if len(known) else free, components)
+    return points[: len(free)], points[len(free) :]
 
 
 def _distance(features: torch.Tensor, row: torch.Tensor) -> NDArray[np.float64]:

@@ -31,6 +31,11 @@ Selection = Iterator[Taken]
 """Steps in the order in which rows are taken; utilities cost nothing unless they are called for."""
 
 
+FeatureSelector = Callable[..., Selection]
+"""A selector over features, called with those of the units (U, D), those of the annotated regions (L, D), the number of
+units to take, a generator, and the selector's options by name; a row of the registry makes it a query method."""
+
+
 def indices_of(selection: Iterable[Taken]) -> NDArray[np.intp]:
     """Indices that a selection takes, in its order."""
     return np.array([taken.row for taken in selection], dtype=np.intp)

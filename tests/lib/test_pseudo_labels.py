@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +46,28 @@ def test_blocks_without_interpolation() -> None:
         interpolate(a, b, 1, "linear")
 
 
+def test_morphological_labels_come_from_a_volume_of_the_outer_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def grown(volume: np.ndarray) -> np.ndarray:
+        assert [plane.any() for plane in volume] == [True, False, False, True]
+        return np.maximum.accumulate(volume)
+
+    itk = SimpleNamespace(
+        image_from_array=lambda array: array,
+        array_from_image=lambda image: image,
+        morphological_contour_interpolator=grown,
+    )
+    monkeypatch.setitem(sys.modules, "itk", itk)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    top, bottom = np.zeros((4, 4), int), np.zeros((4, 4), int)
+    top[1, :2], bottom[1, 1:3] = 3, 3
+    np.testing.assert_array_equal(interpolate(top, bottom, 2, "morphological"), [top, top])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install itk-morphologicalcontourinterpolation"):
+        interpolate(top, bottom, 2, "morphological")
+
+
+# Loading itk takes longer than everything else in this file.
+@pytest.mark.slow
 def test_morphological_labels_are_the_published_ones(golden: Path) -> None:
     arrays = np.load(golden / "interpolation.npz")
     for slices in (3, 5, 10):

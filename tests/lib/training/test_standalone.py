@@ -91,6 +91,7 @@ def test_bundles_train_and_infer_on_a_folder(folder, tmp_path, name):
     assert set(np.unique(np.asarray(found.dataobj))) <= {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_nothing_but_the_folder(folder, tmp_path):
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/train.json"]
     options = ["--dataset_dir", str(folder), "--output_dir", str(tmp_path / "models"), "--recipe", '{"steps": 2}']

@@ -199,13 +199,17 @@ def test_a_member_learns_from_partial_labels_and_is_reproducible():
         image, _, label = ball_case(seed, (slice(0, 20), slice(2, 22), slice(4, 24)))
         volume = Volume(image, np.eye(4), "x")
         cases.append(TrainingCase(str(seed), network_image(volume, None), torch.from_numpy(label)))
-    weights = []
-    for _ in range(2):
+
+    def train(steps):
         torch.manual_seed(0)
         network = bundle.network(1)
-        weights.append(train_member(network, cases, recipe, np.random.SeedSequence(5), CPU))
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
+        chosen = recipe.model_copy(update={"steps": steps})
+        return network, train_member(network, cases, chosen, np.random.SeedSequence(5), CPU)
+
+    (_, first), (_, again) = train(20), train(20)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    network, _ = train(150)
     image, truth, _ = ball_case(99)
     probs = Ensemble([network], recipe.patch, bundle.divisor, None, CPU).mean(Volume(image, np.eye(4), "x"))
     assert probs.shape == (2, 24, 24, 24)

@@ -23,9 +23,11 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
+from lib.adapters.batch_planner import BatchPlanner
 from lib.adapters.infer_tasks import QueryRegionTask, SegmentationTask
 from lib.adapters.pool_evidence import COMPOSE
 from lib.adapters.query_strategy import QueryStrategy
+from lib.adapters.region_choice import ChoiceParts
 from lib.adapters.scoring_method import MomentsScoring
 from lib.adapters.train_task import EnsembleTrainTask
 from lib.agreement import summarise
@@ -106,6 +108,7 @@ class PatchwiseApp(MONAILabelApp):
         )
         self.reasons = Reasons(root / STATE_FOLDER / "reasons")
         self.proposals = Proposals(root / STATE_FOLDER / "proposals", self.cache)
+        self.planner = BatchPlanner(self.ledger)
         self.failures = Failures(self.ledger)
         self.rounds = self._auto_rounds()
         self._supervise()
@@ -281,12 +284,8 @@ class PatchwiseApp(MONAILabelApp):
         return QueryStrategy(
             name,
             description,
-            self.classes,
-            self.options,
-            self.segmenters,
-            self.cache,
-            self.reasons,
-            self.proposals,
+            ChoiceParts(self.classes, self.options, self.segmenters, self.cache, self.reasons, self.proposals),
+            self.planner,
         )
 
     def _in_turn(self, name: str, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ class Threads:
     Whatever a route does (block, compute, await, stream, read uploads, encode JSON) it does there; only bytes cross
     over to the server's loop. Context variables go along. What routes share is therefore used by several threads at
     once: the ledger opens a connection a call and the summaries one a request, labels change under their image's lock
-    (`MergedLabels`), regions are chosen and handed out under the datastore's locks, networks run under their ensemble's
+    (`MergedLabels`), regions are chosen and handed out under the batch planner's, networks run under their ensemble's
     lock, the datastore's and the clients' tables have locks of their own or replace entries whole. MONAI Label's table
     of tasks changes in requests of the kind "heavy" and in the background thread only, and a lock of its own keeps
     trainings apart.

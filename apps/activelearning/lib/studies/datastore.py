@@ -56,9 +56,6 @@ class PartialLabelDatastore(Datastore):
         self._images = FolderListing(studies)
         self._labels: dict[str, FolderListing] = {}
         self._lock = threading.Lock()
-        # Held while regions are chosen (long), and while they are handed out (short, also inside of the other one):
-        # what is chosen depends on what is taken, and one region goes to one client.
-        self.choosing, self.handing_out = threading.Lock(), threading.Lock()
         self._digests = FileFacts[str](ledger, ":sha256", file_digest, str)
         self._geometries = FileFacts[Geometry](ledger, ":geometry", _read_geometry, _parse_geometry)
         self._readable: dict[str, Stamped] = {}

@@ -93,7 +93,7 @@ class PatchwiseApp(MONAILabelApp):
             resolve(self.options.auto_method or self.listed_methods[0])
             next(iter(self.trainers.values())).parse(self.options.auto_train)
             self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
-            if self.ledger.answered_images(withdrawn=True):
+            if self.ledger.answers.images(withdrawn=True):
                 check_same_ids(self.classes, self.ledger.get_meta("classes"))
         except PatchwiseError as error:
             _end(str(error))
@@ -204,7 +204,7 @@ class PatchwiseApp(MONAILabelApp):
             "model": model.facts if model else None,
             "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
-            "agreement": summarise(self.ledger.agreements(), self.classes),
+            "agreement": summarise(self.ledger.answers.agreements(), self.classes),
             "plans": {name: plan.model_dump(mode="json") for name, plan in self._plans().items()},
             "training": {name: task.progress() for name, task in self.trainers.items()},
             "failures": {"train": self.failures.get("train"), "scoring": self.failures.get("scoring")},
@@ -244,14 +244,14 @@ class PatchwiseApp(MONAILabelApp):
         """Keeps the image's id, which upstream replaces by its path; whoever infers on an image works on it."""
         image, client = request.get("image"), self.clients.identify(request)
         if isinstance(image, str):
-            self.ledger.touch(client, image, opening=True)
+            self.ledger.leases.touch(client, image, opening=True)
         result: dict[str, Any] = super().infer({**request, "image_id": image, "client_id": client}, datastore)
         return result
 
     def opened(self, image: str) -> None:
         """Notes a download of an image by whoever holds a region there; it names no client, but has an address."""
         for client in self.clients.here():
-            if self.ledger.touch(client, image, opening=True):
+            if self.ledger.leases.touch(client, image, opening=True):
                 return
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class PatchwiseApp(MONAILabelApp):
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """What the client is told about its submission."""
         number = saved_answer()
-        answer = None if number is None else self.ledger.answer(number)
+        answer = None if number is None else self.ledger.answers.get(number)
         if answer is None:
             return {}
         return {
@@ -297,11 +297,11 @@ class PatchwiseApp(MONAILabelApp):
         if self.rounds is None or request.get("batch"):
             return name, request
         model = next(iter(self.segmenters.values())).store.current()
-        if planned := self.ledger.planned_method(model.round + 1 if model else 0):
+        if planned := self.ledger.overview.planned_method(model.round + 1 if model else 0):
             return planned, request
         if model is None:
             return "random" if resolve(name).posterior else name, request
-        if self.rounds.step != "wait" and (left := self.ledger.planned_method(model.round)):
+        if self.rounds.step != "wait" and (left := self.ledger.overview.planned_method(model.round)):
             return left, {**request, "round": model.round}
         return name, request
 

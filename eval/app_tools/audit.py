@@ -101,10 +101,10 @@ def _check_all(found: Audit, studies: Path, annotations: Annotations, verified: 
     from lib.storage.volumes import EXTENSIONS
 
     ledger, folder = annotations.ledger, annotations.merged
-    answered = ledger.answered_images(withdrawn=True)
+    answered = ledger.answers.images(withdrawn=True)
     named: set[str] = set()
     for image in answered:
-        answers = ledger.answers(image, withdrawn=True)
+        answers = ledger.answers.of_image(image, withdrawn=True)
         named |= {answer.raw for answer in answers}
         _check_raw(found, annotations, answers)
         _check_label(found, studies, annotations, image, [a for a in answers if a.active], verified)

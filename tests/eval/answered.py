@@ -43,9 +43,9 @@ class Studies:
         self.label = final / "a.nii.gz"
         asked = [Asked(Region("a", (0, 0, 0), (3, 3, 3)), "patch", None, {})]
         (query,) = self.ledger.ask("b", "random", 0, asked, twice=[0])
-        self.ledger.lease([query.id], "ann", 60)
-        (second,) = self.ledger.second_readings("ben", 1)
-        self.ledger.lease([second.id], "ben", 60)
+        self.ledger.leases.lease([query.id], "ann", 60)
+        (second,) = self.ledger.leases.second_readings("ben", 1)
+        self.ledger.leases.lease([second.id], "ben", 60)
         one, two = np.zeros(SHAPE), np.zeros(SHAPE)
         one[:2, :3, :3] = two[:1, :3, :3] = 1
         self.answers = [
@@ -59,4 +59,4 @@ class Studies:
         return self.annotations.save(image, self.folder / f"{image}.nii.gz", upload, info)
 
     def raw(self, answer):
-        return self.folder / ".patchwise" / "raw" / self.ledger.answer(answer).raw
+        return self.folder / ".patchwise" / "raw" / self.ledger.answers.get(answer).raw

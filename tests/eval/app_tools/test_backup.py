@@ -54,7 +54,7 @@ def test_a_restored_backup_has_every_answer_and_the_same_labels(studies, tmp_pat
         np.asarray(nib.load(f / "labels" / "final" / "a.nii.gz").dataobj) for f in (studies.folder, folder)
     )
     assert np.array_equal(before, after)
-    assert [a.id for a in ledger.answers("a")] == [a.id for a in studies.ledger.answers("a")]
+    assert [a.id for a in ledger.answers.of_image("a")] == [a.id for a in studies.ledger.answers.of_image("a")]
 
 
 def test_answers_may_arrive_meanwhile(studies, tmp_path):
@@ -87,7 +87,7 @@ def test_answers_may_arrive_meanwhile(studies, tmp_path):
         assert at_least <= answers <= at_most
     folder, ledger, _ = restored(studies, tmp_path / "saved_4")
     assert audit(folder).problems == []
-    assert len(ledger.answers("a", withdrawn=True)) + 1 == counts[-1][1]
+    assert len(ledger.answers.of_image("a", withdrawn=True)) + 1 == counts[-1][1]
 
 
 def test_an_answer_right_after_the_copy_of_the_ledger_is_in_neither_record(studies, tmp_path, monkeypatch):
@@ -99,7 +99,7 @@ def test_an_answer_right_after_the_copy_of_the_ledger_is_in_neither_record(studi
     assert backup(studies.folder, tmp_path / "saved").answers == 3
     folder, ledger, _ = restored(studies, tmp_path / "saved")
     assert audit(folder).problems == []
-    known = {answer.raw for image in ("a", "b") for answer in ledger.answers(image, withdrawn=True)}
+    known = {answer.raw for image in ("a", "b") for answer in ledger.answers.of_image(image, withdrawn=True)}
     assert {e["answer"]["raw"] for e in Journal(folder / ".patchwise" / JOURNAL).entries() if "answer" in e} == known
 
 

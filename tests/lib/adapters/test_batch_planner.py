@@ -62,7 +62,7 @@ def test_single_requests_take_second_readings_then_planned_then_freed_regions(pl
     assert starts(planner.serve(request("bob", "2", **single), chooser.choose, chooser.recorded.append)) == [0]
     planned = planner.serve(request("bob", "3", **single), chooser.choose, chooser.recorded.append)
     assert starts(planned) == [1]
-    planner.ledger.release(planned.queries[0].id, "bob")
+    planner.ledger.leases.release(planned.queries[0].id, "bob")
     assert starts(planner.serve(request("cem", "4", **single), chooser.choose, chooser.recorded.append)) == [1]
     assert chooser.calls == [2]
 

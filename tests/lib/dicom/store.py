@@ -58,7 +58,7 @@ def fetched(archive, store, **facts):
 def lease(store, image, client="ann", start=(0, 0, 0)):
     asked = [Asked(Region(image, start, (2, 2, 2)), "patch", None, {})]
     [query] = store.ledger.ask(f"{client}{start}", "random", 0, asked)
-    store.ledger.lease([query.id], client, 60)
+    store.ledger.leases.lease([query.id], client, 60)
     return query.id
 
 

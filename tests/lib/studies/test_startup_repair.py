@@ -153,7 +153,7 @@ def test_old_unfinished_files_are_removed_and_those_at_work_stay(tmp_path):
 def test_a_ledger_that_was_cut_short_is_said_and_comes_back_from_the_journal(tmp_path, share):
     studies = Studies(tmp_path / "studies")
     path, raw = studies.ledger.path, studies.annotations.state / "raw"
-    before = [studies.ledger.answers(image) for image in "ab"]
+    before = [studies.ledger.answers.of_image(image) for image in "ab"]
     cut(path, share)
     with pytest.raises(LedgerError, match=r"ledger.sqlite is damaged .* move it .* come back from journal.jsonl"):
         QueryLedger(path).recover(raw)
@@ -161,7 +161,7 @@ def test_a_ledger_that_was_cut_short_is_said_and_comes_back_from_the_journal(tmp
         path.with_name(name).unlink(missing_ok=True)
     ledger = QueryLedger(path)
     ledger.recover(raw)
-    assert [ledger.answers(image) for image in "ab"] == before
+    assert [ledger.answers.of_image(image) for image in "ab"] == before
 
 
 def test_the_pointer_names_what_was_published(tmp_path):

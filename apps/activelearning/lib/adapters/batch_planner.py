@@ -103,14 +103,14 @@ class BatchPlanner:
         known = ledger.batch(request.batch)
         if known or not request.single:
             return known
-        found = [] if request.named else ledger.second_readings(request.client, 1)
+        found = [] if request.named else ledger.leases.second_readings(request.client, 1)
         found = found or ledger.proposed(request.method, request.round, request.unit, 1)
-        return found or ledger.freed(request.method, request.round, request.unit, request.client)
+        return found or ledger.leases.freed(request.method, request.round, request.unit, request.client)
 
     def _second_readings(self, request: BatchRequest) -> list[Query]:
         if request.single or request.named or request.lease_minutes is None:
             return []
-        return self.ledger.second_readings(request.client, request.count)
+        return self.ledger.leases.second_readings(request.client, request.count)
 
     def _record(
         self,
@@ -124,7 +124,7 @@ class BatchPlanner:
             queries = ledger.ask(request.batch, request.method, request.round, choice.asked, choice.twice)
             recorded(queries)
             if second:
-                free = {query.id for query in ledger.second_readings(request.client, len(second))}
+                free = {query.id for query in ledger.leases.second_readings(request.client, len(second))}
                 ledger.join_batch([query.id for query in second if query.id in free], request.batch)
                 queries = ledger.batch(request.batch)
             return self._hand_out(request, queries[:1] if request.single else queries)
@@ -132,4 +132,4 @@ class BatchPlanner:
     def _hand_out(self, request: BatchRequest, queries: list[Query]) -> list[Query]:
         if request.lease_minutes is None or not queries:
             return queries
-        return self.ledger.lease([query.id for query in queries], request.client, request.lease_minutes)
+        return self.ledger.leases.lease([query.id for query in queries], request.client, request.lease_minutes)

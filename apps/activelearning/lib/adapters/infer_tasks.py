@@ -133,8 +133,8 @@ class QueryRegionTask(InferTask):
         wanted = _format(request)
         image_id = str(request.get("image_id", ""))
         client = request.get("client_id")
-        mine = self.ledger.open_queries(image_id, str(client)) if client else []
-        queries = mine or self.ledger.open_queries(image_id)
+        mine = self.ledger.leases.open_queries(image_id, str(client)) if client else []
+        queries = mine or self.ledger.leases.open_queries(image_id)
         regions = [query.region for query in queries]
         facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
         # Slicer takes a file without any markup for a broken one; an empty label map shows that nothing is open.

@@ -52,7 +52,7 @@ class QueryStrategy(Strategy):
             PatchwiseError: 4xx with a sentence.
         """
         method, wanted = self._method(request), _parse(request)
-        datastore.ledger.expire()
+        datastore.ledger.leases.expire()
         served = self._serve(method, wanted, datastore)
         return _answer(served, datastore) if served.queries else None
 

@@ -90,12 +90,12 @@ class Measures:
 
     def _new_answers(self) -> list[AnsweredQuery]:
         listed = self.proposals.listed()
-        state = (self.store.ledger.answers_key(), len(listed), max(listed, default=0))
+        state = (self.store.ledger.overview.answers_key(), len(listed), max(listed, default=0))
         if state == self._seen:
             return []
         new = [
             a
-            for a in self.store.ledger.answered_queries()
+            for a in self.store.ledger.overview.answered_queries()
             if a.first in listed and (a.query, a.answer) not in self._overlaps
         ]
         if not new:
@@ -103,7 +103,7 @@ class Measures:
         return new
 
     def _measure_answer(self, found: AnsweredQuery) -> None:
-        query, answer = self.store.ledger.query(found.query), self.store.ledger.answer(found.answer)
+        query, answer = self.store.ledger.query(found.query), self.store.ledger.answers.get(found.answer)
         proposed_xyz = self.proposals.get(found.first)
         classes = self.store.annotations.classes
         counts_cv = np.zeros((len(classes), 3), np.int64)

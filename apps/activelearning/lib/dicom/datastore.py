@@ -141,8 +141,8 @@ class DicomDatastore(PartialLabelDatastore):
             if not self.list_images():
                 raise
         stored = self.ledger.infos(_STORED)
-        for image in self.ledger.answered_images() if self.store_segmentations else []:
-            if self.ledger.last_answer(image) > stored.get(image, {}).get("answer", 0):
+        for image in self.ledger.answers.images() if self.store_segmentations else []:
+            if self.ledger.answers.last(image) > stored.get(image, {}).get("answer", 0):
                 self._unstored.add(image)
 
     def watch(self) -> None:
@@ -189,7 +189,7 @@ class DicomDatastore(PartialLabelDatastore):
     def _store(self, image: str) -> None:
         """Stores the label of an image as a segmentation of its series."""
         self._unstored.discard(image)
-        answer, path = self.ledger.last_answer(image), self.label_path(image, FINAL)
+        answer, path = self.ledger.answers.last(image), self.label_path(image, FINAL)
         facts = self.ledger.get_info(image)
         try:
             if path is not None and "StudyInstanceUID" in facts:

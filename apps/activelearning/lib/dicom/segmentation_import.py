@@ -133,7 +133,9 @@ class SegImporter:
         return True
 
     def _take(self, instance: str, image: str, segmentation: Dataset) -> None:
-        earlier = [a for a in self.ledger.answers(image, withdrawn=True) if a.info.get("sop_instance_uid") == instance]
+        earlier = [
+            a for a in self.ledger.answers.of_image(image, withdrawn=True) if a.info.get("sop_instance_uid") == instance
+        ]
         try:
             answer = earlier[0].id if earlier else self._save(instance, image, segmentation)
         except (ImageError, LabelError) as error:
@@ -180,7 +182,7 @@ class SegImporter:
         Raises:
             LabelError: nobody holds a region there, or several do and the segmentation does not say whose it is.
         """
-        held = self.ledger.open_queries(image)
+        held = self.ledger.leases.open_queries(image)
         clients = list(dict.fromkeys(str(query.client) for query in held))
         author = str(segmentation.get("ContentCreatorName", "") or "").strip().lower()
         named = [client for client in clients if client.lower() == author]
@@ -191,8 +193,8 @@ class SegImporter:
             )
         if clients:
             return [query for query in held if query.client == (named or clients)[0]]
-        last = self.ledger.last_holder(image)
-        found = self.ledger.last_worked(image, last) if last is not None else []
+        last = self.ledger.leases.last_holder(image)
+        found = self.ledger.leases.last_worked(image, last) if last is not None else []
         if not found:
             raise LabelError("no region of this series is open; ask for the next sample first and store it again")
         return found

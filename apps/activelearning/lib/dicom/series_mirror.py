@@ -104,7 +104,7 @@ class SeriesMirror:
             return True
         if series.instances in (None, copies[series.uid]):
             return False
-        if self.ledger.was_asked(series.uid) or self.ledger.last_answer(series.uid):
+        if self.ledger.was_asked(series.uid) or self.ledger.answers.last(series.uid):
             sentence = (
                 f"series {series.uid} had {copies[series.uid]} instances when its annotation began and has "
                 f"{series.instances} now; the first state is kept: store the new one as a series of its own"

@@ -117,7 +117,7 @@ class PartialLabelDatastore(Datastore):
 
     def remove_image(self, image_id: str) -> None:
         path = self.image_path(image_id)
-        if self.ledger.answers(image_id):
+        if self.ledger.answers.of_image(image_id):
             refuse(f"image {image_id!r} has annotations; withdraw them before deleting it", 409)
         path.unlink()
 
@@ -198,7 +198,7 @@ class PartialLabelDatastore(Datastore):
         path = self.label_path(label_id, label_tag)
         if path is None:
             refuse(f"no label of {label_id!r} under tag {label_tag!r}", 404)
-        if label_tag == FINAL and self.ledger.answers(label_id):
+        if label_tag == FINAL and self.ledger.answers.of_image(label_id):
             refuse(f"the label of {label_id!r} is built from recorded answers and cannot be deleted as a file", 409)
         path.unlink()
 

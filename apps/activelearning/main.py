@@ -201,7 +201,7 @@ class PatchwiseApp(MONAILabelApp):
         meta["patchwise"] = {
             "labels": self.classes,
             "options": describe_options(self.options),
-            "model": model.facts if model else None,
+            "model": model.facts.model_dump(mode="json") if model else None,
             "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
             "agreement": summarise(self.ledger.answers.agreements(), self.classes),

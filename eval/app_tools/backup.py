@@ -102,7 +102,7 @@ def _copy_models(state: Path, target: Path) -> None:
             copied = target / "models" / folder.name
             copied.mkdir(parents=True)
             _copy(model.folder, copied / model.folder.name)
-            write_json(copied / "current.json", {**model.facts, "digest": model.digest})
+            write_json(copied / "current.json", model.facts.model_dump(mode="json"))
 
 
 def _check_answers(copy: Path) -> int:

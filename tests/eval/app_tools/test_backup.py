@@ -23,6 +23,7 @@ from lib.ledger.store import JOURNAL
 from lib.models.checkpoints import ModelStore
 from lib.studies.submissions import Annotations
 from tests.eval.answered import CLASSES, SHAPE, Studies, write
+from tests.lib.models.facts import facts
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_labels_that_nobody_answered_for_and_the_current_model_are_kept(studies,
     store = ModelStore(studies.folder / ".patchwise" / "models", "net")
     for digest in ("0" * 64, "1" * 64):
         store.save_member(digest, 0, {})
-        store.publish(digest, {"round": 1})
+        store.publish(facts(digest, round=1))
     (studies.folder / ".patchwise" / "moments").mkdir()
     saved = tmp_path / "saved"
     assert backup(studies.folder, saved).labels == 1

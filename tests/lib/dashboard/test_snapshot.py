@@ -28,11 +28,12 @@ from lib.regions import Region
 from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.uncertainty import Moments
 from tests.lib.clock import Clock
+from tests.lib.models.facts import facts
 
 CLASSES = {"anterior": 1, "posterior": 2}
 INFO = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 SHAPE = (8, 6, 4)
-MODEL = Model("d" * 64, None, {"round": 0, "members": 2})
+MODEL = Model(None, facts("d" * 64, members=2))
 
 
 @pytest.fixture

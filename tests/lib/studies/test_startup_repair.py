@@ -21,6 +21,7 @@ from lib.ledger.store import LedgerError
 from lib.models.checkpoints import ModelStore
 from lib.studies.startup_repair import discard_damaged, mend
 from tests.eval.answered import Studies
+from tests.lib.models.facts import facts
 
 
 def cut(path, share=0.5):
@@ -36,7 +37,7 @@ def trained(root, *rounds):
         digest = str(round_) * 64
         for member in range(2):
             store.save_member(digest, member, {"w": torch.full((50,), float(round_))})
-        store.publish(digest, {"round": round_, "members": 2})
+        store.publish(facts(digest, round=round_, members=2))
     return store
 
 
@@ -47,7 +48,7 @@ def test_a_damaged_model_gives_way_to_the_one_before(tmp_path, share):
     assert store.current().round == 2
     cut(store.member_path("2" * 64, 1), share)
     assert store.repair() == "net: the current model is damaged; that of round 1 is used again"
-    assert (store.current().digest, store.current().facts["members"]) == ("1" * 64, 2)
+    assert (store.current().digest, store.current().facts.members) == ("1" * 64, 2)
     assert store.repair() is None
 
 
@@ -71,10 +72,10 @@ def test_without_another_model_there_is_none_as_before_the_first_training(tmp_pa
 
 def test_a_cut_pointer_is_written_again_for_the_newest_model(tmp_path):
     store = trained(tmp_path, 1, 2)
-    facts = store.current().facts
+    known = store.current().facts
     cut(tmp_path / "net" / "current.json")
     assert "that of round 2 is used again" in store.repair()
-    assert store.current().facts == facts
+    assert store.current().facts == known
 
 
 def test_a_model_of_before_digests_were_noted_is_judged_by_its_archives(tmp_path):
@@ -166,8 +167,5 @@ def test_a_ledger_that_was_cut_short_is_said_and_comes_back_from_the_journal(tmp
 
 def test_the_pointer_names_what_was_published(tmp_path):
     trained(tmp_path, 3)
-    assert json.loads((tmp_path / "net" / "current.json").read_text()) == {
-        "digest": "3" * 64,
-        "members": 2,
-        "round": 3,
-    }
+    written = json.loads((tmp_path / "net" / "current.json").read_text())
+    assert written == facts("3" * 64, round=3, members=2).model_dump(mode="json")

@@ -81,7 +81,7 @@ class SegmentationTask(InferTask):
             if self._loaded is None or self._loaded[0] != model.digest:
                 ensemble = load_ensemble(self.store, model, self.bundle, choose_device(self.options.device))
                 self._loaded = (model.digest, ensemble)
-                self._classes = 1 + len(model.facts["classes"])
+                self._classes = 1 + len(model.facts.classes)
             return self._loaded[1]
 
     def trained_bundle(self) -> Bundle:

@@ -206,7 +206,7 @@ class RegionChoice:
         ]
         if model is None:
             return pool, DescriptorEvidence(datastore)
-        if method.uncertainty == "learning_loss" and not model.facts["recipe"].get("learning_loss"):
+        if method.uncertainty == "learning_loss" and not model.facts.recipe.learning_loss:
             refuse('the current model predicts no loss; POST /train with {"learning_loss": 1} and score again', 409)
         spec = spec_of(method)
         digests = datastore.digests(files) if method.posterior else {}

@@ -251,7 +251,7 @@ class Progress:
         scored = self.cache.root / model.digest[:16] if model else None
         done = sum(1 for _ in scored.glob("*.npz")) if scoring and scored and scored.is_dir() else 0
         return {
-            "model": {"round": model.round, "members": model.facts["members"], "digest": model.digest[:8]}
+            "model": {"round": model.round, "members": model.facts.members, "digest": model.digest[:8]}
             if model
             else None,
             "training": {**self.trainer.progress(), "running": True} if training else {"running": False},

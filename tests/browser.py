@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.conftest import CHROMIUM
+
 # Containers have no user namespaces for the sandbox.
 FLAGS = ("--no-sandbox", "--disable-background-networking", "--no-first-run")
 

@@ -31,17 +31,17 @@ from lib.adapters.region_choice import ChoiceParts
 from lib.adapters.scoring_method import MomentsScoring
 from lib.adapters.train_task import EnsembleTrainTask
 from lib.agreement import summarise
-from lib.annotator.explanations import Reasons
-from lib.annotator.predicted_regions import Proposals
+from lib.annotator.explanations import Explanations
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.automation import background_tasks
 from lib.automation.auto_rounds import AutoRounds
 from lib.automation.background_tasks import Failures, Kind, one_at_a_time
 from lib.automation.server_rounds import ServerWork
-from lib.automation.ticker import Background
-from lib.dashboard.counts import Measures
-from lib.dashboard.snapshot import Progress
+from lib.automation.ticker import Ticker
+from lib.dashboard.counts import Counts
+from lib.dashboard.snapshot import Snapshot
 from lib.dicom.datastore import DicomDatastore, state_folder
-from lib.dicom.web_client import Pacs
+from lib.dicom.web_client import DicomWebClient
 from lib.errors import PatchwiseError, refuse
 from lib.ledger.queries import QueryLedger
 from lib.middleware.bind_check import check_listening
@@ -59,7 +59,7 @@ from lib.routes.install import install
 from lib.routes.services import Services
 from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.studies.request_context import saved_answer
-from lib.studies.startup_repair import mend
+from lib.studies.startup_repair import repair_studies
 from lib.uncertainty import SCORE_MAPS
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ class PatchwiseApp(MONAILabelApp):
         self.cache = MomentsCache(
             root / STATE_FOLDER / "moments", self.store.image_path, self.store.image_digest, self.options.keep_moments
         )
-        self.reasons = Reasons(root / STATE_FOLDER / "reasons")
-        self.proposals = Proposals(root / STATE_FOLDER / "proposals", self.cache)
+        self.reasons = Explanations(root / STATE_FOLDER / "reasons")
+        self.proposals = PredictedRegions(root / STATE_FOLDER / "proposals", self.cache)
         self.planner = BatchPlanner(self.ledger)
         self.failures = Failures(self.ledger)
         self.rounds = self._auto_rounds()
@@ -150,7 +150,7 @@ class PatchwiseApp(MONAILabelApp):
             self.root,
             self.classes,
             self.ledger,
-            Pacs(studies),
+            DicomWebClient(studies),
             poll_seconds=self.options.poll_seconds,
             store_segmentations=self.options.store_segmentations,
         )
@@ -164,7 +164,7 @@ class PatchwiseApp(MONAILabelApp):
         images = {image: self.store.image_path(image) for image in self.store.list_images()}
         models = [segmenter.store for segmenter in self.segmenters.values()]
         try:
-            for sentence in mend(self.store.annotations, images, models):
+            for sentence in repair_studies(self.store.annotations, images, models):
                 logger.warning("%s", sentence)
         except PatchwiseError as error:
             _end(str(error))
@@ -326,8 +326,8 @@ class PatchwiseApp(MONAILabelApp):
 
     def _supervise(self) -> None:
         """What the progress page shows, and the thread that works while nobody waits."""
-        self.measures = Measures(self.root / STATE_FOLDER / "measures.sqlite", self.store, self.proposals)
-        self.progress = Progress(
+        self.measures = Counts(self.root / STATE_FOLDER / "measures.sqlite", self.store, self.proposals)
+        self.progress = Snapshot(
             self.store,
             self.measures,
             self.trainers,
@@ -339,7 +339,7 @@ class PatchwiseApp(MONAILabelApp):
             background_tasks,
         )
         ticks = [self.rounds.tick] if self.rounds else []
-        self.background = Background([*ticks, self.measures.catch_up, self.progress.refresh])
+        self.background = Ticker([*ticks, self.measures.catch_up, self.progress.refresh])
 
     def _run(self, what: Kind, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""

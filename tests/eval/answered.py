@@ -13,7 +13,7 @@ import numpy as np
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Asked
 from lib.regions import Region
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 
 CLASSES = {"anterior": 1, "posterior": 2}
 SHAPE = (6, 5, 4)
@@ -39,7 +39,7 @@ class Studies:
         self.ledger = QueryLedger(folder / ".patchwise" / "ledger.sqlite")
         self.ledger.set_meta("classes", CLASSES)
         final = folder / "labels" / "final"
-        self.annotations = Annotations(folder / ".patchwise", final, CLASSES, self.ledger)
+        self.annotations = SubmissionStore(folder / ".patchwise", final, CLASSES, self.ledger)
         self.label = final / "a.nii.gz"
         asked = [Asked(Region("a", (0, 0, 0), (3, 3, 3)), "patch", None, {})]
         (query,) = self.ledger.ask("b", "random", 0, asked, twice=[0])

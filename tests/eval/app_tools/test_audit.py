@@ -137,11 +137,11 @@ def test_a_withdrawal_that_was_killed_before_the_rebuild_is_repaired(studies):
 
 
 def test_what_was_found_right_is_rebuilt_only_when_something_changed(studies, monkeypatch):
-    from lib.studies.submissions import Annotations
+    from lib.studies.submissions import SubmissionStore
 
-    rebuilt, plain = [], Annotations.rebuilt
+    rebuilt, plain = [], SubmissionStore.rebuilt
     monkeypatch.setattr(
-        Annotations, "rebuilt", lambda self, image, shape: rebuilt.append(image) or plain(self, image, shape)
+        SubmissionStore, "rebuilt", lambda self, image, shape: rebuilt.append(image) or plain(self, image, shape)
     )
     verified = {}
 

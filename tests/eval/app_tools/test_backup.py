@@ -21,7 +21,7 @@ from lib.ledger.journal import Journal
 from lib.ledger.queries import QueryLedger
 from lib.ledger.store import JOURNAL
 from lib.models.checkpoints import ModelStore
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 from tests.eval.answered import CLASSES, SHAPE, Studies, write
 from tests.lib.models.facts import facts
 
@@ -39,7 +39,7 @@ def restored(studies, saved):
         shutil.copy2(image, folder)
     shutil.copytree(saved, folder, dirs_exist_ok=True)
     ledger = QueryLedger(folder / ".patchwise" / "ledger.sqlite")
-    annotations = Annotations(folder / ".patchwise", folder / "labels" / "final", CLASSES, ledger)
+    annotations = SubmissionStore(folder / ".patchwise", folder / "labels" / "final", CLASSES, ledger)
     made = annotations.repair({path.name[: -len(".nii.gz")]: path for path in folder.glob("*.nii.gz")})
     return folder, ledger, made
 

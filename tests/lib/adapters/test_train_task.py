@@ -118,7 +118,7 @@ def test_a_training_killed_inside_a_member_goes_on_from_its_checkpoint(folders, 
     monkeypatch.setattr(pipeline_module, "Job", partial(pipeline_module.Job, checkpoint_seconds=0.0))
     expected = whole.train(steps=6)
     steps = []
-    report = task_module.Board.report
+    report = task_module.ProgressLog.report
 
     def stop(board, member, progress):
         steps.append(progress.step)
@@ -126,7 +126,7 @@ def test_a_training_killed_inside_a_member_goes_on_from_its_checkpoint(folders, 
         if len(steps) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(task_module.Board, "report", stop)
+    monkeypatch.setattr(task_module.ProgressLog, "report", stop)
     with pytest.raises(KeyboardInterrupt):
         stopped.train(steps=6)
     assert stopped.trainer.store.current() is None

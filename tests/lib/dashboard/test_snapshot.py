@@ -12,12 +12,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.annotator.explanations import Reasons
-from lib.annotator.predicted_regions import Proposals
+from lib.annotator.explanations import Explanations
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.automation import background_tasks
 from lib.automation.background_tasks import Failures, how_it_ended
-from lib.dashboard.counts import Measures
-from lib.dashboard.snapshot import Progress
+from lib.dashboard.counts import Counts
+from lib.dashboard.snapshot import Snapshot
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import SECOND, Asked
 from lib.models.checkpoints import Model
@@ -53,12 +53,14 @@ def store(tmp_path, clock):
 
 @pytest.fixture
 def proposals(store, tmp_path):
-    return Proposals(tmp_path / "proposals", MomentsCache(tmp_path / "moments", store.image_path, store.image_digest))
+    return PredictedRegions(
+        tmp_path / "proposals", MomentsCache(tmp_path / "moments", store.image_path, store.image_digest)
+    )
 
 
 @pytest.fixture
 def measures(store, proposals, tmp_path):
-    return Measures(tmp_path / "measures.sqlite", store, proposals)
+    return Counts(tmp_path / "measures.sqlite", store, proposals)
 
 
 @pytest.fixture
@@ -69,12 +71,12 @@ def failures(store):
 @pytest.fixture
 def progress(store, measures, proposals, failures, tmp_path):
     trainer = SimpleNamespace(store=SimpleNamespace(current=lambda: None), progress=dict)
-    return Progress(
+    return Snapshot(
         store,
         measures,
         {"net": trainer},
         proposals.cache,
-        Reasons(tmp_path / "reasons"),
+        Explanations(tmp_path / "reasons"),
         AppOptions(budget_minutes=60),
         None,
         failures,
@@ -146,7 +148,7 @@ def test_answers_are_compared_with_proposals_once_and_kept(store, proposals, mea
     only = submit(store, tmp_path, label * (label < 2), [second.id], annotated_classes=["anterior"])
     measures.catch_up()
     assert measures.overlaps()[second.id, only].tolist() == [[0, 8, 0], [0, 0, 0]]
-    again = Measures(measures.path, store, proposals)
+    again = Counts(measures.path, store, proposals)
     revision = again.revision
     again.catch_up()
     assert again.revision == revision + 1

@@ -13,7 +13,7 @@ import pytest
 from monailabel.config import settings
 
 from lib.dicom.datastore import DicomDatastore
-from lib.dicom.web_client import Pacs
+from lib.dicom.web_client import DicomWebClient
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Asked
 from lib.regions import Region
@@ -36,7 +36,7 @@ def make_store(archive, tmp_path, monkeypatch):
 
     def make() -> DicomDatastore:
         ledger = QueryLedger(tmp_path / ".patchwise" / "ledger.sqlite")
-        return DicomDatastore(tmp_path, CLASSES, ledger, Pacs(archive.url))
+        return DicomDatastore(tmp_path, CLASSES, ledger, DicomWebClient(archive.url))
 
     return make
 

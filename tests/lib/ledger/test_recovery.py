@@ -19,7 +19,7 @@ from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Asked
 from lib.ledger.store import LedgerError, damaged
 from lib.regions import Region
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 from tests.eval.answered import CLASSES, SHAPE, Studies, geometry
 
 
@@ -36,7 +36,7 @@ def set_back(studies, copy):
     shutil.copy(copy, path)
     studies.ledger = QueryLedger(path)
     final = studies.folder / "labels" / "final"
-    studies.annotations = Annotations(studies.folder / ".patchwise", final, CLASSES, studies.ledger)
+    studies.annotations = SubmissionStore(studies.folder / ".patchwise", final, CLASSES, studies.ledger)
 
 
 def copied(studies, target):

@@ -19,7 +19,7 @@ import torch
 from lib.ledger.queries import QueryLedger
 from lib.ledger.store import LedgerError
 from lib.models.checkpoints import ModelStore
-from lib.studies.startup_repair import discard_damaged, mend
+from lib.studies.startup_repair import discard_damaged, repair_studies
 from tests.eval.answered import Studies
 from tests.lib.models.facts import facts
 
@@ -129,12 +129,12 @@ def test_a_start_says_what_it_has_mended_and_the_next_one_nothing(tmp_path):
     with sqlite3.connect(studies.ledger.path) as ledger:
         ledger.execute("DELETE FROM answered WHERE answer = 3")
         ledger.execute("DELETE FROM answers WHERE id = 3")
-    assert list(mend(studies.annotations, images, [store])) == [
+    assert list(repair_studies(studies.annotations, images, [store])) == [
         "the ledger had lost what became of answers 3; it is recorded again from the journal",
         "labels of a were rebuilt from the raw answers after an interruption",
         "net: the current model is damaged; that of round 1 is used again",
     ]
-    assert list(mend(studies.annotations, images, [store])) == []
+    assert list(repair_studies(studies.annotations, images, [store])) == []
 
 
 def test_old_unfinished_files_are_removed_and_those_at_work_stay(tmp_path):
@@ -145,7 +145,7 @@ def test_old_unfinished_files_are_removed_and_those_at_work_stay(tmp_path):
         path.write_bytes(b"half")
     for path in old:
         os.utime(path, (time.time() - 3700,) * 2)
-    said = list(mend(studies.annotations, {}, []))
+    said = list(repair_studies(studies.annotations, {}, []))
     assert said == ["2 unfinished files of interrupted writers were removed"]
     assert [path.exists() for path in (*old, *new)] == [False, False, True]
 

@@ -24,7 +24,7 @@ from lib.ledger.records import Asked
 from lib.partial_labels import UNLABELLED
 from lib.regions import Region
 from lib.studies.merged_labels import MergedLabels
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 
 CLASSES = {"anterior": 1, "posterior": 2}
 INFO = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
@@ -43,7 +43,7 @@ class World:
     def __init__(self, folder, shape=SHAPE):
         self.folder, self.shape = folder, shape
         (folder / "final").mkdir(exist_ok=True)
-        self.annotations = Annotations(
+        self.annotations = SubmissionStore(
             folder / "state", folder / "final", CLASSES, QueryLedger(folder / "state" / "ledger.sqlite")
         )
         if not (folder / "a.nii.gz").exists():

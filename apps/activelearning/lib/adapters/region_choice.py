@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from lib.adapters.batch_planner import Choice
 from lib.adapters.infer_tasks import SegmentationTask
 from lib.adapters.pool_evidence import DescriptorEvidence, ModelEvidence, spec_of
-from lib.annotator.explanations import Reasons, draw
-from lib.annotator.predicted_regions import Proposals
+from lib.annotator.explanations import Explanations, draw
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.errors import refuse
 from lib.ledger.records import Asked, Query
 from lib.models.checkpoints import Model
@@ -78,8 +78,8 @@ class ChoiceParts:
     options: AppOptions
     segmenters: Mapping[str, SegmentationTask]
     cache: MomentsCache
-    reasons: Reasons
-    proposals: Proposals
+    reasons: Explanations
+    proposals: PredictedRegions
 
 
 class RegionChoice:

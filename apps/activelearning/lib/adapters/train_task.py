@@ -30,7 +30,7 @@ from lib.storage.atomic_files import file_digest, read_json, text_digest, write_
 from lib.studies.datastore import PartialLabelDatastore
 from lib.training.ensemble import Job, Layout, train_members
 from lib.training.pipeline import Training, training_splits
-from lib.training.progress_log import Board
+from lib.training.progress_log import ProgressLog
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ class EnsembleTrainTask(TrainTask):
         threads = self.options.threads or torch.get_num_threads()
         workers = self.options.workers or (threads if devices == ["cpu"] else GPU_WORKERS)
         layout = Layout.of(members, devices, threads, workers)
-        board = Board(members, done, self.progress_file)
+        board = ProgressLog(members, done, self.progress_file)
         pending = [member for member in range(members) if member not in done]
         train_members(job, cases, pending, layout, self.store.folder / job.digest[:16] / "job", board.report)
 

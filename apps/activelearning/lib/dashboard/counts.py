@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib.agreement import class_overlaps
-from lib.annotator.predicted_regions import Proposals
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.ledger.overview import AnsweredQuery
 from lib.ledger.records import Answer
 from lib.partial_labels import class_voxels
@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS labels (image TEXT PRIMARY KEY, content TEXT NOT NULL
 """
 
 
-class Measures:
+class Counts:
     """Voxels of each class in every label file, and how far each answer overlaps with what the model proposed.
 
     `catch_up` measures what is new, in one thread; everything else reads from memory.
@@ -48,7 +48,7 @@ class Measures:
         proposals: of the model.
     """
 
-    def __init__(self, path: Path, store: PartialLabelDatastore, proposals: Proposals) -> None:
+    def __init__(self, path: Path, store: PartialLabelDatastore, proposals: PredictedRegions) -> None:
         self.path = path
         self.store = store
         self.proposals = proposals

@@ -19,8 +19,8 @@ from monailabel.interfaces.exception import MONAILabelException
 
 from lib.adapters.train_task import EnsembleTrainTask
 from lib.annotator.captions import cue_in_batch
-from lib.annotator.explanations import Reasons
-from lib.dashboard.counts import Measures
+from lib.annotator.explanations import Explanations
+from lib.dashboard.counts import Counts
 from lib.dashboard.stopping_advisor import Batch, Rules, advise, estimate
 from lib.errors import PatchwiseError
 from lib.ledger.records import Query, iso
@@ -81,7 +81,7 @@ class Rounds(Protocol):
         ...
 
 
-class Progress:
+class Snapshot:
     """Reads the ledger, the measures and the processes; costs a few sums, whatever the number of scans.
 
     Args:
@@ -97,10 +97,10 @@ class Progress:
     def __init__(
         self,
         store: PartialLabelDatastore,
-        measures: Measures,
+        measures: Counts,
         trainers: Mapping[str, EnsembleTrainTask],
         cache: MomentsCache,
-        reasons: Reasons,
+        reasons: Explanations,
         options: AppOptions,
         rounds: Rounds | None,
         failures: Failures,

@@ -16,11 +16,11 @@ from typing import Any
 
 from monailabel.config import settings
 
-from lib.dicom.log_redaction import keep_patients_out, told
+from lib.dicom.log_redaction import keep_patients_out, redacted
 from lib.dicom.segmentation_import import OWN, SegImporter
 from lib.dicom.segmentations import write_segmentation
 from lib.dicom.series_mirror import SeriesMirror
-from lib.dicom.web_client import Pacs, PacsError
+from lib.dicom.web_client import DicomWebClient, PacsError
 from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.partial_labels import LabelError
@@ -60,7 +60,7 @@ class DicomDatastore(PartialLabelDatastore):
         folder: Path,
         classes: dict[str, int],
         ledger: QueryLedger,
-        pacs: Pacs,
+        pacs: DicomWebClient,
         *,
         poll_seconds: float = 3,
         store_segmentations: bool = True,
@@ -176,7 +176,7 @@ class DicomDatastore(PartialLabelDatastore):
                 self._troubles[name] = str(error)
             except Exception as error:
                 # A thread that ends would leave the pool as it is for good, and nobody would know.
-                self._troubles[name] = f"looking for {name} failed: {told(error)}"
+                self._troubles[name] = f"looking for {name} failed: {redacted(error)}"
                 logger.error("%s", self._troubles[name])
             waiting.wait(self.poll_seconds)
             waiting.clear()

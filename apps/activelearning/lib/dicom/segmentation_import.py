@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
-from lib.dicom.log_redaction import told
+from lib.dicom.log_redaction import redacted
 from lib.dicom.segmentations import WRITER, read_segmentation, referenced_series, written_by_dcmjs
 from lib.dicom.series_mirror import FALLING, SeriesMirror
-from lib.dicom.web_client import Pacs, Series
+from lib.dicom.web_client import DicomWebClient, Series
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Query
 from lib.partial_labels import LabelError
@@ -70,7 +70,7 @@ class SegImporter:
         kept: folder for the files as they came.
     """
 
-    def __init__(self, pacs: Pacs, store: AnswerStore, classes: Mapping[str, int], kept: Path) -> None:
+    def __init__(self, pacs: DicomWebClient, store: AnswerStore, classes: Mapping[str, int], kept: Path) -> None:
         self.pacs = pacs
         self.store = store
         self.classes = classes
@@ -144,8 +144,8 @@ class SegImporter:
             return
         except Exception as error:
             # Whatever is wrong with one object, the others still have to come in.
-            logger.error("segmentation %s of %s cannot be read: %s", instance, image, told(error))
-            self.note(instance, LEFT, image, f"it cannot be read ({told(error)}); store it again")
+            logger.error("segmentation %s of %s cannot be read: %s", instance, image, redacted(error))
+            self.note(instance, LEFT, image, f"it cannot be read ({redacted(error)}); store it again")
             return
         logger.info("segmentation %s of %s became answer %d", instance, image, answer)
         self.note(instance, IMPORTED, image, "", answer)

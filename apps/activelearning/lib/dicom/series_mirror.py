@@ -17,7 +17,7 @@ from typing import Any
 import nibabel as nib
 
 from lib.dicom.series import read_series
-from lib.dicom.web_client import Pacs, PacsError, Series
+from lib.dicom.web_client import DicomWebClient, PacsError, Series
 from lib.ledger.queries import QueryLedger
 from lib.storage.atomic_files import atomic_path
 from lib.storage.volume_headers import ImageError
@@ -43,7 +43,7 @@ class SeriesMirror:
         search: QIDO-RS keys and values, e.g. `{"Modality": "MR"}`.
     """
 
-    def __init__(self, pacs: Pacs, folder: Path, ledger: QueryLedger, search: Mapping[str, Any]) -> None:
+    def __init__(self, pacs: DicomWebClient, folder: Path, ledger: QueryLedger, search: Mapping[str, Any]) -> None:
         self.pacs = pacs
         self.folder = folder
         self.ledger = ledger

@@ -36,13 +36,13 @@ from lib.regions import Region, Triple
 from lib.storage.atomic_files import atomic_path, file_digest
 from lib.storage.volume_headers import ImageError
 from lib.storage.volumes import EXTENSIONS, image_geometry, load_label
-from lib.studies.file_cache import FileFacts, Stamped
+from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.merged_labels import MergedLabels
 
 Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
 
 
-class Annotations:
+class SubmissionStore:
     """Submissions of annotators and the merged label maps made from them.
 
     The order of a save is what makes it safe: the raw file is on disk before the ledger knows of it, the ledger has
@@ -66,7 +66,7 @@ class Annotations:
         self.labels = MergedLabels(merged, state / "locks")
         self.classes = classes
         self.ledger = ledger
-        self._digests = FileFacts[str](ledger, ":label", file_digest, str)
+        self._digests = FileCache[str](ledger, ":label", file_digest, str)
 
     def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
         """Takes a submission in; the number of the answer.

@@ -25,7 +25,6 @@ test-slow: $(STAMP)
 # OHIF on a PACS, in a headless browser; its pictures stay in runs/dicom.
 system-test-dicom: $(STAMP)
 	sh tests/dicom/install.sh
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dicom.txt
 	$(BIN)/python -m pytest -m dicom -rs tests/dicom
 
 # 500 faults on 2,000 images, an hour and a half; every fifth restart is a cold one. COUNT=20 for a first look.

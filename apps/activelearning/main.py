@@ -23,23 +23,25 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
+from lib.adapters.batch_planner import BatchPlanner
 from lib.adapters.infer_tasks import QueryRegionTask, SegmentationTask
 from lib.adapters.pool_evidence import COMPOSE
 from lib.adapters.query_strategy import QueryStrategy
+from lib.adapters.region_choice import ChoiceParts
 from lib.adapters.scoring_method import MomentsScoring
 from lib.adapters.train_task import EnsembleTrainTask
 from lib.agreement import summarise
-from lib.annotator.explanations import Reasons
-from lib.annotator.predicted_regions import Proposals
+from lib.annotator.explanations import Explanations
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.automation import background_tasks
 from lib.automation.auto_rounds import AutoRounds
 from lib.automation.background_tasks import Failures, Kind, one_at_a_time
 from lib.automation.server_rounds import ServerWork
-from lib.automation.ticker import Background
-from lib.dashboard.counts import Measures
-from lib.dashboard.snapshot import Progress
+from lib.automation.ticker import Ticker
+from lib.dashboard.counts import Counts
+from lib.dashboard.snapshot import Snapshot
 from lib.dicom.datastore import DicomDatastore, state_folder
-from lib.dicom.web_client import Pacs
+from lib.dicom.web_client import DicomWebClient
 from lib.errors import PatchwiseError, refuse
 from lib.ledger.queries import QueryLedger
 from lib.middleware.bind_check import check_listening
@@ -57,7 +59,7 @@ from lib.routes.install import install
 from lib.routes.services import Services
 from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.studies.request_context import saved_answer
-from lib.studies.startup_repair import mend
+from lib.studies.startup_repair import repair_studies
 from lib.uncertainty import SCORE_MAPS
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class PatchwiseApp(MONAILabelApp):
             resolve(self.options.auto_method or self.listed_methods[0])
             next(iter(self.trainers.values())).parse(self.options.auto_train)
             self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
-            if self.ledger.answered_images(withdrawn=True):
+            if self.ledger.answers.images(withdrawn=True):
                 check_same_ids(self.classes, self.ledger.get_meta("classes"))
         except PatchwiseError as error:
             _end(str(error))
@@ -104,8 +106,9 @@ class PatchwiseApp(MONAILabelApp):
         self.cache = MomentsCache(
             root / STATE_FOLDER / "moments", self.store.image_path, self.store.image_digest, self.options.keep_moments
         )
-        self.reasons = Reasons(root / STATE_FOLDER / "reasons")
-        self.proposals = Proposals(root / STATE_FOLDER / "proposals", self.cache)
+        self.reasons = Explanations(root / STATE_FOLDER / "reasons")
+        self.proposals = PredictedRegions(root / STATE_FOLDER / "proposals", self.cache)
+        self.planner = BatchPlanner(self.ledger)
         self.failures = Failures(self.ledger)
         self.rounds = self._auto_rounds()
         self._supervise()
@@ -147,7 +150,7 @@ class PatchwiseApp(MONAILabelApp):
             self.root,
             self.classes,
             self.ledger,
-            Pacs(studies),
+            DicomWebClient(studies),
             poll_seconds=self.options.poll_seconds,
             store_segmentations=self.options.store_segmentations,
         )
@@ -161,7 +164,7 @@ class PatchwiseApp(MONAILabelApp):
         images = {image: self.store.image_path(image) for image in self.store.list_images()}
         models = [segmenter.store for segmenter in self.segmenters.values()]
         try:
-            for sentence in mend(self.store.annotations, images, models):
+            for sentence in repair_studies(self.store.annotations, images, models):
                 logger.warning("%s", sentence)
         except PatchwiseError as error:
             _end(str(error))
@@ -198,10 +201,10 @@ class PatchwiseApp(MONAILabelApp):
         meta["patchwise"] = {
             "labels": self.classes,
             "options": describe_options(self.options),
-            "model": model.facts if model else None,
+            "model": model.facts.model_dump(mode="json") if model else None,
             "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),
-            "agreement": summarise(self.ledger.agreements(), self.classes),
+            "agreement": summarise(self.ledger.answers.agreements(), self.classes),
             "plans": {name: plan.model_dump(mode="json") for name, plan in self._plans().items()},
             "training": {name: task.progress() for name, task in self.trainers.items()},
             "failures": {"train": self.failures.get("train"), "scoring": self.failures.get("scoring")},
@@ -241,14 +244,14 @@ class PatchwiseApp(MONAILabelApp):
         """Keeps the image's id, which upstream replaces by its path; whoever infers on an image works on it."""
         image, client = request.get("image"), self.clients.identify(request)
         if isinstance(image, str):
-            self.ledger.touch(client, image, opening=True)
+            self.ledger.leases.touch(client, image, opening=True)
         result: dict[str, Any] = super().infer({**request, "image_id": image, "client_id": client}, datastore)
         return result
 
     def opened(self, image: str) -> None:
         """Notes a download of an image by whoever holds a region there; it names no client, but has an address."""
         for client in self.clients.here():
-            if self.ledger.touch(client, image, opening=True):
+            if self.ledger.leases.touch(client, image, opening=True):
                 return
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +264,7 @@ class PatchwiseApp(MONAILabelApp):
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """What the client is told about its submission."""
         number = saved_answer()
-        answer = None if number is None else self.ledger.answer(number)
+        answer = None if number is None else self.ledger.answers.get(number)
         if answer is None:
             return {}
         return {
@@ -281,12 +284,8 @@ class PatchwiseApp(MONAILabelApp):
         return QueryStrategy(
             name,
             description,
-            self.classes,
-            self.options,
-            self.segmenters,
-            self.cache,
-            self.reasons,
-            self.proposals,
+            ChoiceParts(self.classes, self.options, self.segmenters, self.cache, self.reasons, self.proposals),
+            self.planner,
         )
 
     def _in_turn(self, name: str, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -298,11 +297,11 @@ class PatchwiseApp(MONAILabelApp):
         if self.rounds is None or request.get("batch"):
             return name, request
         model = next(iter(self.segmenters.values())).store.current()
-        if planned := self.ledger.planned_method(model.round + 1 if model else 0):
+        if planned := self.ledger.overview.planned_method(model.round + 1 if model else 0):
             return planned, request
         if model is None:
             return "random" if resolve(name).posterior else name, request
-        if self.rounds.step != "wait" and (left := self.ledger.planned_method(model.round)):
+        if self.rounds.step != "wait" and (left := self.ledger.overview.planned_method(model.round)):
             return left, {**request, "round": model.round}
         return name, request
 
@@ -327,8 +326,8 @@ class PatchwiseApp(MONAILabelApp):
 
     def _supervise(self) -> None:
         """What the progress page shows, and the thread that works while nobody waits."""
-        self.measures = Measures(self.root / STATE_FOLDER / "measures.sqlite", self.store, self.proposals)
-        self.progress = Progress(
+        self.measures = Counts(self.root / STATE_FOLDER / "measures.sqlite", self.store, self.proposals)
+        self.progress = Snapshot(
             self.store,
             self.measures,
             self.trainers,
@@ -340,7 +339,7 @@ class PatchwiseApp(MONAILabelApp):
             background_tasks,
         )
         ticks = [self.rounds.tick] if self.rounds else []
-        self.background = Background([*ticks, self.measures.catch_up, self.progress.refresh])
+        self.background = Ticker([*ticks, self.measures.catch_up, self.progress.refresh])
 
     def _run(self, what: Kind, work: Any, request: dict[str, Any]) -> dict[str, Any]:
         """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""

@@ -22,7 +22,7 @@ from eval.errors import RefereeError
 
 if TYPE_CHECKING:
     from lib.ledger.records import Answer
-    from lib.studies.submissions import Annotations
+    from lib.studies.submissions import SubmissionStore
 
 LEDGER = Path(".patchwise") / "ledger.sqlite"
 
@@ -64,14 +64,14 @@ def audit(studies: Path, verified: dict[str, tuple[Any, ...]] | None = None) -> 
     add_app()
     from lib.ledger.queries import QueryLedger
     from lib.ledger.store import LedgerError
-    from lib.studies.submissions import Annotations
+    from lib.studies.submissions import SubmissionStore
 
     found = Audit(str(studies))
     with tempfile.TemporaryDirectory() as folder:
         try:
             ledger = QueryLedger(copy_ledger(path, Path(folder) / "ledger.sqlite"))
             classes = ledger.get_meta("classes") or _from_dataset(studies)
-            annotations = Annotations(studies / LEDGER.parent, studies / "labels" / "final", classes, ledger)
+            annotations = SubmissionStore(studies / LEDGER.parent, studies / "labels" / "final", classes, ledger)
             _check_all(found, studies, annotations, {} if verified is None else verified)
         except (LedgerError, sqlite3.DatabaseError) as error:
             raise RefereeError(f"{path}: {error}") from error
@@ -97,14 +97,14 @@ def _from_dataset(studies: Path) -> dict[str, int]:
         raise RefereeError(f"{error}; or start the server once, which notes its class names") from error
 
 
-def _check_all(found: Audit, studies: Path, annotations: Annotations, verified: dict[str, tuple[Any, ...]]) -> None:
+def _check_all(found: Audit, studies: Path, annotations: SubmissionStore, verified: dict[str, tuple[Any, ...]]) -> None:
     from lib.storage.volumes import EXTENSIONS
 
     ledger, folder = annotations.ledger, annotations.merged
-    answered = ledger.answered_images(withdrawn=True)
+    answered = ledger.answers.images(withdrawn=True)
     named: set[str] = set()
     for image in answered:
-        answers = ledger.answers(image, withdrawn=True)
+        answers = ledger.answers.of_image(image, withdrawn=True)
         named |= {answer.raw for answer in answers}
         _check_raw(found, annotations, answers)
         _check_label(found, studies, annotations, image, [a for a in answers if a.active], verified)
@@ -118,7 +118,7 @@ def _check_all(found: Audit, studies: Path, annotations: Annotations, verified: 
     found.unreferenced = sorted(files - named)
 
 
-def _check_raw(found: Audit, annotations: Annotations, answers: Sequence[Answer]) -> None:
+def _check_raw(found: Audit, annotations: SubmissionStore, answers: Sequence[Answer]) -> None:
     """Every raw file, of withdrawn answers too: these may be restored."""
     from lib.storage.atomic_files import file_digest
 
@@ -146,7 +146,7 @@ def _check_journal(found: Audit, studies: Path, named: set[str]) -> None:
 def _check_label(
     found: Audit,
     studies: Path,
-    annotations: Annotations,
+    annotations: SubmissionStore,
     image: str,
     answers: Sequence[Answer],
     verified: dict[str, tuple[Any, ...]],

@@ -102,7 +102,7 @@ def _copy_models(state: Path, target: Path) -> None:
             copied = target / "models" / folder.name
             copied.mkdir(parents=True)
             _copy(model.folder, copied / model.folder.name)
-            write_json(copied / "current.json", {**model.facts, "digest": model.digest})
+            write_json(copied / "current.json", model.facts.model_dump(mode="json"))
 
 
 def _check_answers(copy: Path) -> int:
@@ -111,8 +111,8 @@ def _check_answers(copy: Path) -> int:
     from lib.storage.atomic_files import file_digest
 
     ledger, checked = QueryLedger(copy / LEDGER), 0
-    for image in ledger.answered_images(withdrawn=True):
-        for answer in ledger.answers(image, withdrawn=True):
+    for image in ledger.answers.images(withdrawn=True):
+        for answer in ledger.answers.of_image(image, withdrawn=True):
             raw = copy / LEDGER.parent / "raw" / answer.raw
             if not raw.is_file() or file_digest(raw) != answer.raw_sha256:
                 problem = "is not what was submitted" if raw.is_file() else "is missing"
@@ -126,7 +126,7 @@ def _copy_labels(studies: Path, copy: Path) -> int:
     from lib.ledger.queries import QueryLedger
     from lib.storage.volumes import EXTENSIONS
 
-    answered, copied = set(QueryLedger(copy / LEDGER).answered_images(withdrawn=True)), 0
+    answered, copied = set(QueryLedger(copy / LEDGER).answers.images(withdrawn=True)), 0
     for path in sorted((studies / "labels").glob("*/*")):
         extension = next((e for e in EXTENSIONS if path.name.endswith(e)), None)
         final = path.parent.name == "final"

@@ -24,7 +24,7 @@ from lib.querying.selection import PoolImage, select
 from lib.regions import Box, boxes_overlap
 from lib.selectors.badge import kmeans_plus_plus
 from lib.selectors.core_set import k_center
-from lib.selectors.greedy import best_boxes_over
+from lib.selectors.greedy import best_boxes
 from lib.selectors.submodular import flqmi
 from lib.uncertainty import Moments
 from lib.units import box_mean
@@ -82,12 +82,14 @@ def aggregation_rows(rng: np.random.Generator) -> list[Row]:
 
 
 def selection_row(rng: np.random.Generator) -> Row:
-    """The best 50 boxes of 50 volumes in which 300 boxes are taken."""
+    """The best 50 boxes of 50 volumes in which 300 boxes are taken, offered image by image as in a query."""
     grids = [rng.random((SIDE - 31,) * 3, dtype=np.float32) for _ in range(50)]
     taken = [disjoint_boxes(rng, 6, (12, 12, 12)) for _ in grids]
 
-    def ours() -> list[tuple[int, tuple[int, ...], float]]:
-        return [(i, s, v) for i, s, v in best_boxes_over(grids, BOX, ONE, taken, 50)]
+    def ours() -> Sequence[tuple[int, tuple[int, ...], float]]:
+        images = enumerate(zip(grids, taken, strict=True))
+        offers = [(i, s, v) for i, (grid, boxes) in images for s, v in best_boxes(grid, BOX, ONE, boxes, 50)]
+        return sorted(offers, key=lambda offer: -offer[2])[:50]
 
     def plain() -> list[tuple[int, tuple[int, ...], float]]:
         return _sort_and_test(grids, BOX, taken, 50)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -177,10 +177,3 @@ def kendall(first: ArrayLike, second: ArrayLike) -> Kendall:
         raise ValueError(f"rank correlation needs two equally long vectors, found {a.shape} and {b.shape}")
     tau, p = kendalltau(a, b, variant="b")
     return Kendall(float(tau), float(p))
-
-
-def setting_effect(values: Sequence[ArrayLike]) -> Kendall:
-    """Tau-b between a metric and the index of its setting; `values[k]` holds one value a seed of setting k."""
-    metric = np.concatenate([np.asarray(v, dtype=np.float64) for v in values])
-    index = np.concatenate([np.full(len(np.asarray(v)), float(k)) for k, v in enumerate(values)])
-    return kendall(metric, index)

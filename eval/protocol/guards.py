@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,11 +93,6 @@ def recipe_of(trained: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(model, Mapping) or "recipe" not in model:
         return None
     return {key: model.get(key) for key in _RECIPE}
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_same_recipe(cells: Iterable[Steps]) -> None:

@@ -191,7 +191,7 @@ def test_a_segment_that_slicer_leaves_out_shifts_no_class(slicer: SlicerModule, 
     slicer.segments = {"background": np.ones(SHAPE, bool), **slicer.segments}
     slicer.submit()
     assert np.array_equal(final(studies, "scan_04"), only(drawn(), INSIDE))
-    (answer,) = QueryLedger(studies / ".patchwise" / "ledger.sqlite").answers("scan_04")
+    (answer,) = QueryLedger(studies / ".patchwise" / "ledger.sqlite").answers.of_image("scan_04")
     assert answer.client == slicer.client_id
     assert [entry["idx"] for entry in answer.info["label_info"]] == [1, 2, 3]
     assert [entry["idx"] for entry in answer.info["label_info_sent"]] == [2, 3, 4]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import shutil
 
 import httpx
 import nibabel as nib
@@ -18,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser import started_browser
 from tests.dicom.conftest import KEPT, until
 from tests.system.conftest import BUNDLE
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+# The views are drawn by WebGL, on the CPU.
+FLAGS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 # The three views lie between the lists at both sides, below the toolbar.
 VIEWS = {"x": 286, "y": 50, "width": 830, "height": 790}
 
@@ -106,14 +106,9 @@ def _packed(label, affine):
 
 
 @pytest.fixture(scope="module")
-def viewer(site):
-    playwright = pytest.importorskip("playwright.sync_api", reason="`make system-test-dicom` installs playwright")
-    if CHROMIUM is None:
-        pytest.skip("no chromium; `make system-test-dicom` installs it on Debian")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+def viewer(site, chromium):
+    with started_browser(*FLAGS) as browser:
         yield Viewer(browser.new_page(viewport={"width": 1400, "height": 850}), site[0])
-        browser.close()
 
 
 def test_annotator_gets_a_region_and_sees_its_frame_and_a_segmentation(site, viewer):

@@ -13,7 +13,7 @@ import numpy as np
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Asked
 from lib.regions import Region
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 
 CLASSES = {"anterior": 1, "posterior": 2}
 SHAPE = (6, 5, 4)
@@ -39,13 +39,13 @@ class Studies:
         self.ledger = QueryLedger(folder / ".patchwise" / "ledger.sqlite")
         self.ledger.set_meta("classes", CLASSES)
         final = folder / "labels" / "final"
-        self.annotations = Annotations(folder / ".patchwise", final, CLASSES, self.ledger)
+        self.annotations = SubmissionStore(folder / ".patchwise", final, CLASSES, self.ledger)
         self.label = final / "a.nii.gz"
         asked = [Asked(Region("a", (0, 0, 0), (3, 3, 3)), "patch", None, {})]
         (query,) = self.ledger.ask("b", "random", 0, asked, twice=[0])
-        self.ledger.lease([query.id], "ann", 60)
-        (second,) = self.ledger.second_readings("ben", 1)
-        self.ledger.lease([second.id], "ben", 60)
+        self.ledger.leases.lease([query.id], "ann", 60)
+        (second,) = self.ledger.leases.second_readings("ben", 1)
+        self.ledger.leases.lease([second.id], "ben", 60)
         one, two = np.zeros(SHAPE), np.zeros(SHAPE)
         one[:2, :3, :3] = two[:1, :3, :3] = 1
         self.answers = [
@@ -59,4 +59,4 @@ class Studies:
         return self.annotations.save(image, self.folder / f"{image}.nii.gz", upload, info)
 
     def raw(self, answer):
-        return self.folder / ".patchwise" / "raw" / self.ledger.answer(answer).raw
+        return self.folder / ".patchwise" / "raw" / self.ledger.answers.get(answer).raw

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser import Browser
+from tests.browser import Watched, started_browser
 from tests.system.conftest import Client, Start, fill
 
 HOSTILE = '<img src=x onerror="document.title=1"> & co'
@@ -144,25 +144,26 @@ def test_a_server_killed_while_it_trains_carries_on(start_server: Start, tmp_pat
 
 
 @pytest.mark.usefixtures("chromium")
-def test_the_page_shows_it(client: Client, studies: Path, tmp_path: Path) -> None:
+def test_the_page_shows_it(client: Client, studies: Path) -> None:
     shutil.copy(next(studies.glob("*.nii.gz")), studies / f"{HOSTILE}.nii.gz")
     chosen = client.ask("precomputed", client_id=HOSTILE, batch=1,
                         regions=[{"image": HOSTILE, "start": [0, 0, 0], "size": [10, 10, 10]}])  # fmt: skip
     assert chosen.status_code == 200, chosen.text
     found = wait_for(client, lambda p: not p["measuring"] and any(HOSTILE in r["cue"] for r in p["latest"]))
     url = str(client.http.base_url)
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(f"{url}/patchwise/")
-        browser.wait("document.querySelector('#verdict')")
-        text = browser.run("document.body.innerText")
-        assert "Too early to say" in text
-        assert f"{found['regions']['answered']}" in browser.run("document.querySelector('#tiles').innerText")
-        assert "anterior" in browser.run("document.querySelector('#classes').innerText")
-        assert HOSTILE in browser.run("document.querySelector('#people').innerText")
-        assert HOSTILE in browser.run("document.querySelector('#latest').innerText")
-        assert browser.run("document.querySelectorAll('#curve circle').length") == len(found["quality"]["batches"])
-        browser.wait("[...document.images].length && [...document.images].every(i => i.naturalWidth)")
-        browser.resize(400, 800)
-        assert browser.run("document.documentElement.scrollWidth") <= 400
-        assert all(r.startswith((url, f"blob:{url}", "data:", "about:")) for r in browser.requests), browser.requests
-        assert browser.errors == []
+    with started_browser() as browser:
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        watched = Watched(page)
+        page.goto(f"{url}/patchwise/")
+        page.wait_for_selector("#verdict", state="attached")
+        assert "Too early to say" in page.inner_text("body")
+        assert f"{found['regions']['answered']}" in page.inner_text("#tiles")
+        assert "anterior" in page.inner_text("#classes")
+        assert HOSTILE in page.inner_text("#people")
+        assert HOSTILE in page.inner_text("#latest")
+        assert page.locator("#curve circle").count() == len(found["quality"]["batches"])
+        page.wait_for_function("[...document.images].length && [...document.images].every(i => i.naturalWidth)")
+        page.set_viewport_size({"width": 400, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        assert all(r.startswith((url, f"blob:{url}", "data:", "about:")) for r in watched.requests), watched.requests
+        assert watched.errors == []

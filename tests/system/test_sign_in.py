@@ -7,13 +7,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import httpx
 import pytest
+from playwright.sync_api import expect
 
-from tests.browser import Browser
+from tests.browser import started_browser
 from tests.system.realm import GuardedServer
 
 # The same server, on the same worker.
@@ -43,24 +41,26 @@ def test_only_the_empty_page_is_open_to_everybody(url: str) -> None:
 
 
 @pytest.mark.usefixtures("chromium")
-def test_the_page_signs_in(url: str, tmp_path: Path) -> None:
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(f"{url}/patchwise/")
-        browser.wait("document.querySelector('#login') && !document.querySelector('#login').hidden")
-        assert "secret_project" not in browser.run("document.documentElement.outerHTML")
+def test_the_page_signs_in(url: str) -> None:
+    with started_browser() as browser:
+        page = browser.new_page()
+        page.goto(f"{url}/patchwise/")
+        page.wait_for_selector("#login")
+        assert "secret_project" not in page.content()
 
         def sign_in(user: str, password: str) -> None:
-            for name, value in (("username", user), ("password", password)):
-                browser.run(f"document.querySelector('[name={name}]').value = {json.dumps(value)}")
-            browser.run("document.querySelector('#login button').click()")
+            page.fill("[name=username]", user)
+            page.fill("[name=password]", password)
+            page.click("#login button")
 
+        refused = page.locator("#refused")
         sign_in("ann", "wrong")
-        browser.wait("document.querySelector('#refused').textContent.includes('not accepted')")
+        expect(refused).to_contain_text("not accepted")
         sign_in("guest", "guest")
-        browser.wait("document.querySelector('#refused').textContent.includes('lacks')")
+        expect(refused).to_contain_text("lacks")
         sign_in("ann", "ann")
-        browser.wait("!document.querySelector('#content').hidden")
-        assert browser.run("document.querySelector('#project').textContent") == "secret_project"
-        assert browser.run("document.querySelector('#login').hidden")
-        browser.open(f"{url}/patchwise/")
-        browser.wait("document.querySelector('#project').textContent === 'secret_project'")
+        page.wait_for_selector("#content")
+        assert page.text_content("#project") == "secret_project"
+        assert page.is_hidden("#login")
+        page.goto(f"{url}/patchwise/")
+        expect(page.locator("#project")).to_have_text("secret_project")

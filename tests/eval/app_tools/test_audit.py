@@ -38,7 +38,7 @@ def test_labels_that_equal_their_rebuild_pass_and_nothing_is_changed(studies, ca
 
 
 def test_the_second_reading_wins_and_its_agreement_is_recorded(studies):
-    (pair,) = studies.ledger.agreements()
+    (pair,) = studies.ledger.answers.agreements()
     # 18 voxels by one person, 9 by the other, 9 shared.
     assert pair["classes"]["anterior"] == {"dice": pytest.approx(2 * 9 / 27), "voxels": [18, 9]}
     assert pair["classes"]["posterior"]["dice"] is None
@@ -123,11 +123,11 @@ def test_a_withdrawal_that_could_not_be_rebuilt_changes_nothing(studies):
     raw.rename(raw.with_name("elsewhere.nii.gz"))
     with pytest.raises(ImageError, match="missing or changed"):
         studies.annotations.withdraw(second, geometry, "ann")
-    assert studies.ledger.answer(second).active
+    assert studies.ledger.answers.get(second).active
 
 
 def test_a_withdrawal_that_was_killed_before_the_rebuild_is_repaired(studies):
-    studies.ledger.withdraw(studies.answers[1], "ann")
+    studies.ledger.answers.withdraw(studies.answers[1], "ann")
     assert "voxels differ" in problems(studies)["a.nii.gz"]
     assert studies.annotations.repair({"a": studies.folder / "a.nii.gz"}) == ["a"]
     assert problems(studies) == {}
@@ -137,11 +137,11 @@ def test_a_withdrawal_that_was_killed_before_the_rebuild_is_repaired(studies):
 
 
 def test_what_was_found_right_is_rebuilt_only_when_something_changed(studies, monkeypatch):
-    from lib.studies.submissions import Annotations
+    from lib.studies.submissions import SubmissionStore
 
-    rebuilt, plain = [], Annotations.rebuilt
+    rebuilt, plain = [], SubmissionStore.rebuilt
     monkeypatch.setattr(
-        Annotations, "rebuilt", lambda self, image, shape: rebuilt.append(image) or plain(self, image, shape)
+        SubmissionStore, "rebuilt", lambda self, image, shape: rebuilt.append(image) or plain(self, image, shape)
     )
     verified = {}
 
@@ -174,7 +174,7 @@ def test_a_folder_without_a_ledger_is_refused(tmp_path, capsys):
 
 
 def test_an_answer_that_the_ledger_has_lost_is_found(studies):
-    raw = studies.ledger.answer(studies.answers[1]).raw
+    raw = studies.ledger.answers.get(studies.answers[1]).raw
     with sqlite3.connect(studies.ledger.path) as ledger:
         ledger.execute("DELETE FROM answered WHERE answer = ?", (studies.answers[1],))
         ledger.execute("DELETE FROM answers WHERE id = ?", (studies.answers[1],))

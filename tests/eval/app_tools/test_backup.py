@@ -21,8 +21,9 @@ from lib.ledger.journal import Journal
 from lib.ledger.queries import QueryLedger
 from lib.ledger.store import JOURNAL
 from lib.models.checkpoints import ModelStore
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 from tests.eval.answered import CLASSES, SHAPE, Studies, write
+from tests.lib.models.facts import facts
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def restored(studies, saved):
         shutil.copy2(image, folder)
     shutil.copytree(saved, folder, dirs_exist_ok=True)
     ledger = QueryLedger(folder / ".patchwise" / "ledger.sqlite")
-    annotations = Annotations(folder / ".patchwise", folder / "labels" / "final", CLASSES, ledger)
+    annotations = SubmissionStore(folder / ".patchwise", folder / "labels" / "final", CLASSES, ledger)
     made = annotations.repair({path.name[: -len(".nii.gz")]: path for path in folder.glob("*.nii.gz")})
     return folder, ledger, made
 
@@ -54,7 +55,7 @@ def test_a_restored_backup_has_every_answer_and_the_same_labels(studies, tmp_pat
         np.asarray(nib.load(f / "labels" / "final" / "a.nii.gz").dataobj) for f in (studies.folder, folder)
     )
     assert np.array_equal(before, after)
-    assert [a.id for a in ledger.answers("a")] == [a.id for a in studies.ledger.answers("a")]
+    assert [a.id for a in ledger.answers.of_image("a")] == [a.id for a in studies.ledger.answers.of_image("a")]
 
 
 def test_answers_may_arrive_meanwhile(studies, tmp_path):
@@ -87,7 +88,7 @@ def test_answers_may_arrive_meanwhile(studies, tmp_path):
         assert at_least <= answers <= at_most
     folder, ledger, _ = restored(studies, tmp_path / "saved_4")
     assert audit(folder).problems == []
-    assert len(ledger.answers("a", withdrawn=True)) + 1 == counts[-1][1]
+    assert len(ledger.answers.of_image("a", withdrawn=True)) + 1 == counts[-1][1]
 
 
 def test_an_answer_right_after_the_copy_of_the_ledger_is_in_neither_record(studies, tmp_path, monkeypatch):
@@ -99,7 +100,7 @@ def test_an_answer_right_after_the_copy_of_the_ledger_is_in_neither_record(studi
     assert backup(studies.folder, tmp_path / "saved").answers == 3
     folder, ledger, _ = restored(studies, tmp_path / "saved")
     assert audit(folder).problems == []
-    known = {answer.raw for image in ("a", "b") for answer in ledger.answers(image, withdrawn=True)}
+    known = {answer.raw for image in ("a", "b") for answer in ledger.answers.of_image(image, withdrawn=True)}
     assert {e["answer"]["raw"] for e in Journal(folder / ".patchwise" / JOURNAL).entries() if "answer" in e} == known
 
 
@@ -108,7 +109,7 @@ def test_labels_that_nobody_answered_for_and_the_current_model_are_kept(studies,
     store = ModelStore(studies.folder / ".patchwise" / "models", "net")
     for digest in ("0" * 64, "1" * 64):
         store.save_member(digest, 0, {})
-        store.publish(digest, {"round": 1})
+        store.publish(facts(digest, round=1))
     (studies.folder / ".patchwise" / "moments").mkdir()
     saved = tmp_path / "saved"
     assert backup(studies.folder, saved).labels == 1

@@ -18,6 +18,7 @@ from lib.errors import PatchwiseError
 from lib.prediction.segmentation import segment
 from lib.storage.atomic_files import write_json
 from lib.storage.volumes import load_image
+from lib.training import pipeline as pipeline_module
 from tests.lib.training.studies import World
 
 NAME = "segmentation_dynunet_3d"
@@ -40,7 +41,7 @@ def test_fine_tuning_goes_on_from_the_last_training_and_can_be_repeated(world):
     small = {"steps": 1, "learning_rate": 1e-9, "weight_decay": 0.0, "ema": 0.0}
     tuned = world.train(round=1, start="last", **small)
     assert tuned["model"] != first["model"]
-    assert world.trainer.store.current().facts["start"] == [first["model"], 1]
+    assert world.trainer.store.current().facts.start == (first["model"], 1)
     for name, value in before.items():
         torch.testing.assert_close(weights(world)[name], value, atol=1e-5, rtol=0)
     assert world.train(round=1, start="last", **small)["model"] == tuned["model"]
@@ -98,7 +99,7 @@ def test_the_size_of_lesions_and_the_shifts_reach_the_segmentation(world, tmp_pa
     world.train(smallest=0.5)
     voxel_mm3 = float(np.prod(scan.spacing))
     # Every image holds class 1; of class 2 the third image, whose voxels `scan` has, holds the smallest: 3 x 3 x 3.
-    assert world.trainer.store.current().facts["smallest_mm3"] == pytest.approx({"posterior": 27 * voxel_mm3})
+    assert world.trainer.store.current().facts.smallest_mm3 == pytest.approx({"posterior": 27 * voxel_mm3})
     ensemble = world.segmenter.ensemble()
     assert ensemble.smallest_mm3 == pytest.approx({2: 13.5 * voxel_mm3})
     probs = np.zeros((3, *scan.shape), np.float32)
@@ -114,10 +115,10 @@ def test_the_size_of_lesions_and_the_shifts_reach_the_segmentation(world, tmp_pa
 
 def test_a_training_killed_inside_a_member_goes_on_from_its_checkpoint(folders, tmp_path, monkeypatch):
     whole, stopped = (World(tmp_path / n, folders["hippocampus"], NAME) for n in ("whole", "stopped"))
-    monkeypatch.setattr(task_module, "Job", partial(task_module.Job, checkpoint_seconds=0.0))
+    monkeypatch.setattr(pipeline_module, "Job", partial(pipeline_module.Job, checkpoint_seconds=0.0))
     expected = whole.train(steps=6)
     steps = []
-    report = task_module.Board.report
+    report = task_module.ProgressLog.report
 
     def stop(board, member, progress):
         steps.append(progress.step)
@@ -125,7 +126,7 @@ def test_a_training_killed_inside_a_member_goes_on_from_its_checkpoint(folders, 
         if len(steps) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(task_module.Board, "report", stop)
+    monkeypatch.setattr(task_module.ProgressLog, "report", stop)
     with pytest.raises(KeyboardInterrupt):
         stopped.train(steps=6)
     assert stopped.trainer.store.current() is None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.annotator.explanations import Reasons
+from lib.annotator.explanations import Explanations
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Asked
 from lib.regions import Region
@@ -27,7 +27,7 @@ def queries(tmp_path):
 
 
 def test_a_picture_that_is_being_drawn_is_waited_for(tmp_path, queries):
-    reasons, go = Reasons(tmp_path / "reasons"), threading.Event()
+    reasons, go = Explanations(tmp_path / "reasons"), threading.Event()
 
     def draw():
         assert go.wait(20)
@@ -43,7 +43,7 @@ def test_a_picture_that_is_being_drawn_is_waited_for(tmp_path, queries):
 
 
 def test_what_cannot_be_drawn_is_not_there(tmp_path, queries):
-    reasons = Reasons(tmp_path / "reasons")
+    reasons = Explanations(tmp_path / "reasons")
 
     def draw():
         raise OSError("disk full")

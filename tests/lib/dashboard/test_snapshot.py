@@ -12,12 +12,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.annotator.explanations import Reasons
-from lib.annotator.predicted_regions import Proposals
+from lib.annotator.explanations import Explanations
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.automation import background_tasks
 from lib.automation.background_tasks import Failures, how_it_ended
-from lib.dashboard.counts import Measures
-from lib.dashboard.snapshot import Progress
+from lib.dashboard.counts import Counts
+from lib.dashboard.snapshot import Snapshot
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import SECOND, Asked
 from lib.models.checkpoints import Model
@@ -28,11 +28,12 @@ from lib.regions import Region
 from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.uncertainty import Moments
 from tests.lib.clock import Clock
+from tests.lib.models.facts import facts
 
 CLASSES = {"anterior": 1, "posterior": 2}
 INFO = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 SHAPE = (8, 6, 4)
-MODEL = Model("d" * 64, None, {"round": 0, "members": 2})
+MODEL = Model(None, facts("d" * 64, members=2))
 
 
 @pytest.fixture
@@ -52,12 +53,14 @@ def store(tmp_path, clock):
 
 @pytest.fixture
 def proposals(store, tmp_path):
-    return Proposals(tmp_path / "proposals", MomentsCache(tmp_path / "moments", store.image_path, store.image_digest))
+    return PredictedRegions(
+        tmp_path / "proposals", MomentsCache(tmp_path / "moments", store.image_path, store.image_digest)
+    )
 
 
 @pytest.fixture
 def measures(store, proposals, tmp_path):
-    return Measures(tmp_path / "measures.sqlite", store, proposals)
+    return Counts(tmp_path / "measures.sqlite", store, proposals)
 
 
 @pytest.fixture
@@ -68,12 +71,12 @@ def failures(store):
 @pytest.fixture
 def progress(store, measures, proposals, failures, tmp_path):
     trainer = SimpleNamespace(store=SimpleNamespace(current=lambda: None), progress=dict)
-    return Progress(
+    return Snapshot(
         store,
         measures,
         {"net": trainer},
         proposals.cache,
-        Reasons(tmp_path / "reasons"),
+        Explanations(tmp_path / "reasons"),
         AppOptions(budget_minutes=60),
         None,
         failures,
@@ -100,11 +103,11 @@ def predict(proposals, label_xyz, image="a"):
 
 
 def submit(store, tmp_path, label_xyz, queries, image="a", client="ann", **info):
-    store.ledger.lease(queries, client, 60)
+    store.ledger.leases.lease(queries, client, 60)
     path = tmp_path / "sent.nii.gz"
     nib.save(nib.Nifti1Image(label_xyz.astype(np.uint8), np.eye(4)), path)
     store.save_label(image, str(path), "final", {"queries": queries, "label_info": INFO, "client_id": client, **info})
-    return store.ledger.last_answer(image)
+    return store.ledger.answers.last(image)
 
 
 def test_a_proposal_is_the_most_probable_class_inside_of_the_region(store, proposals):
@@ -145,7 +148,7 @@ def test_answers_are_compared_with_proposals_once_and_kept(store, proposals, mea
     only = submit(store, tmp_path, label * (label < 2), [second.id], annotated_classes=["anterior"])
     measures.catch_up()
     assert measures.overlaps()[second.id, only].tolist() == [[0, 8, 0], [0, 0, 0]]
-    again = Measures(measures.path, store, proposals)
+    again = Counts(measures.path, store, proposals)
     revision = again.revision
     again.catch_up()
     assert again.revision == revision + 1
@@ -173,7 +176,7 @@ def test_a_raw_file_that_is_gone_costs_one_region(store, proposals, measures, tm
     proposals.keep([query], MODEL)
     proposals.wait()
     answer = submit(store, tmp_path, np.ones(SHAPE, np.uint8), [query.id])
-    (store.studies / STATE_FOLDER / "raw" / store.ledger.answer(answer).raw).unlink()
+    (store.studies / STATE_FOLDER / "raw" / store.ledger.answers.get(answer).raw).unlink()
     measures.catch_up()
     assert not measures.overlaps()[query.id, answer].any()
 
@@ -181,11 +184,11 @@ def test_a_raw_file_that_is_gone_costs_one_region(store, proposals, measures, tm
 def test_the_report_adds_up(store, progress, measures, proposals, clock, tmp_path):
     ledger = store.ledger
     one, two, three, four = ledger.ask("b1", "random", 0, asked(0, 2, 4, 6))
-    ledger.lease([one.id, two.id, three.id], "ann", 60)
+    ledger.leases.lease([one.id, two.id, three.id], "ann", 60)
     clock.now += 120
     submit(store, tmp_path, np.ones(SHAPE, np.uint8), [one.id])
     clock.now += 30
-    ledger.skip(two.id, "ann", "motion")
+    ledger.leases.skip(two.id, "ann", "motion")
     measures.catch_up()
     found = told(progress)
     assert found["images"] == {"total": 2, "annotated": 1}
@@ -216,7 +219,7 @@ def test_quality_is_told_batch_by_batch(store, progress, measures, proposals, cl
     label = np.ones(SHAPE, np.uint8)
     label[4:6, 0, 0:2] = 0
     for query in (*random, *chosen):
-        ledger.lease([query.id], "ann", 60)
+        ledger.leases.lease([query.id], "ann", 60)
         clock.now += 60
         submit(store, tmp_path, label, [query.id])
     measures.catch_up()
@@ -253,10 +256,10 @@ def test_waiting_second_readings_do_not_hold_a_round_up(store):
     ledger = store.ledger
     (first,) = ledger.ask("b1", "power_pe", 1, asked(0), twice=[0])
     (twin,) = ledger.batch("b1" + SECOND)
-    assert ledger.after_round(0) == (1, 0)
-    ledger.lease([first.id], "ann", 60)
-    assert ledger.planned_method(1) is None
-    ledger.release(first.id, "ann")
-    assert (ledger.after_round(0), ledger.planned_method(1)) == ((0, 0), "power_pe")
-    assert ledger.after_round(1) == (0, 0)
+    assert ledger.overview.after_round(0) == (1, 0)
+    ledger.leases.lease([first.id], "ann", 60)
+    assert ledger.overview.planned_method(1) is None
+    ledger.leases.release(first.id, "ann")
+    assert (ledger.overview.after_round(0), ledger.overview.planned_method(1)) == ((0, 0), "power_pe")
+    assert ledger.overview.after_round(1) == (0, 0)
     assert twin.twin == first.id

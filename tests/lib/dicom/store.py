@@ -13,7 +13,7 @@ import pytest
 from monailabel.config import settings
 
 from lib.dicom.datastore import DicomDatastore
-from lib.dicom.web_client import Pacs
+from lib.dicom.web_client import DicomWebClient
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Asked
 from lib.regions import Region
@@ -36,7 +36,7 @@ def make_store(archive, tmp_path, monkeypatch):
 
     def make() -> DicomDatastore:
         ledger = QueryLedger(tmp_path / ".patchwise" / "ledger.sqlite")
-        return DicomDatastore(tmp_path, CLASSES, ledger, Pacs(archive.url))
+        return DicomDatastore(tmp_path, CLASSES, ledger, DicomWebClient(archive.url))
 
     return make
 
@@ -58,7 +58,7 @@ def fetched(archive, store, **facts):
 def lease(store, image, client="ann", start=(0, 0, 0)):
     asked = [Asked(Region(image, start, (2, 2, 2)), "patch", None, {})]
     [query] = store.ledger.ask(f"{client}{start}", "random", 0, asked)
-    store.ledger.lease([query.id], client, 60)
+    store.ledger.leases.lease([query.id], client, 60)
     return query.id
 
 

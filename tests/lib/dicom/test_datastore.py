@@ -29,7 +29,7 @@ def test_segmentation_is_cut_to_the_open_region_and_taken_once(archive, store, m
     archive.add(item)
     store.importer.update()
     np.testing.assert_array_equal(merged(store, uid), expected())
-    [answer] = store.ledger.answers(uid)
+    [answer] = store.ledger.answers.of_image(uid)
     assert answer.client == "ann"
     assert answer.info["sop_instance_uid"] == item.SOPInstanceUID
     assert store.ledger.query(query).status == "answered"
@@ -39,7 +39,7 @@ def test_segmentation_is_cut_to_the_open_region_and_taken_once(archive, store, m
     again = make_store()
     again.mirror.update()
     again.importer.update()
-    assert len(store.ledger.answers(uid)) == 1
+    assert len(store.ledger.answers.of_image(uid)) == 1
     assert archive.retrieved.count(str(item.SOPInstanceUID)) == 1
 
 
@@ -52,7 +52,7 @@ def test_kill_between_answer_and_note_does_not_double_the_answer(archive, store,
     again = make_store()
     again.mirror.update()
     again.importer.update()
-    assert len(store.ledger.answers(uid)) == 1
+    assert len(store.ledger.answers.of_image(uid)) == 1
     assert again.importer.outcomes()[0]["outcome"] == "imported"
 
 
@@ -190,7 +190,7 @@ def test_saved_label_is_stored_without_unlabelled_voxels_and_recognised(archive,
         each.mirror.update()
         each.importer.update()
         assert each.importer.outcomes() == []
-    assert len(store.ledger.answers(uid)) == 1
+    assert len(store.ledger.answers.of_image(uid)) == 1
 
 
 def test_label_that_could_not_be_stored_is_stored_later_also_by_the_next_server(archive, store, tmp_path, make_store):

@@ -45,32 +45,32 @@ def ask(
 
 def answer(ledger: QueryLedger, query: int, client: str) -> int:
     where = ledger.query(query).region
-    return ledger.record_answer(where.image, f"{query}{client}.nii.gz", "0" * 64, {}, client, [(query, where)])
+    return ledger.answers.record(where.image, f"{query}{client}.nii.gz", "0" * 64, {}, client, [(query, where)])
 
 
 def test_an_empty_ledger_has_nothing_to_tell(ledger):
-    assert ledger.standing() == []
-    assert ledger.minutes() == []
-    assert ledger.answered_queries() == []
-    assert ledger.answers_key() == "0:0:0"
-    assert ledger.after_round(-1) == (0, 0)
-    assert ledger.planned_method(0) is None
-    assert ledger.latest(5) == []
-    assert ledger.sizes() == {}
-    assert ledger.answered_regions() == {}
+    assert ledger.overview.standing() == []
+    assert ledger.overview.minutes() == []
+    assert ledger.overview.answered_queries() == []
+    assert ledger.overview.answers_key() == "0:0:0"
+    assert ledger.overview.after_round(-1) == (0, 0)
+    assert ledger.overview.planned_method(0) is None
+    assert ledger.overview.latest(5) == []
+    assert ledger.overview.sizes() == {}
+    assert ledger.answers.regions() == {}
     assert ledger.counts() == {}
-    assert ledger.last_holder("a") is None
+    assert ledger.leases.last_holder("a") is None
     assert not ledger.was_asked("a")
 
 
 def test_standing_counts_regions_and_voxels_and_sees_leases_run_out(ledger, clock):
     first, second, third, _ = ask(ledger, "b", [0, 2, 4, 6])
     (later,) = ask(ledger, "c", [8], round_=1)
-    ledger.lease([first, second], "ann", 60)
-    ledger.lease([third], "ben", 10)
+    ledger.leases.lease([first, second], "ann", 60)
+    ledger.leases.lease([third], "ben", 10)
     answer(ledger, first, "ann")
     clock.now += 11 * 60
-    assert ledger.standing() == [
+    assert ledger.overview.standing() == [
         (0, "answered", "ann", 1, 24),
         (0, "expired", "ben", 1, 24),
         (0, "open", "ann", 1, 24),
@@ -85,50 +85,50 @@ def test_standing_counts_regions_and_voxels_and_sees_leases_run_out(ledger, cloc
 
 def test_a_lease_ends_after_its_last_second(ledger, clock):
     (query,) = ask(ledger, "b", [0])
-    ledger.lease([query], "ann", 1)
+    ledger.leases.lease([query], "ann", 1)
     clock.now = ledger.query(query).lease_until
-    assert ledger.standing() == [(0, "open", "ann", 1, 24)]
+    assert ledger.overview.standing() == [(0, "open", "ann", 1, 24)]
     clock.now += 0.001
-    assert ledger.standing() == [(0, "expired", "ann", 1, 24)]
+    assert ledger.overview.standing() == [(0, "expired", "ann", 1, 24)]
 
 
 def test_minutes_are_summed_by_round_and_client(ledger, clock):
     first, second = ask(ledger, "b", [0, 2])
     (later,) = ask(ledger, "c", [4], round_=1)
-    ledger.lease([first, second], "ann", 60)
-    ledger.touch("ann", "a", opening=True)
+    ledger.leases.lease([first, second], "ann", 60)
+    ledger.leases.touch("ann", "a", opening=True)
     clock.now += 180
     answer(ledger, first, "ann")
-    ledger.lease([later], "ben", 60)
-    found = {(round_, client): minutes for round_, client, minutes in ledger.minutes()}
+    ledger.leases.lease([later], "ben", 60)
+    found = {(round_, client): minutes for round_, client, minutes in ledger.overview.minutes()}
     assert found[0, "ann"] == pytest.approx(3)
     assert sum(minutes for (_, client), minutes in found.items() if client == "ben") == 0
 
 
 def test_the_newest_active_answer_to_a_query_counts(ledger):
     first, second = ask(ledger, "b", [0, 2], round_=3, method="power_pe")
-    ledger.lease([first, second], "ann", 60)
+    ledger.leases.lease([first, second], "ann", 60)
     answer(ledger, first, "ann")
     again = answer(ledger, first, "ann")
     other = answer(ledger, second, "ann")
-    assert ledger.answered_queries() == [
+    assert ledger.overview.answered_queries() == [
         AnsweredQuery(first, first, again, 3, "power_pe"),
         AnsweredQuery(second, second, other, 3, "power_pe"),
     ]
-    ledger.withdraw(again, "ann")
-    ledger.withdraw(other, "ann")
-    assert ledger.answered_queries() == [AnsweredQuery(first, first, again - 1, 3, "power_pe")]
+    ledger.answers.withdraw(again, "ann")
+    ledger.answers.withdraw(other, "ann")
+    assert ledger.overview.answered_queries() == [AnsweredQuery(first, first, again - 1, 3, "power_pe")]
 
 
 def test_a_second_reading_belongs_to_the_first(ledger):
     (first,) = ask(ledger, "b", [0], twice=[0])
-    ledger.lease([first], "ann", 60)
+    ledger.leases.lease([first], "ann", 60)
     one = answer(ledger, first, "ann")
-    (second,) = [query.id for query in ledger.second_readings("ben", 1)]
+    (second,) = [query.id for query in ledger.leases.second_readings("ben", 1)]
     assert ledger.query(second).twin == first
-    ledger.lease([second], "ben", 60)
+    ledger.leases.lease([second], "ben", 60)
     two = answer(ledger, second, "ben")
-    assert ledger.answered_queries() == [
+    assert ledger.overview.answered_queries() == [
         AnsweredQuery(first, first, one, 0, "random"),
         AnsweredQuery(second, first, two, 0, "random"),
     ]
@@ -136,46 +136,46 @@ def test_a_second_reading_belongs_to_the_first(ledger):
 
 def test_every_change_of_answers_changes_their_key(ledger):
     first, second = ask(ledger, "b", [0, 2])
-    ledger.lease([first, second], "ann", 60)
+    ledger.leases.lease([first, second], "ann", 60)
     one, two = answer(ledger, first, "ann"), answer(ledger, second, "ann")
-    both = ledger.answers_key()
+    both = ledger.overview.answers_key()
     assert both == f"2:2:{one + two}"
-    ledger.withdraw(one, "ann")
-    without_one = ledger.answers_key()
+    ledger.answers.withdraw(one, "ann")
+    without_one = ledger.overview.answers_key()
     assert without_one == f"2:1:{two}"
-    ledger.restore(one, "ann")
-    ledger.withdraw(two, "ann")
+    ledger.answers.restore(one, "ann")
+    ledger.answers.withdraw(two, "ann")
     # As many as before, but another one.
-    assert ledger.answers_key() == f"2:1:{one}"
-    assert len({both, without_one, ledger.answers_key()}) == 3
+    assert ledger.overview.answers_key() == f"2:1:{one}"
+    assert len({both, without_one, ledger.overview.answers_key()}) == 3
 
 
 def test_what_comes_after_a_round_leaves_waiting_second_readings_out(ledger):
     ask(ledger, "b", [0], round_=0)
     first, _ = ask(ledger, "c", [2, 4], round_=1, twice=[0])
-    assert ledger.after_round(0) == (2, 0)
-    assert ledger.after_round(1) == (0, 0)
-    ledger.lease([first], "ann", 60)
-    assert ledger.after_round(0) == (2, 0)
+    assert ledger.overview.after_round(0) == (2, 0)
+    assert ledger.overview.after_round(1) == (0, 0)
+    ledger.leases.lease([first], "ann", 60)
+    assert ledger.overview.after_round(0) == (2, 0)
     answer(ledger, first, "ann")
-    assert ledger.after_round(0) == (1, 1)
-    assert ledger.after_round(-1) == (2, 1)
-    (second,) = [query.id for query in ledger.second_readings("ben", 1)]
-    ledger.lease([second], "ben", 60)
-    assert ledger.after_round(0) == (2, 1)
+    assert ledger.overview.after_round(0) == (1, 1)
+    assert ledger.overview.after_round(-1) == (2, 1)
+    (second,) = [query.id for query in ledger.leases.second_readings("ben", 1)]
+    ledger.leases.lease([second], "ben", 60)
+    assert ledger.overview.after_round(0) == (2, 1)
 
 
 def test_a_batch_is_done_whatever_was_asked_beside_it(ledger):
     first, second = ask(ledger, "b", [0, 2], round_=1, twice=[1])
-    ledger.lease([first, second], "ann", 60)
+    ledger.leases.lease([first, second], "ann", 60)
     ask(ledger, "c", [4, 6, 8], round_=1)
-    assert (ledger.after_round(0), ledger.after_round(0, "b")) == ((5, 0), (2, 0))
+    assert (ledger.overview.after_round(0), ledger.overview.after_round(0, "b")) == ((5, 0), (2, 0))
     answer(ledger, first, "ann")
     answer(ledger, second, "ann")
-    assert (ledger.after_round(0), ledger.after_round(0, "b")) == ((3, 2), (0, 2))
-    (again,) = [query.id for query in ledger.second_readings("ben", 1)]
-    ledger.lease([again], "ben", 60)
-    assert ledger.after_round(0, "b") == (1, 2)
+    assert (ledger.overview.after_round(0), ledger.overview.after_round(0, "b")) == ((3, 2), (0, 2))
+    (again,) = [query.id for query in ledger.leases.second_readings("ben", 1)]
+    ledger.leases.lease([again], "ben", 60)
+    assert ledger.overview.after_round(0, "b") == (1, 2)
 
 
 def test_the_first_batch_of_a_size_is_found_among_later_rounds(ledger):
@@ -183,49 +183,49 @@ def test_the_first_batch_of_a_size_is_found_among_later_rounds(ledger):
     ask(ledger, "y", [6], round_=1, twice=[0])
     ask(ledger, "x", [8, 10], round_=1)
     ask(ledger, "w", [12, 14], round_=2)
-    assert [ledger.first_batch(round_, 2) for round_ in (-1, 0, 1, 2)] == ["z", "x", "w", None]
-    assert [ledger.first_batch(0, regions) for regions in (1, 3)] == ["y", None]
+    assert [ledger.overview.first_batch(round_, 2) for round_ in (-1, 0, 1, 2)] == ["z", "x", "w", None]
+    assert [ledger.overview.first_batch(0, regions) for regions in (1, 3)] == ["y", None]
 
 
 def test_a_planned_region_is_handed_out_before_one_that_came_back(ledger):
     (back,) = ask(ledger, "b", [0], method="random")
-    ledger.lease([back], "ann", 60)
-    assert ledger.planned_method(0) is None
-    ledger.release(back, "ann")
-    assert ledger.planned_method(0) == "random"
+    ledger.leases.lease([back], "ann", 60)
+    assert ledger.overview.planned_method(0) is None
+    ledger.leases.release(back, "ann")
+    assert ledger.overview.planned_method(0) == "random"
     ask(ledger, "c", [2], method="power_pe")
-    assert ledger.planned_method(0) == "power_pe"
-    assert ledger.planned_method(1) is None
+    assert ledger.overview.planned_method(0) == "power_pe"
+    assert ledger.overview.planned_method(1) is None
 
 
 def test_the_oldest_plan_comes_first_in_its_order_of_rank(ledger, clock):
     ask(ledger, "b", [0], method="strided")
     clock.now += 1
     ask(ledger, "c", [2], method="random")
-    assert ledger.planned_method(0) == "strided"
+    assert ledger.overview.planned_method(0) == "strided"
 
 
 def test_latest_shows_work_then_plans_then_answers(ledger, clock):
     ids = ask(ledger, "b", [0, 2, 4, 6, 8, 10])
-    ledger.lease(ids[:1], "ann", 60)
+    ledger.leases.lease(ids[:1], "ann", 60)
     clock.now += 1
-    ledger.lease(ids[1:2], "ben", 60)
-    ledger.lease(ids[2:4], "cid", 60)
+    ledger.leases.lease(ids[1:2], "ben", 60)
+    ledger.leases.lease(ids[2:4], "cid", 60)
     for query in ids[2:4]:
         answer(ledger, query, "cid")
-    assert [query.id for query in ledger.latest(10)] == [ids[1], ids[0], ids[4], ids[5], ids[3], ids[2]]
+    assert [query.id for query in ledger.overview.latest(10)] == [ids[1], ids[0], ids[4], ids[5], ids[3], ids[2]]
     # Half of the places are for plans at most, and the rest is filled with answers.
-    assert [query.id for query in ledger.latest(4)] == [ids[1], ids[0], ids[4], ids[5]]
-    assert [query.id for query in ledger.latest(3)] == [ids[1], ids[0], ids[4]]
-    assert [query.id for query in ledger.latest(1)] == [ids[1]]
+    assert [query.id for query in ledger.overview.latest(4)] == [ids[1], ids[0], ids[4], ids[5]]
+    assert [query.id for query in ledger.overview.latest(3)] == [ids[1], ids[0], ids[4]]
+    assert [query.id for query in ledger.overview.latest(1)] == [ids[1]]
 
 
 def test_sizes_of_rounds_leave_out_what_was_given_up(ledger):
     ask(ledger, "b", [0, 2], round_=0)
     ask(ledger, "c", [4], round_=1, twice=[0])
-    assert ledger.sizes() == {0: 2, 1: 1}
+    assert ledger.overview.sizes() == {0: 2, 1: 1}
     assert ledger.withdraw_planned(1) == 2
-    assert ledger.sizes() == {1: 1}
+    assert ledger.overview.sizes() == {1: 1}
 
 
 def test_regions_that_are_annotated_are_listed_once_by_image(ledger):
@@ -234,23 +234,23 @@ def test_regions_that_are_annotated_are_listed_once_by_image(ledger):
         for image in "ba"
         for query in ledger.ask(image, "random", 0, [Asked(region(0, image), "patch", None, {})])
     ]
-    ledger.lease(ids, "ann", 60)
+    ledger.leases.lease(ids, "ann", 60)
     for query in (*ids, ids[0]):
         last = answer(ledger, query, "ann")
-    assert ledger.answered_regions() == {"b": [region(0, "b")], "a": [region(0, "a")]}
-    ledger.withdraw(last, "ann")
-    ledger.withdraw(last - 1, "ann")
-    assert ledger.answered_regions() == {"b": [region(0, "b")]}
+    assert ledger.answers.regions() == {"b": [region(0, "b")], "a": [region(0, "a")]}
+    ledger.answers.withdraw(last, "ann")
+    ledger.answers.withdraw(last - 1, "ann")
+    assert ledger.answers.regions() == {"b": [region(0, "b")]}
 
 
 def test_who_was_handed_a_region_last(ledger, clock):
     first, second = ask(ledger, "b", [0, 2])
-    assert ledger.last_holder("a") is None
-    ledger.lease([second], "ann", 60)
+    assert ledger.leases.last_holder("a") is None
+    ledger.leases.lease([second], "ann", 60)
     clock.now += 1
-    ledger.lease([first], "ben", 60)
-    assert ledger.last_holder("a") == "ben"
-    assert ledger.last_holder("b") is None
+    ledger.leases.lease([first], "ben", 60)
+    assert ledger.leases.last_holder("a") == "ben"
+    assert ledger.leases.last_holder("b") is None
 
 
 def test_what_was_asked_of_an_image_and_what_clients_noted_about_many(ledger):
@@ -305,6 +305,6 @@ def test_an_open_file_costs_at_most_a_handle_a_concurrent_call(ledger):
     ledger.stay_open()
     for _ in range(5):
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda _: ledger.minutes(), range(100)))
+            list(threads.map(lambda _: ledger.overview.minutes(), range(100)))
     mine = [file for file in psutil.Process().open_files() if Path(file.path) == ledger.path.resolve()]
     assert len(mine) <= 1 + 8

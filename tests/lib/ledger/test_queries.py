@@ -83,7 +83,7 @@ def test_a_query_tells_clients_until_when_it_is_theirs(ledger, clock):
     (query,) = ledger.ask("b1", "random", 2, asked(4))
     assert query.to_json()["lease_until"] is None
     clock.now = 86_400.0
-    (leased,) = ledger.lease([query.id], "ann", 60)
+    (leased,) = ledger.leases.lease([query.id], "ann", 60)
     assert leased.to_json() == {
         "query": query.id, "image": "a", "start": [4, 0, 0], "size": [2, 2, 2], "unit": "patch", "score": 1.0,
         "method": "random", "round": 2, "rank": 0, "reason": {"rank": 0}, "lease_until": "1970-01-02T01:00:00+00:00",
@@ -92,67 +92,67 @@ def test_a_query_tells_clients_until_when_it_is_theirs(ledger, clock):
 
 def test_two_clients_never_hold_one_region(ledger):
     ids = [q.id for q in ledger.ask("b1", "random", 0, asked(0, 2))]
-    ann = ledger.lease(ids[:1], "ann", 60)
-    ben = ledger.lease(ids, "ben", 60)
+    ann = ledger.leases.lease(ids[:1], "ann", 60)
+    ben = ledger.leases.lease(ids, "ben", 60)
     assert [q.client for q in ann] == ["ann"]
     assert [q.client for q in ben] == ["ann", "ben"]
 
 
 def test_a_lease_that_runs_out_returns_to_the_pool(ledger, clock):
     ids = [q.id for q in ledger.ask("b1", "random", 0, asked(0))]
-    ledger.lease(ids, "ann", 60)
+    ledger.leases.lease(ids, "ann", 60)
     clock.now += 3599
-    assert ledger.expire() == 0
+    assert ledger.leases.expire() == 0
     assert ledger.taken() == {"a": [Region("a", (0, 0, 0), (2, 2, 2))]}
     clock.now += 2
-    assert ledger.expire() == 1
+    assert ledger.leases.expire() == 1
     assert ledger.taken() == {}
-    assert ledger.lease(ids, "ben", 60)[0].client == "ben"
+    assert ledger.leases.lease(ids, "ben", 60)[0].client == "ben"
 
 
 def test_regions_planned_in_an_earlier_round_are_given_back(ledger):
     old = ledger.ask("b1", "random", 0, asked(0, 2))
-    ledger.lease([old[0].id], "ann", 60)
+    ledger.leases.lease([old[0].id], "ann", 60)
     (new,) = ledger.ask("b2", "random", 1, asked(4))
     assert ledger.withdraw_planned(1) == 1
     assert [ledger.query(q.id).status for q in (*old, new)] == ["open", "withdrawn", "proposed"]
     assert [r.start[0] for r in ledger.taken()["a"]] == [0, 4]
-    assert ledger.lease([old[1].id], "ben", 60)[0].status == "withdrawn"
+    assert ledger.leases.lease([old[1].id], "ben", 60)[0].status == "withdrawn"
 
 
 def test_last_worked_is_the_expired_region_unless_somebody_else_answered_it(ledger, clock):
     (query,) = ledger.ask("b1", "random", 0, asked(0))
-    ledger.lease([query.id], "ann", 1)
+    ledger.leases.lease([query.id], "ann", 1)
     clock.now += 100
-    ledger.expire()
-    assert [q.id for q in ledger.last_worked("a", "ann")] == [query.id]
-    assert ledger.last_worked("a", "ben") == []
+    ledger.leases.expire()
+    assert [q.id for q in ledger.leases.last_worked("a", "ann")] == [query.id]
+    assert ledger.leases.last_worked("a", "ben") == []
     (other,) = ledger.ask("b2", "random", 0, asked(1))
-    ledger.lease([other.id], "ben", 60)
-    ledger.record_answer("a", "a/raw.nii.gz", "0", {}, "ben", [(other.id, other.region)])
-    assert ledger.last_worked("a", "ann") == []
-    assert [q.id for q in ledger.last_worked("a", "ben")] == [other.id]
+    ledger.leases.lease([other.id], "ben", 60)
+    ledger.answers.record("a", "a/raw.nii.gz", "0", {}, "ben", [(other.id, other.region)])
+    assert ledger.leases.last_worked("a", "ann") == []
+    assert [q.id for q in ledger.leases.last_worked("a", "ben")] == [other.id]
 
 
 def test_a_second_thought_is_about_every_region_of_the_first(ledger):
     queries = ledger.ask("b1", "random", 0, [*asked(0), *asked(1)])
-    regions = [(query.id, query.region) for query in ledger.lease([q.id for q in queries], "ann", 60)]
-    ledger.record_answer("a", "a/one.nii.gz", "0", {}, "ann", regions)
-    assert [q.id for q in ledger.last_worked("a", "ann")] == [q.id for q in queries]
-    ledger.record_answer("a", "a/two.nii.gz", "0", {}, "ann", regions[1:])
-    assert [q.id for q in ledger.last_worked("a", "ann")] == [queries[1].id]
+    regions = [(query.id, query.region) for query in ledger.leases.lease([q.id for q in queries], "ann", 60)]
+    ledger.answers.record("a", "a/one.nii.gz", "0", {}, "ann", regions)
+    assert [q.id for q in ledger.leases.last_worked("a", "ann")] == [q.id for q in queries]
+    ledger.answers.record("a", "a/two.nii.gz", "0", {}, "ann", regions[1:])
+    assert [q.id for q in ledger.leases.last_worked("a", "ann")] == [queries[1].id]
 
 
 def test_an_answer_closes_its_query_and_records_minutes(ledger, clock):
     (query,) = ledger.ask("b1", "random", 0, asked(0))
-    ledger.lease([query.id], "ann", 60)
+    ledger.leases.lease([query.id], "ann", 60)
     clock.now += 90
-    answer = ledger.record_answer("a", "a/raw.nii.gz", "77", {"label_info": []}, "ann", [(query.id, query.region)])
+    answer = ledger.answers.record("a", "a/raw.nii.gz", "77", {"label_info": []}, "ann", [(query.id, query.region)])
     assert ledger.query(query.id).status == "answered"
-    assert ledger.unmerged() == ["a"]
-    ledger.mark_merged("a", answer)
-    assert ledger.unmerged() == []
-    (stored,) = ledger.answers("a")
+    assert ledger.answers.unmerged() == ["a"]
+    ledger.answers.mark_merged("a", answer)
+    assert ledger.answers.unmerged() == []
+    (stored,) = ledger.answers.of_image("a")
     assert (stored.raw, stored.raw_sha256, stored.info, stored.client) == (
         "a/raw.nii.gz",
         "77",
@@ -185,8 +185,8 @@ def _write_forever(path, run):
     ledger = QueryLedger(path)
     for i in range(100_000):
         (query,) = ledger.ask(f"b{run}.{i}", "random", 0, asked(0, image=f"im{run}.{i}"))
-        ledger.lease([query.id], "ann", 60)
-        ledger.record_answer(f"im{run}.{i}", f"{i}", "0", {}, "ann", [(query.id, query.region)])
+        ledger.leases.lease([query.id], "ann", 60)
+        ledger.answers.record(f"im{run}.{i}", f"{i}", "0", {}, "ann", [(query.id, query.region)])
 
 
 def _open(path, barrier):
@@ -226,8 +226,8 @@ def test_a_writer_killed_at_any_instant_leaves_whole_records(tmp_path):
         ledger = QueryLedger(path)
         counts = ledger.counts()
         assert counts.get("open", 0) + counts.get("proposed", 0) <= round_ + 1
-        for image in ledger.answered_images():
-            (answer,) = ledger.answers(image)
+        for image in ledger.answers.images():
+            (answer,) = ledger.answers.of_image(image)
             assert ledger.query(answer.regions[0][0]).status == "answered"
         with sqlite3.connect(path) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

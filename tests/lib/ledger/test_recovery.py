@@ -19,13 +19,13 @@ from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Asked
 from lib.ledger.store import LedgerError, damaged
 from lib.regions import Region
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 from tests.eval.answered import CLASSES, SHAPE, Studies, geometry
 
 
 def content(ledger):
     """Everything that an answer is, of every answer."""
-    return [ledger.answers(image, withdrawn=True) for image in ledger.answered_images(withdrawn=True)]
+    return [ledger.answers.of_image(image, withdrawn=True) for image in ledger.answers.images(withdrawn=True)]
 
 
 def set_back(studies, copy):
@@ -36,7 +36,7 @@ def set_back(studies, copy):
     shutil.copy(copy, path)
     studies.ledger = QueryLedger(path)
     final = studies.folder / "labels" / "final"
-    studies.annotations = Annotations(studies.folder / ".patchwise", final, CLASSES, studies.ledger)
+    studies.annotations = SubmissionStore(studies.folder / ".patchwise", final, CLASSES, studies.ledger)
 
 
 def copied(studies, target):
@@ -52,7 +52,7 @@ def recover(studies):
 def ask(studies, start):
     asked = [Asked(Region("b", start, (1, 1, 1)), "patch", 0.5, {"why": "unsure"})]
     (query,) = studies.ledger.ask(f"batch {start}", "entropy", 1, asked)
-    studies.ledger.lease([query.id], "ann", 60)
+    studies.ledger.leases.lease([query.id], "ann", 60)
     return query.id
 
 
@@ -75,7 +75,7 @@ def test_what_was_answered_after_the_copy_is_recorded_again(tmp_path):
     assert trail == [("withdrawn", None, studies.answers[0], "wrong side"), ("recovered", "ann", answer, None)]
     assert studies.ledger.query(query) == asked
     assert studies.ledger.query(query).status == "answered"
-    assert studies.ledger.unmerged() == ["a", "b"]
+    assert studies.ledger.answers.unmerged() == ["a", "b"]
     images = {name: studies.folder / f"{name}.nii.gz" for name in "ab"}
     assert studies.annotations.repair(images) == ["a", "b"]
     assert (studies.folder / "labels" / "final" / "b.nii.gz").read_bytes() == label
@@ -85,7 +85,7 @@ def test_what_was_answered_after_the_copy_is_recorded_again(tmp_path):
 
 def test_agreement_with_another_reader_comes_back(tmp_path):
     studies = Studies(tmp_path / "studies")
-    before = studies.ledger.agreements()
+    before = studies.ledger.answers.agreements()
     assert before == [
         {
             "image": "a",
@@ -103,7 +103,7 @@ def test_agreement_with_another_reader_comes_back(tmp_path):
     QueryLedger(empty)
     set_back(studies, empty)
     assert recover(studies).answers == [1, 2, 3]
-    assert studies.ledger.agreements() == before
+    assert studies.ledger.answers.agreements() == before
 
 
 def test_the_number_of_a_query_that_somebody_may_hold_is_not_given_again(tmp_path):
@@ -133,18 +133,18 @@ def test_an_answer_whose_number_was_taken_meanwhile_gets_another_one(tmp_path):
     # As a server of an earlier version would have gone on.
     assert ask(studies, (4, 4, 3)) == query
     assert studies.save("b", np.full(SHAPE, 2), queries=[query], client_id="ann") == answer
-    raw = studies.ledger.answer(answer).raw
+    raw = studies.ledger.answers.get(answer).raw
     assert recover(studies).answers == [answer + 1]
-    (later,) = studies.ledger.answer(answer + 1).regions
+    (later,) = studies.ledger.answers.get(answer + 1).regions
     assert later == (query + 1, Region("b", (1, 2, 3), (1, 1, 1)))
-    assert studies.ledger.answer(answer).raw == raw
+    assert studies.ledger.answers.get(answer).raw == raw
 
 
 def test_a_raw_file_that_is_gone_or_changed_is_said(tmp_path):
     studies = Studies(tmp_path / "studies")
     copy = copied(studies, tmp_path / "copy.sqlite")
     answers = [studies.save("b", np.full(SHAPE, value), whole=True, client_id="ann") for value in (1, 2)]
-    names = [studies.ledger.answer(answer).raw for answer in answers]
+    names = [studies.ledger.answers.get(answer).raw for answer in answers]
     studies.raw(answers[0]).unlink()
     studies.raw(answers[1]).write_bytes(b"short")
     set_back(studies, copy)
@@ -156,7 +156,7 @@ def test_a_folder_older_than_the_journal_and_a_kill_before_its_line_are_made_up_
     studies = Studies(tmp_path / "studies")
     studies.annotations.withdraw(studies.answers[0], geometry, "ann")
     before = content(studies.ledger)
-    studies.ledger.journal.path.unlink()
+    studies.ledger.store.journal.path.unlink()
     assert recover(studies).answers == []
     empty = tmp_path / "empty.sqlite"
     QueryLedger(empty)
@@ -167,25 +167,25 @@ def test_a_folder_older_than_the_journal_and_a_kill_before_its_line_are_made_up_
 
 def test_a_withdrawal_that_only_the_ledger_knows_stands(tmp_path):
     studies = Studies(tmp_path / "studies")
-    lines = studies.ledger.journal.path.read_bytes()
+    lines = studies.ledger.store.journal.path.read_bytes()
     studies.annotations.withdraw(studies.answers[0], geometry, "ann")
-    studies.ledger.journal.path.write_bytes(lines)
+    studies.ledger.store.journal.path.write_bytes(lines)
     assert recover(studies).switched == []
-    assert not studies.ledger.answer(studies.answers[0]).active
-    assert list(studies.ledger.journal.entries())[-1]["active"] is False
+    assert not studies.ledger.answers.get(studies.answers[0]).active
+    assert list(studies.ledger.store.journal.entries())[-1]["active"] is False
 
 
 def test_a_disk_that_takes_no_line_does_not_refuse_the_answer(tmp_path, caplog):
     studies = Studies(tmp_path / "studies")
-    journal = studies.ledger.journal.path
+    journal = studies.ledger.store.journal.path
     journal.unlink()
     journal.mkdir()
     answer = studies.save("b", np.ones(SHAPE), whole=True, client_id="ann")
-    assert studies.ledger.answer(answer).client == "ann"
+    assert studies.ledger.answers.get(answer).client == "ann"
     assert "journal.jsonl: not written" in caplog.text
     journal.rmdir()
     recover(studies)
-    assert len([e for e in studies.ledger.journal.entries() if "answer" in e]) == 4
+    assert len([e for e in studies.ledger.store.journal.entries() if "answer" in e]) == 4
 
 
 @settings(max_examples=25, deadline=None)
@@ -197,7 +197,7 @@ def test_whatever_happened_after_any_copy_and_a_torn_last_line_nothing_answered_
     studies = Studies(tmp_path_factory.mktemp("world") / "studies")
     copy = copied(studies, studies.folder / "copy.sqlite")
     for step, value in steps:
-        answers = [a for image in "ab" for a in studies.ledger.answers(image, withdrawn=True)]
+        answers = [a for image in "ab" for a in studies.ledger.answers.of_image(image, withdrawn=True)]
         if step == "save":
             studies.save("ab"[value % 2], np.full(SHAPE, value % 3), whole=True, client_id="ann")
         elif step == "switch":
@@ -207,7 +207,7 @@ def test_whatever_happened_after_any_copy_and_a_torn_last_line_nothing_answered_
         else:
             copied(studies, copy)
     before = content(studies.ledger)
-    with open(studies.ledger.journal.path, "ab") as file:
+    with open(studies.ledger.store.journal.path, "ab") as file:
         file.write(b'{"answer": {"raw": "x"'[: torn % 23])
     set_back(studies, copy)
     recover(studies)
@@ -231,9 +231,9 @@ def test_a_damaged_file_is_told_with_what_to_do(tmp_path):
 def test_a_repeated_request_adds_no_line(tmp_path):
     studies = Studies(tmp_path / "studies")
     query = ask(studies, (1, 2, 3))
-    lines = studies.ledger.journal.path.read_bytes()
+    lines = studies.ledger.store.journal.path.read_bytes()
     assert ask(studies, (1, 2, 3)) == query
-    assert studies.ledger.journal.path.read_bytes() == lines
+    assert studies.ledger.store.journal.path.read_bytes() == lines
 
 
 def test_the_number_of_a_second_reading_is_not_given_again_either(tmp_path):
@@ -242,7 +242,7 @@ def test_the_number_of_a_second_reading_is_not_given_again_either(tmp_path):
     asked = [Asked(Region("b", start, (1, 1, 1)), "patch", 0.5, {}) for start in ((1, 2, 3), (4, 2, 3))]
     first, second = studies.ledger.ask("batch", "random", 0, asked, twice=[0, 1])
     # A second reading of each comes after them.
-    assert list(studies.ledger.journal.entries())[-1] == {"query": second.id + 2}
+    assert list(studies.ledger.store.journal.entries())[-1] == {"query": second.id + 2}
     set_back(studies, copy)
     recover(studies)
     assert ask(studies, (0, 0, 0)) == first.id + 4

@@ -85,8 +85,8 @@ def test_a_file_of_version_1_is_brought_up_to_date_once(version_1, ledger, clock
     assert (done.status, done.worked, done.twin) == ("answered", 90, None)
     assert (running.client, running.lease_until) == ("ann", 3620)
     clock.now = 3000.0
-    assert migrated.renew(2, "ann").lease_until == 3000 + 3600
-    assert migrated.answers("a")[0].regions[0][0] == 1
+    assert migrated.leases.renew(2, "ann").lease_until == 3000 + 3600
+    assert migrated.answers.of_image("a")[0].regions[0][0] == 1
     with sqlite3.connect(version_1) as connection:
         assert connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == (str(SCHEMA_VERSION),)
 
@@ -110,11 +110,11 @@ def test_a_newer_file_is_refused_and_left_alone(version_1):
 
 def test_a_file_of_version_2_forgets_no_merged_label(tmp_path, ledger, clock):
     path = tmp_path / "old.sqlite"
-    QueryLedger(path, clock).mark_merged("a", 3, "00")
+    QueryLedger(path, clock).answers.mark_merged("a", 3, "00")
     with sqlite3.connect(path) as connection:
         connection.execute("ALTER TABLE merged DROP COLUMN sha256")
         connection.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
     migrated = QueryLedger(path, clock)
     assert columns(path) == columns(ledger.path)
     # Without a digest the label on disk is made again before it is trusted.
-    assert migrated.merged("a") == (3, None)
+    assert migrated.answers.merged("a") == (3, None)

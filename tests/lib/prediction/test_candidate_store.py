@@ -10,13 +10,13 @@ import math
 import pytest
 
 from lib.prediction.candidate_store import SummaryFile
-from lib.querying.candidate_cache import Head, Summary
+from lib.querying.candidate_cache import Head, ImageCandidates
 from lib.querying.types import Candidate
 
 
 def summary(best=0.5):
     candidate = Candidate("a", (1, 2, 3), (4, 4, 4), 0.4, best, {"stream": "pe"})
-    return Summary(Head("none", best, best), (((0, 0, 0), (2, 2, 2)),), (candidate,), True)
+    return ImageCandidates(Head("none", best, best), (((0, 0, 0), (2, 2, 2)),), (candidate,), True)
 
 
 def test_what_is_kept_comes_back(tmp_path):

@@ -25,6 +25,7 @@ from lib.storage.volumes import ImageError, Volume
 from lib.studies.datastore import PartialLabelDatastore
 from lib.training.trainer import autocast_type
 from lib.uncertainty import Moments, score_map_of
+from tests.lib.models.facts import facts
 
 BUNDLE = Bundle(Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d")
 PATCH = (16, 16, 16)
@@ -148,7 +149,7 @@ def test_the_cache_stores_large_images_in_slabs_and_gives_them_back(tmp_path, mo
     nib.save(nib.Nifti1Image(volume.array_xyz, volume.affine), tmp_path / "studies" / "a.nii.gz")
     ledger = QueryLedger(tmp_path / "ledger.sqlite")
     store = PartialLabelDatastore(tmp_path / "studies", {"one": 1, "two": 2, "three": 3}, ledger)
-    model = Model("d" * 64, tmp_path, {"round": 0, "classes": ["one", "two", "three"]})
+    model = Model(tmp_path, facts("d" * 64, classes={"one": 1, "two": 2, "three": 3}))
     cache, ensemble = MomentsCache(tmp_path / "moments", store.image_path, store.image_digest), ensemble_at()
     assert cache.fill(model, lambda: ensemble, store.digests(store.image_files()), lambda done, total: None) == 1
     found = cache.load(model, "a")

@@ -57,7 +57,7 @@ def store(studies):
 def ask(store, start=(0, 0, 0), size=(6, 5, 4), image="a", client="ann", batch=None, minutes=60):
     asked = [Asked(Region(image, start, size), "patch", None, {})]
     (query,) = store.ledger.ask(batch or f"b{start}", "random", 0, asked)
-    return store.ledger.lease([query.id], client, minutes)[0]
+    return store.ledger.leases.lease([query.id], client, minutes)[0]
 
 
 def submit(store, tmp_path, array, image="a", name="label.nii.gz", affine=AFFINE, **info):
@@ -100,7 +100,7 @@ def test_without_queries_the_clients_open_regions_are_meant(store, tmp_path):
 def test_a_late_answer_is_taken_unless_somebody_else_gave_it(store, tmp_path):
     query = ask(store, minutes=1e-9)
     time.sleep(0.01)
-    store.ledger.expire()
+    store.ledger.leases.expire()
     label = submit(store, tmp_path, truth())
     assert np.array_equal(label[query.region.slices], truth()[query.region.slices])
 
@@ -111,7 +111,7 @@ def test_a_client_without_a_region_is_told_what_to_do(store, tmp_path):
         submit(store, tmp_path, truth())
     assert refused.value.status == 400
     assert store.get_labeled_images() == []
-    assert store.ledger.answers("a") == []
+    assert store.ledger.answers.of_image("a") == []
 
 
 def test_an_image_nobody_was_asked_about_is_taken_whole(store, tmp_path):
@@ -135,7 +135,7 @@ def test_a_second_submission_keeps_both_raw_files_and_the_newest_wins(store, tmp
     label = submit(store, tmp_path, truth())
     assert np.array_equal(label[query.region.slices], truth()[query.region.slices])
     assert len(list((store.studies / STATE_FOLDER / "raw" / "a").iterdir())) == 2
-    assert len(store.ledger.answers("a")) == 2
+    assert len(store.ledger.answers.of_image("a")) == 2
 
 
 def test_a_label_that_was_there_before_is_kept(store, tmp_path):
@@ -188,7 +188,7 @@ def test_a_changed_raw_file_is_noticed(store, tmp_path):
 
 def snapshot(store):
     files = {p: p.read_bytes() for p in store.studies.rglob("*") if p.is_file() and "sqlite" not in p.name}
-    return files, store.ledger.counts(), store.ledger.answers("a"), store.ledger.get_info("a", "final")
+    return files, store.ledger.counts(), store.ledger.answers.of_image("a"), store.ledger.get_info("a", "final")
 
 
 def refused(store, work, sentence, status=400):
@@ -300,7 +300,7 @@ def test_killed_at_any_instant_nothing_is_lost(store, tmp_path):
         again.annotations.repair({"a": again.image_path("a")})
         label = final(again)
         answered = np.zeros(SHAPE, bool)
-        for answer in again.ledger.answers("a"):
+        for answer in again.ledger.answers.of_image("a"):
             assert (store.studies / STATE_FOLDER / "raw" / answer.raw).is_file()
             for _, region in answer.regions:
                 answered[region.slices] = True
@@ -347,7 +347,7 @@ def test_the_answer_that_was_saved_is_known(store, tmp_path):
     from lib.studies.request_context import saved_answer
 
     submit(store, tmp_path, truth())
-    assert saved_answer() == store.ledger.answers("a")[-1].id
+    assert saved_answer() == store.ledger.answers.of_image("a")[-1].id
     path = write(tmp_path / "upload" / "other.nii.gz", truth(), dtype=np.uint8)
     store.save_label("a", str(path), "original", {})
     assert saved_answer() is None

@@ -20,7 +20,7 @@ import pytest
 from lib.ledger.queries import QueryLedger
 from lib.storage.volumes import ImageError
 from lib.studies.datastore import PartialLabelDatastore
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 from tests.lib.studies.test_datastore import AFFINE, CLASSES, INFO, SHAPE, store, studies, submit, truth, write
 
 __all__ = ["store", "studies"]  # fixtures
@@ -38,7 +38,7 @@ def test_the_listing_names_images_and_labels(store, tmp_path):
     listing = json.loads(json.dumps(store.json()))
     assert listing["objects"]["a"]["labels"]["final"]["ext"] == ".nii.gz"
     assert listing["objects"]["b"]["labels"] == {}
-    assert isinstance(store.annotations, Annotations)
+    assert isinstance(store.annotations, SubmissionStore)
     assert Path(store.get_dataset_archive(None)).stat().st_size > 0
 
 

@@ -12,7 +12,7 @@ import os
 import pytest
 
 from lib.ledger.queries import QueryLedger
-from lib.studies.file_cache import FileFacts, Stamped
+from lib.studies.file_cache import FileCache, Stamped
 
 
 class Reader:
@@ -33,7 +33,7 @@ def reader():
 def facts(tmp_path, reader):
     def open_facts():
         ledger = QueryLedger(tmp_path / "ledger.sqlite")
-        return FileFacts(ledger, ":text", reader, lambda fact: fact["text"])
+        return FileCache(ledger, ":text", reader, lambda fact: fact["text"])
 
     return open_facts
 

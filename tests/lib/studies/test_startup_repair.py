@@ -19,8 +19,9 @@ import torch
 from lib.ledger.queries import QueryLedger
 from lib.ledger.store import LedgerError
 from lib.models.checkpoints import ModelStore
-from lib.studies.startup_repair import discard_damaged, mend
+from lib.studies.startup_repair import discard_damaged, repair_studies
 from tests.eval.answered import Studies
+from tests.lib.models.facts import facts
 
 
 def cut(path, share=0.5):
@@ -36,7 +37,7 @@ def trained(root, *rounds):
         digest = str(round_) * 64
         for member in range(2):
             store.save_member(digest, member, {"w": torch.full((50,), float(round_))})
-        store.publish(digest, {"round": round_, "members": 2})
+        store.publish(facts(digest, round=round_, members=2))
     return store
 
 
@@ -47,7 +48,7 @@ def test_a_damaged_model_gives_way_to_the_one_before(tmp_path, share):
     assert store.current().round == 2
     cut(store.member_path("2" * 64, 1), share)
     assert store.repair() == "net: the current model is damaged; that of round 1 is used again"
-    assert (store.current().digest, store.current().facts["members"]) == ("1" * 64, 2)
+    assert (store.current().digest, store.current().facts.members) == ("1" * 64, 2)
     assert store.repair() is None
 
 
@@ -71,10 +72,10 @@ def test_without_another_model_there_is_none_as_before_the_first_training(tmp_pa
 
 def test_a_cut_pointer_is_written_again_for_the_newest_model(tmp_path):
     store = trained(tmp_path, 1, 2)
-    facts = store.current().facts
+    known = store.current().facts
     cut(tmp_path / "net" / "current.json")
     assert "that of round 2 is used again" in store.repair()
-    assert store.current().facts == facts
+    assert store.current().facts == known
 
 
 def test_a_model_of_before_digests_were_noted_is_judged_by_its_archives(tmp_path):
@@ -128,12 +129,12 @@ def test_a_start_says_what_it_has_mended_and_the_next_one_nothing(tmp_path):
     with sqlite3.connect(studies.ledger.path) as ledger:
         ledger.execute("DELETE FROM answered WHERE answer = 3")
         ledger.execute("DELETE FROM answers WHERE id = 3")
-    assert list(mend(studies.annotations, images, [store])) == [
+    assert list(repair_studies(studies.annotations, images, [store])) == [
         "the ledger had lost what became of answers 3; it is recorded again from the journal",
         "labels of a were rebuilt from the raw answers after an interruption",
         "net: the current model is damaged; that of round 1 is used again",
     ]
-    assert list(mend(studies.annotations, images, [store])) == []
+    assert list(repair_studies(studies.annotations, images, [store])) == []
 
 
 def test_old_unfinished_files_are_removed_and_those_at_work_stay(tmp_path):
@@ -144,7 +145,7 @@ def test_old_unfinished_files_are_removed_and_those_at_work_stay(tmp_path):
         path.write_bytes(b"half")
     for path in old:
         os.utime(path, (time.time() - 3700,) * 2)
-    said = list(mend(studies.annotations, {}, []))
+    said = list(repair_studies(studies.annotations, {}, []))
     assert said == ["2 unfinished files of interrupted writers were removed"]
     assert [path.exists() for path in (*old, *new)] == [False, False, True]
 
@@ -153,7 +154,7 @@ def test_old_unfinished_files_are_removed_and_those_at_work_stay(tmp_path):
 def test_a_ledger_that_was_cut_short_is_said_and_comes_back_from_the_journal(tmp_path, share):
     studies = Studies(tmp_path / "studies")
     path, raw = studies.ledger.path, studies.annotations.state / "raw"
-    before = [studies.ledger.answers(image) for image in "ab"]
+    before = [studies.ledger.answers.of_image(image) for image in "ab"]
     cut(path, share)
     with pytest.raises(LedgerError, match=r"ledger.sqlite is damaged .* move it .* come back from journal.jsonl"):
         QueryLedger(path).recover(raw)
@@ -161,13 +162,10 @@ def test_a_ledger_that_was_cut_short_is_said_and_comes_back_from_the_journal(tmp
         path.with_name(name).unlink(missing_ok=True)
     ledger = QueryLedger(path)
     ledger.recover(raw)
-    assert [ledger.answers(image) for image in "ab"] == before
+    assert [ledger.answers.of_image(image) for image in "ab"] == before
 
 
 def test_the_pointer_names_what_was_published(tmp_path):
     trained(tmp_path, 3)
-    assert json.loads((tmp_path / "net" / "current.json").read_text()) == {
-        "digest": "3" * 64,
-        "members": 2,
-        "round": 3,
-    }
+    written = json.loads((tmp_path / "net" / "current.json").read_text())
+    assert written == facts("3" * 64, round=3, members=2).model_dump(mode="json")

@@ -24,7 +24,7 @@ from lib.ledger.records import Asked
 from lib.partial_labels import UNLABELLED
 from lib.regions import Region
 from lib.studies.merged_labels import MergedLabels
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 
 CLASSES = {"anterior": 1, "posterior": 2}
 INFO = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
@@ -43,7 +43,7 @@ class World:
     def __init__(self, folder, shape=SHAPE):
         self.folder, self.shape = folder, shape
         (folder / "final").mkdir(exist_ok=True)
-        self.annotations = Annotations(
+        self.annotations = SubmissionStore(
             folder / "state", folder / "final", CLASSES, QueryLedger(folder / "state" / "ledger.sqlite")
         )
         if not (folder / "a.nii.gz").exists():
@@ -54,7 +54,7 @@ class World:
         return query.id
 
     def save(self, label_xyz, query, client="ann", **info):
-        self.annotations.ledger.lease([query], client, 60)
+        self.annotations.ledger.leases.lease([query], client, 60)
         with tempfile.TemporaryDirectory() as folder:
             sent = write(Path(folder) / "label.nii.gz", label_xyz)
             told = {"queries": [query], "label_info": INFO, "client_id": client, **info}
@@ -92,7 +92,7 @@ def test_the_label_kept_up_to_date_is_the_one_made_anew(script):
                 label_xyz = np.random.default_rng(values[1]).choice(np.array([0, 1, 2, 255], np.uint8), SHAPE)
                 answers.append(world.save(label_xyz, world.ask(values[0], f"b{number}")))
             elif what == "switch" and answers:
-                found = world.annotations.ledger.answer(answers[values[0] % len(answers)])
+                found = world.annotations.ledger.answers.get(answers[values[0] % len(answers)])
                 change = world.annotations.withdraw if found.active else world.annotations.restore
                 change(found.id, world.geometry, "ann")
             elif what == "damage" and answers and (world.folder / "final" / "a.nii.gz").exists():
@@ -125,7 +125,7 @@ def test_an_answer_between_record_and_merge_is_taken_in_by_the_next_save(tmp_pat
     from lib.storage.atomic_files import file_digest
 
     ledger = world.annotations.ledger
-    ledger.record_answer("a", "a/killed.nii.gz", file_digest(sent), {"label_info": INFO}, "ann", [
+    ledger.answers.record("a", "a/killed.nii.gz", file_digest(sent), {"label_info": INFO}, "ann", [
         (first, ledger.query(first).region)
     ])  # fmt: skip
     world.save(np.full(SHAPE, 2, np.uint8), world.ask(Region("a", (3, 0, 0), (3, 5, 4)), "b2"))
@@ -170,7 +170,7 @@ def test_threads_that_save_one_image_lose_nothing(tmp_path):
         thread.join()
     assert failures == []
     assert world.on_disk()[:, 0, 0].tolist() == [1, 2, 1] * 8
-    assert world.annotations.ledger.unmerged() == []
+    assert world.annotations.ledger.answers.unmerged() == []
 
 
 def test_two_processes_that_save_one_image_lose_nothing(tmp_path):
@@ -203,7 +203,7 @@ def test_the_file_is_the_one_that_nibabel_writes(tmp_path, order):
 def test_only_the_file_the_ledger_knows_is_read(tmp_path, kind):
     world = World(tmp_path)
     world.save(np.full(SHAPE, 1, np.uint8), world.ask(Region("a", (0, 0, 0), SHAPE), "b"))
-    labels, sha256 = world.annotations.labels, world.annotations.ledger.merged("a")[1]
+    labels, sha256 = world.annotations.labels, world.annotations.ledger.answers.merged("a")[1]
     assert np.array_equal(labels.read("a", SHAPE, sha256), world.on_disk())
     if kind == "missing":
         labels.remove("a")

@@ -127,7 +127,7 @@ def test_every_bundle_trains_and_infers_by_name(folders, tmp_path, name, preset)
     image = load_image(sorted(tmp_path.glob("*.nii.gz"))[2])
     assert world.segmenter.ensemble().learning_loss(image).shape == image.shape
     plan = world.trainer.plans.current()
-    assert world.segmenter.store.current().facts["plan"] == plan.model_dump(mode="json")
+    assert world.segmenter.store.current().facts.plan == plan
     assert plan.spacing[:2] == pytest.approx((1, 1))
 
 
@@ -180,7 +180,7 @@ def test_without_a_plan_the_bundle_is_as_its_folder_says(folders, tmp_path):
     world = World(tmp_path, folders["thick_slices"], "segmentation_dynunet_3d", plan="bundle")
     world.train(patch=[16, 16, 16])
     assert not world.plan_file.exists()
-    assert world.segmenter.store.current().facts["plan"] is None
+    assert world.segmenter.store.current().facts.plan is None
     world.predicted()
     with pytest.raises(PatchwiseError, match=r"patch.*multiples of \(8, 8, 8\), found \(16, 20, 16\)"):
         world.train(patch=[16, 20, 16])
@@ -208,7 +208,7 @@ def test_a_new_network_is_a_new_folder(folders, tmp_path):
     )
     world.train()
     world.predicted()
-    assert world.segmenter.store.current().facts["recipe"]["patch"] == [48, 56, 12]
+    assert world.segmenter.store.current().facts.recipe.patch == (48, 56, 12)
 
 
 def test_the_stage_at_full_resolution_sees_single_voxels_that_folding_hides():

@@ -22,7 +22,7 @@ from lib.models.preprocessing import TrainingCase
 from lib.models.recipe import Bundle
 from lib.training import ensemble as members_module
 from lib.training.ensemble import APP, Job, Layout, WorkerError, train_members
-from lib.training.progress_log import Board
+from lib.training.progress_log import ProgressLog
 from lib.training.trainer import Progress
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d"
@@ -207,7 +207,7 @@ def test_threads_follow_from_the_numbers_alone():
 def test_the_time_left_leaves_out_what_an_earlier_process_did(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    board = Board(4, [0, 1], tmp_path / "progress.json")
+    board = ProgressLog(4, [0, 1], tmp_path / "progress.json")
     board.report(2, Progress(50, 100, 1.0))
     assert '"seconds_left": null' in board.path.read_text()
     now[0] += 30

@@ -20,8 +20,8 @@ from lib.partial_labels import UNLABELLED
 from lib.prediction.posterior import Ensemble
 from lib.storage.volumes import Volume
 from lib.training.augmentation import Augmentation, Changes, changed, draw_changes, rotation
-from lib.training.folds import training_splits
 from lib.training.networks import SpaceToDepth
+from lib.training.pipeline import training_splits
 from lib.training.trainer import CropStream, Replica, TrainingDivergedError, learning_rate, train_member
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "segmentation_dynunet_3d"

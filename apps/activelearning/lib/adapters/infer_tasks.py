@@ -81,7 +81,7 @@ class SegmentationTask(InferTask):
             if self._loaded is None or self._loaded[0] != model.digest:
                 ensemble = load_ensemble(self.store, model, self.bundle, choose_device(self.options.device))
                 self._loaded = (model.digest, ensemble)
-                self._classes = 1 + len(model.facts["classes"])
+                self._classes = 1 + len(model.facts.classes)
             return self._loaded[1]
 
     def trained_bundle(self) -> Bundle:
@@ -133,8 +133,8 @@ class QueryRegionTask(InferTask):
         wanted = _format(request)
         image_id = str(request.get("image_id", ""))
         client = request.get("client_id")
-        mine = self.ledger.open_queries(image_id, str(client)) if client else []
-        queries = mine or self.ledger.open_queries(image_id)
+        mine = self.ledger.leases.open_queries(image_id, str(client)) if client else []
+        queries = mine or self.ledger.leases.open_queries(image_id)
         regions = [query.region for query in queries]
         facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
         # Slicer takes a file without any markup for a broken one; an empty label map shows that nothing is open.

@@ -113,6 +113,6 @@ def _labelled(
 ) -> NDArray[np.float32]:
     """Features of every annotated region, (L, D)."""
     known = set(datastore.list_images())
-    answered = datastore.ledger.answered_regions()
+    answered = datastore.ledger.answers.regions()
     rows = [features(i, [r.box for r in regions]) for i, regions in sorted(answered.items()) if i in known]
     return np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)

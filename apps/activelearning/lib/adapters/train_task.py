@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import refuse
 from lib.models.checkpoints import ModelStore, choose_device, trained_bundle
-from lib.models.preprocessing import TrainingCase, network_image, network_label
+from lib.models.preprocessing import TrainingCase
 from lib.models.recipe import Bundle, Recipe, RecipeError
 from lib.options import AppOptions, problems
-from lib.partial_labels import UNLABELLED, check_values, labelled_voxels, possible_classes
+from lib.partial_labels import labelled_voxels
 from lib.planning.plan_store import PlanStore
-from lib.pseudo_labels import fill_between
 from lib.randomness import child_rng
 from lib.storage.atomic_files import file_digest, read_json, text_digest, write_json
-from lib.storage.volumes import check_same_grid, load_image, load_label
 from lib.studies.datastore import PartialLabelDatastore
 from lib.training.ensemble import Job, Layout, train_members
-from lib.training.folds import training_splits
-from lib.training.progress_log import Board
-from lib.training.smallest_structures import SmallestStructures
+from lib.training.pipeline import Training, training_splits
+from lib.training.progress_log import ProgressLog
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +88,12 @@ class EnsembleTrainTask(TrainTask):
         return self.plans.bundle()
 
     @property
-    def spacing(self) -> Sequence[float] | None:
+    def spacing(self) -> tuple[float, float, float] | None:
         """Spacing in mm that the network works at; None for each image's own."""
-        return self.options.spacing or (self.bundle.plan.spacing if self.bundle.plan else None)
+        if self.options.spacing:
+            x, y, z = self.options.spacing
+            return x, y, z
+        return self.bundle.plan.spacing if self.bundle.plan else None
 
     def info(self) -> dict[str, Any]:
         return {**super().info(), "labels": self.classes, "recipe": self.bundle.recipe({}).model_dump(mode="json")}
@@ -162,27 +162,15 @@ class EnsembleTrainTask(TrainTask):
         wanted, recipe = self.parse({**request, "replan": False})
         wanted = self._with_round(wanted, recipe, datastore, labels)
         digest = self._digest(wanted, recipe, datastore, labels)
-        codes: dict[int, int] = {}
-        known = SmallestStructures(self.classes)
-        cases = [self._case(i, datastore, path, recipe, codes, known) for i, path in sorted(labels.items())]
-        voxels = sum(int((case.label_xyz != UNLABELLED).sum()) for case in cases)
-        if not voxels:
+        training = self._training(wanted, recipe)
+        images = {i: datastore.image_path(i) for i in labels}
+        data = training.build_cases(images, labels, datastore.annotations.classwise)
+        if not data.voxels:
             refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
-        job = self._job(wanted, recipe, digest, cases, codes)
-        self._train_members(job, cases, self._devices(request))
-        facts = {
-            "round": int(wanted.round or 0),
-            "bundle": self.bundle.name,
-            "members": wanted.members,
-            "classes": self.classes,
-            "recipe": recipe.model_dump(mode="json"),
-            "spacing": self.spacing,
-            "plan": job.plan,
-            "start": job.start,
-            "smallest_mm3": known.found_mm3(),
-        }
-        self.store.publish(digest, facts)
-        stats = self._stats(digest, wanted, len(cases), time.time() - started)
+        job = training.job(digest, self._splits(wanted, data.cases), data.codes)
+        self._train_members(job, data.cases, self._devices(request))
+        training.publish(digest, data.smallest_mm3)
+        stats = self._stats(digest, wanted, len(data.cases), time.time() - started)
         write_json(self.store.folder / "train_stats.json", stats)
         datastore.ledger.record_round(int(wanted.round or 0), self.bundle.name, digest, wanted.model_dump(), stats)
         return stats
@@ -221,54 +209,28 @@ class EnsembleTrainTask(TrainTask):
         start = self._start(wanted, recipe)
         return text_digest(self.bundle.fingerprint(), self.classes, options, inputs, start)
 
-    def _case(
-        self,
-        name: str,
-        datastore: PartialLabelDatastore,
-        label: Path,
-        recipe: Recipe,
-        codes: dict[int, int],
-        structures: SmallestStructures,
-    ) -> TrainingCase:
-        volume, mask = load_image(datastore.image_path(name)), load_label(label)
-        check_same_grid(mask, volume.shape, volume.affine, name)
-        check_values(mask.array_xyz, self.classes)
-        spacing, grey = self.spacing, self.bundle.normalisation
-        classwise = datastore.annotations.classwise(name, volume.shape)
-        label_xyz = mask.array_xyz if classwise is None else classwise.encoded(codes)
-        if classwise is None:
-            # Where only some classes were drawn, a class that is missing may well be there.
-            structures.add(mask.array_xyz, volume.spacing)
-        if recipe.pseudo_labels != "none":
-            label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
-        image_cxyz = network_image(volume, spacing, grey)
-        return TrainingCase(name, image_cxyz, network_label(label_xyz, volume.spacing, spacing))
+    def _training(self, wanted: TrainRequest, recipe: Recipe) -> Training:
+        return Training(
+            bundle=self.bundle,
+            store=self.store,
+            classes=self.classes,
+            recipe=recipe,
+            spacing=self.spacing,
+            members=wanted.members,
+            seed=wanted.seed,
+            round=int(wanted.round or 0),
+            start=self._start(wanted, recipe),
+        )
 
-    def _job(
-        self, wanted: TrainRequest, recipe: Recipe, digest: str, cases: list[TrainingCase], codes: dict[int, int]
-    ) -> Job:
+    def _splits(self, wanted: TrainRequest, cases: list[TrainingCase]) -> list[list[str]]:
+        """Images of each member."""
         present = {
             case.name: frozenset(np.unique(case.label_xyz.numpy()).tolist()) & frozenset(self.classes.values())
             for case in cases
             if labelled_voxels(case.label_xyz.numpy())
         }
         rng = child_rng(wanted.seed, wanted.round, "folds")
-        return Job(
-            bundle=self.bundle.folder,
-            store=self.store.folder,
-            classes=len(self.classes),
-            recipe=recipe,
-            digest=digest,
-            seed=wanted.seed,
-            round=int(wanted.round or 0),
-            splits=training_splits(present, wanted.members, wanted.folds or wanted.members, rng),
-            start=self._start(wanted, recipe),
-            sets=possible_classes(codes, len(self.classes)) or None,
-            plan=self._plan(),
-        )
-
-    def _plan(self) -> dict[str, Any] | None:
-        return self.bundle.plan.model_dump(mode="json") if self.bundle.plan else None
+        return training_splits(present, wanted.members, wanted.folds or wanted.members, rng)
 
     def _start(self, wanted: TrainRequest, recipe: Recipe) -> tuple[str, int] | None:
         """Digest and number of members of the training that this one goes on from; None for fresh weights.
@@ -279,13 +241,13 @@ class EnsembleTrainTask(TrainTask):
         if last is None:
             return None
         if last.round == wanted.round:
-            return tuple(last.facts["start"]) if last.facts.get("start") else None
-        if last.facts["classes"] != self.classes:
-            known = ", ".join(last.facts["classes"])
+            return last.facts.start
+        if last.facts.classes != self.classes:
+            known = ", ".join(last.facts.classes)
             refuse(f"start: the last model knows other classes ({known}) than this project; use start=scratch", 409)
         if trained_bundle(last, self.plans.base).fingerprint() != self.bundle.fingerprint():
             refuse("start: the last model was trained by another plan than the one in force; use start=scratch", 409)
-        return last.digest, int(last.facts["members"])
+        return last.digest, last.facts.members
 
     def _train_members(self, job: Job, cases: list[TrainingCase], devices: list[str]) -> None:
         members = len(job.splits)
@@ -295,7 +257,7 @@ class EnsembleTrainTask(TrainTask):
         threads = self.options.threads or torch.get_num_threads()
         workers = self.options.workers or (threads if devices == ["cpu"] else GPU_WORKERS)
         layout = Layout.of(members, devices, threads, workers)
-        board = Board(members, done, self.progress_file)
+        board = ProgressLog(members, done, self.progress_file)
         pending = [member for member in range(members) if member not in done]
         train_members(job, cases, pending, layout, self.store.folder / job.digest[:16] / "job", board.report)
 

@@ -31,7 +31,7 @@ from lib.uncertainty import SCORE_MAPS, score_map_of
 logger = logging.getLogger(__name__)
 
 
-class Reasons:
+class Explanations:
     """Writes and finds the reasons of queries; pictures are drawn after the request that chose their regions."""
 
     def __init__(self, folder: Path) -> None:

@@ -29,7 +29,7 @@ from lib.storage.atomic_files import write_atomic
 logger = logging.getLogger(__name__)
 
 
-class Proposals:
+class PredictedRegions:
     """Keeps argmax_c of the mean posterior of every region that is asked about, and the digest of the model it is of.
 
     Only of images whose moments are cached: where no model predicts there is nothing to compare an answer with. They

@@ -58,14 +58,16 @@ class ServerWork:
 
     def standing(self, begun: bool) -> Standing:
         ledger = self.store.ledger
-        ledger.expire()
+        ledger.leases.expire()
         model = self.models.current()
         own = _batch(model) if model is not None and ledger.batch(_batch(model)) else None
         planned = model is not None and (own is not None or ledger.get_meta("rounds:exhausted") == model.digest)
         last = model.round if model else -1
         # Whoever asks when all of it is handed out begins another batch: a round that waited for that one too would
         # never begin while several annotators work.
-        pending, answered = ledger.after_round(last, own or ledger.first_batch(last, self.options.batch))
+        pending, answered = ledger.overview.after_round(
+            last, own or ledger.overview.first_batch(last, self.options.batch)
+        )
         # Looking for what is not scored takes a while in a large pool.
         matters = model is not None and not planned and (begun or not pending)
         scored = not matters or model is None or self._is_scored(model)
@@ -73,7 +75,7 @@ class ServerWork:
             model=model.digest if model else None,
             pending=pending,
             answered=answered,
-            labels=ledger.answers_key(),
+            labels=ledger.overview.answers_key(),
             scored=scored,
             planned=planned,
         )

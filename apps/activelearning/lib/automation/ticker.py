@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 SECONDS = 2.0
 
 
-class Background:
+class Ticker:
     """Calls each of `work` every few seconds, one after the other, from when `start` is called first."""
 
     def __init__(self, work: Sequence[Callable[[], None]], seconds: float = SECONDS) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib.agreement import class_overlaps
-from lib.annotator.predicted_regions import Proposals
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.ledger.overview import AnsweredQuery
 from lib.ledger.records import Answer
 from lib.partial_labels import class_voxels
@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS labels (image TEXT PRIMARY KEY, content TEXT NOT NULL
 """
 
 
-class Measures:
+class Counts:
     """Voxels of each class in every label file, and how far each answer overlaps with what the model proposed.
 
     `catch_up` measures what is new, in one thread; everything else reads from memory.
@@ -48,7 +48,7 @@ class Measures:
         proposals: of the model.
     """
 
-    def __init__(self, path: Path, store: PartialLabelDatastore, proposals: Proposals) -> None:
+    def __init__(self, path: Path, store: PartialLabelDatastore, proposals: PredictedRegions) -> None:
         self.path = path
         self.store = store
         self.proposals = proposals
@@ -90,12 +90,12 @@ class Measures:
 
     def _new_answers(self) -> list[AnsweredQuery]:
         listed = self.proposals.listed()
-        state = (self.store.ledger.answers_key(), len(listed), max(listed, default=0))
+        state = (self.store.ledger.overview.answers_key(), len(listed), max(listed, default=0))
         if state == self._seen:
             return []
         new = [
             a
-            for a in self.store.ledger.answered_queries()
+            for a in self.store.ledger.overview.answered_queries()
             if a.first in listed and (a.query, a.answer) not in self._overlaps
         ]
         if not new:
@@ -103,7 +103,7 @@ class Measures:
         return new
 
     def _measure_answer(self, found: AnsweredQuery) -> None:
-        query, answer = self.store.ledger.query(found.query), self.store.ledger.answer(found.answer)
+        query, answer = self.store.ledger.query(found.query), self.store.ledger.answers.get(found.answer)
         proposed_xyz = self.proposals.get(found.first)
         classes = self.store.annotations.classes
         counts_cv = np.zeros((len(classes), 3), np.int64)

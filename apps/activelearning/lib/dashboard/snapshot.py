@@ -19,8 +19,8 @@ from monailabel.interfaces.exception import MONAILabelException
 
 from lib.adapters.train_task import EnsembleTrainTask
 from lib.annotator.captions import cue_in_batch
-from lib.annotator.explanations import Reasons
-from lib.dashboard.counts import Measures
+from lib.annotator.explanations import Explanations
+from lib.dashboard.counts import Counts
 from lib.dashboard.stopping_advisor import Batch, Rules, advise, estimate
 from lib.errors import PatchwiseError
 from lib.ledger.records import Query, iso
@@ -81,7 +81,7 @@ class Rounds(Protocol):
         ...
 
 
-class Progress:
+class Snapshot:
     """Reads the ledger, the measures and the processes; costs a few sums, whatever the number of scans.
 
     Args:
@@ -97,10 +97,10 @@ class Progress:
     def __init__(
         self,
         store: PartialLabelDatastore,
-        measures: Measures,
+        measures: Counts,
         trainers: Mapping[str, EnsembleTrainTask],
         cache: MomentsCache,
-        reasons: Reasons,
+        reasons: Explanations,
         options: AppOptions,
         rounds: Rounds | None,
         failures: Failures,
@@ -134,16 +134,21 @@ class Progress:
     def refresh(self) -> None:
         """Makes estimates and advice anew where answers, measures or minutes have changed; not while somebody waits."""
         minutes: dict[int, float] = defaultdict(float)
-        for round_, _, worked in self.ledger.minutes():
+        for round_, _, worked in self.ledger.overview.minutes():
             minutes[round_] += worked
-        sizes = self.ledger.sizes()
+        sizes = self.ledger.overview.sizes()
         newest = sizes[max(sizes)] if sizes else self.options.batch
-        key = (self.ledger.answers_key(), self.measures.revision, newest, [round(m, 1) for m in minutes.values()])
+        key = (
+            self.ledger.overview.answers_key(),
+            self.measures.revision,
+            newest,
+            [round(m, 1) for m in minutes.values()],
+        )
         if key != self._quality[0]:
             self._quality = (key, self._estimates(minutes, newest))
 
     def _make(self) -> dict[str, Any]:
-        standing, minutes = self.ledger.standing(), self.ledger.minutes()
+        standing, minutes = self.ledger.overview.standing(), self.ledger.overview.minutes()
         return {
             "generated": iso(time.time()),
             "project": self.store.studies.name,
@@ -154,7 +159,7 @@ class Progress:
             "voxels": sum(sum(kept.values()) for kept in self.measures.voxels().values()),
             "classes": self._classes(),
             "quality": self._quality[1],
-            "latest": [self._region(query) for query in self.ledger.latest(PICTURES)],
+            "latest": [self._region(query) for query in self.ledger.overview.latest(PICTURES)],
             "work": self._work(),
             "failures": self._failures(),
             "measuring": self.measures.waiting,
@@ -167,7 +172,7 @@ class Progress:
         answered: Counter[int] = Counter()
         counts: dict[int, list[Any]] = defaultdict(list)
         methods: dict[int, set[str]] = defaultdict(set)
-        for found in self.ledger.answered_queries():
+        for found in self.ledger.overview.answered_queries():
             answered[found.round] += found.first == found.query
             if (found.query, found.answer) in overlaps:
                 counts[found.round].append(overlaps[found.query, found.answer])
@@ -214,7 +219,9 @@ class Progress:
     def _region(self, query: Query) -> dict[str, Any]:
         # A second reading looks like the first one.
         drawn = query.id if query.twin is None else query.twin
-        over = query.status == "open" and query.lease_until is not None and query.lease_until < self.ledger.clock()
+        over = (
+            query.status == "open" and query.lease_until is not None and query.lease_until < self.ledger.store.clock()
+        )
         return {
             "query": query.id,
             "cue": self._cue(query),
@@ -244,7 +251,7 @@ class Progress:
         scored = self.cache.root / model.digest[:16] if model else None
         done = sum(1 for _ in scored.glob("*.npz")) if scoring and scored and scored.is_dir() else 0
         return {
-            "model": {"round": model.round, "members": model.facts["members"], "digest": model.digest[:8]}
+            "model": {"round": model.round, "members": model.facts.members, "digest": model.digest[:8]}
             if model
             else None,
             "training": {**self.trainer.progress(), "running": True} if training else {"running": False},

@@ -16,11 +16,11 @@ from typing import Any
 
 from monailabel.config import settings
 
-from lib.dicom.log_redaction import keep_patients_out, told
+from lib.dicom.log_redaction import keep_patients_out, redacted
 from lib.dicom.segmentation_import import OWN, SegImporter
 from lib.dicom.segmentations import write_segmentation
 from lib.dicom.series_mirror import SeriesMirror
-from lib.dicom.web_client import Pacs, PacsError
+from lib.dicom.web_client import DicomWebClient, PacsError
 from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.partial_labels import LabelError
@@ -60,7 +60,7 @@ class DicomDatastore(PartialLabelDatastore):
         folder: Path,
         classes: dict[str, int],
         ledger: QueryLedger,
-        pacs: Pacs,
+        pacs: DicomWebClient,
         *,
         poll_seconds: float = 3,
         store_segmentations: bool = True,
@@ -141,8 +141,8 @@ class DicomDatastore(PartialLabelDatastore):
             if not self.list_images():
                 raise
         stored = self.ledger.infos(_STORED)
-        for image in self.ledger.answered_images() if self.store_segmentations else []:
-            if self.ledger.last_answer(image) > stored.get(image, {}).get("answer", 0):
+        for image in self.ledger.answers.images() if self.store_segmentations else []:
+            if self.ledger.answers.last(image) > stored.get(image, {}).get("answer", 0):
                 self._unstored.add(image)
 
     def watch(self) -> None:
@@ -176,7 +176,7 @@ class DicomDatastore(PartialLabelDatastore):
                 self._troubles[name] = str(error)
             except Exception as error:
                 # A thread that ends would leave the pool as it is for good, and nobody would know.
-                self._troubles[name] = f"looking for {name} failed: {told(error)}"
+                self._troubles[name] = f"looking for {name} failed: {redacted(error)}"
                 logger.error("%s", self._troubles[name])
             waiting.wait(self.poll_seconds)
             waiting.clear()
@@ -189,7 +189,7 @@ class DicomDatastore(PartialLabelDatastore):
     def _store(self, image: str) -> None:
         """Stores the label of an image as a segmentation of its series."""
         self._unstored.discard(image)
-        answer, path = self.ledger.last_answer(image), self.label_path(image, FINAL)
+        answer, path = self.ledger.answers.last(image), self.label_path(image, FINAL)
         facts = self.ledger.get_info(image)
         try:
             if path is not None and "StudyInstanceUID" in facts:

@@ -23,7 +23,7 @@ def keep_patients_out() -> None:
     logging.getLogger("monailabel.endpoints.activelearning").addFilter(_is_no_sample)
 
 
-def told(error: BaseException) -> str:
+def redacted(error: BaseException) -> str:
     """What went wrong and where, without the error's own words, which may quote an object."""
     frames = traceback.extract_tb(error.__traceback__)
     where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])

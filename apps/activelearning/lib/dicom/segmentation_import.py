@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
-from lib.dicom.log_redaction import told
+from lib.dicom.log_redaction import redacted
 from lib.dicom.segmentations import WRITER, read_segmentation, referenced_series, written_by_dcmjs
 from lib.dicom.series_mirror import FALLING, SeriesMirror
-from lib.dicom.web_client import Pacs, Series
+from lib.dicom.web_client import DicomWebClient, Series
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Query
 from lib.partial_labels import LabelError
@@ -70,7 +70,7 @@ class SegImporter:
         kept: folder for the files as they came.
     """
 
-    def __init__(self, pacs: Pacs, store: AnswerStore, classes: Mapping[str, int], kept: Path) -> None:
+    def __init__(self, pacs: DicomWebClient, store: AnswerStore, classes: Mapping[str, int], kept: Path) -> None:
         self.pacs = pacs
         self.store = store
         self.classes = classes
@@ -133,7 +133,9 @@ class SegImporter:
         return True
 
     def _take(self, instance: str, image: str, segmentation: Dataset) -> None:
-        earlier = [a for a in self.ledger.answers(image, withdrawn=True) if a.info.get("sop_instance_uid") == instance]
+        earlier = [
+            a for a in self.ledger.answers.of_image(image, withdrawn=True) if a.info.get("sop_instance_uid") == instance
+        ]
         try:
             answer = earlier[0].id if earlier else self._save(instance, image, segmentation)
         except (ImageError, LabelError) as error:
@@ -142,8 +144,8 @@ class SegImporter:
             return
         except Exception as error:
             # Whatever is wrong with one object, the others still have to come in.
-            logger.error("segmentation %s of %s cannot be read: %s", instance, image, told(error))
-            self.note(instance, LEFT, image, f"it cannot be read ({told(error)}); store it again")
+            logger.error("segmentation %s of %s cannot be read: %s", instance, image, redacted(error))
+            self.note(instance, LEFT, image, f"it cannot be read ({redacted(error)}); store it again")
             return
         logger.info("segmentation %s of %s became answer %d", instance, image, answer)
         self.note(instance, IMPORTED, image, "", answer)
@@ -180,7 +182,7 @@ class SegImporter:
         Raises:
             LabelError: nobody holds a region there, or several do and the segmentation does not say whose it is.
         """
-        held = self.ledger.open_queries(image)
+        held = self.ledger.leases.open_queries(image)
         clients = list(dict.fromkeys(str(query.client) for query in held))
         author = str(segmentation.get("ContentCreatorName", "") or "").strip().lower()
         named = [client for client in clients if client.lower() == author]
@@ -191,8 +193,8 @@ class SegImporter:
             )
         if clients:
             return [query for query in held if query.client == (named or clients)[0]]
-        last = self.ledger.last_holder(image)
-        found = self.ledger.last_worked(image, last) if last is not None else []
+        last = self.ledger.leases.last_holder(image)
+        found = self.ledger.leases.last_worked(image, last) if last is not None else []
         if not found:
             raise LabelError("no region of this series is open; ask for the next sample first and store it again")
         return found

@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, SegmentationStorage, generate_uid
 from pydicom.valuerep import DA, TM
 
-from lib.dicom.log_redaction import told
+from lib.dicom.log_redaction import redacted
 from lib.dicom.series import FLIP, series_grid
 from lib.frames import FRAME_SEGMENT
 from lib.partial_labels import BACKGROUND, UNLABELLED, LabelError, LabelMap
@@ -91,7 +91,7 @@ def read_segmentation(
         raise
     except Exception as error:
         # Any attribute of an object that somebody stored may be missing, of another type, or out of range.
-        raise LabelError(f"the segmentation is damaged ({told(error)}); store it again") from error
+        raise LabelError(f"the segmentation is damaged ({redacted(error)}); store it again") from error
 
 
 def _read(

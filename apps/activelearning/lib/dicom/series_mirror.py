@@ -17,7 +17,7 @@ from typing import Any
 import nibabel as nib
 
 from lib.dicom.series import read_series
-from lib.dicom.web_client import Pacs, PacsError, Series
+from lib.dicom.web_client import DicomWebClient, PacsError, Series
 from lib.ledger.queries import QueryLedger
 from lib.storage.atomic_files import atomic_path
 from lib.storage.volume_headers import ImageError
@@ -43,7 +43,7 @@ class SeriesMirror:
         search: QIDO-RS keys and values, e.g. `{"Modality": "MR"}`.
     """
 
-    def __init__(self, pacs: Pacs, folder: Path, ledger: QueryLedger, search: Mapping[str, Any]) -> None:
+    def __init__(self, pacs: DicomWebClient, folder: Path, ledger: QueryLedger, search: Mapping[str, Any]) -> None:
         self.pacs = pacs
         self.folder = folder
         self.ledger = ledger
@@ -104,7 +104,7 @@ class SeriesMirror:
             return True
         if series.instances in (None, copies[series.uid]):
             return False
-        if self.ledger.was_asked(series.uid) or self.ledger.last_answer(series.uid):
+        if self.ledger.was_asked(series.uid) or self.ledger.answers.last(series.uid):
             sentence = (
                 f"series {series.uid} had {copies[series.uid]} instances when its annotation began and has "
                 f"{series.instances} now; the first state is kept: store the new one as a series of its own"

@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from requests.adapters import HTTPAdapter
 
-from lib.dicom.log_redaction import told
+from lib.dicom.log_redaction import redacted
 from lib.errors import PatchwiseError
 
 # Seconds to wait for a connection and for the next bytes; without, a server that hangs would hold its caller forever.
@@ -56,7 +56,7 @@ class Series:
     facts: dict[str, str]
 
 
-class Pacs:
+class DicomWebClient:
     """A DICOMweb server, spoken to with MONAI Label's settings for user, password and prefixes.
 
     Args:
@@ -67,7 +67,7 @@ class Pacs:
         self.url = url.rstrip("/")
         session = _session(self.url)
         for scheme in ("http://", "https://"):
-            session.mount(scheme, _Patient())
+            session.mount(scheme, _TimeoutAdapter())
         self._client = DICOMwebClientX(
             url=self.url,
             session=session,
@@ -163,11 +163,11 @@ class Pacs:
             raise PacsError(f"{where} cannot be reached: start it, or check the address given as --studies") from error
         except (requests.RequestException, ValueError, KeyError, AttributeError) as error:
             raise PacsError(
-                f"{where} answers something that is no DICOMweb ({told(error)}); check the address"
+                f"{where} answers something that is no DICOMweb ({redacted(error)}); check the address"
             ) from error
 
 
-class _Patient(HTTPAdapter):
+class _TimeoutAdapter(HTTPAdapter):
     """Sends every request with a time limit."""
 
     def send(self, request: Any, *args: Any, **options: Any) -> Any:

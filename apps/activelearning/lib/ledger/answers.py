@@ -10,20 +10,31 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lib.ledger.leases import Leases
-from lib.ledger.records import Agreement, Answer, to_region
-from lib.ledger.recovery import Recovery, entry_of, switch
+from lib.ledger.records import ANSWERED, Agreement, Answer, AnsweredRegion, to_region
+from lib.ledger.recovery import entry_of, switch
 from lib.ledger.schema import UNCOUNTED
-from lib.ledger.store import LeaseError
+from lib.ledger.store import LeaseError, LedgerStore
 from lib.regions import Region
 
 
-class Answers(Leases, Recovery):
+class Merged(NamedTuple):
+    """Newest submission that a label on disk holds, and the digest of its file; (0, None) where unknown."""
+
+    answer: int
+    sha256: str | None
+
+
+class Answers:
     """Submissions of one studies folder; none is ever deleted."""
 
-    def record_answer(
+    def __init__(self, store: LedgerStore, leases: Leases) -> None:
+        self.store = store
+        self.leases = leases
+
+    def record(
         self,
         image: str,
         raw: str,
@@ -38,12 +49,12 @@ class Answers(Leases, Recovery):
         The merged label is brought up to date afterwards (`mark_merged`); until then the image is listed by
         `unmerged`, so that a kill in between is repaired from the raw file.
         """
-        now, parts = self.clock(), list(regions)
+        now, parts = self.store.clock(), list(regions)
         queries = [query for query, _ in parts if query is not None]
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             if client is not None:
-                self._work(connection, client, queries)
-                self._renew(connection, self._held(connection, client, {image}), now)
+                self.leases.count_work(connection, client, queries)
+                self.leases.extend(connection, self.leases.held(connection, client, {image}), now)
             cursor = connection.execute(
                 "INSERT INTO answers (image, raw, raw_sha256, info, client, submitted) VALUES (?, ?, ?, ?, ?, ?)",
                 (image, raw, raw_sha256, json.dumps(dict(info)), client, now),
@@ -54,8 +65,8 @@ class Answers(Leases, Recovery):
                     "INSERT INTO answered VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (answer, query, *region.start, *region.size, _new_minutes(connection, query)),
                 )
-                connection.execute("UPDATE queries SET status = 'answered' WHERE id = ?", (query,))
-                self._note(connection, "answered", client, query=query, answer=answer)
+                connection.execute("UPDATE queries SET status = ? WHERE id = ?", (ANSWERED, query))
+                self.store.note(connection, "answered", client, query=query, answer=answer)
             connection.executemany(
                 "INSERT INTO agreement VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
@@ -64,7 +75,7 @@ class Answers(Leases, Recovery):
                 ],
             )
             entry = entry_of(connection, answer)
-        self.write_down([entry])
+        self.store.write_down([entry])
         return answer
 
     def withdraw(self, answer_id: int, client: str | None, reason: str | None = None) -> Answer:
@@ -86,22 +97,22 @@ class Answers(Leases, Recovery):
         return self._switch(answer_id, client, reason, active=True)
 
     def _switch(self, answer_id: int, client: str | None, reason: str | None, active: bool) -> Answer:
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             row = connection.execute("SELECT raw, active FROM answers WHERE id = ?", (answer_id,)).fetchone()
             if row is None:
                 raise LeaseError(f"there is no answer {answer_id}; GET /patchwise/answers lists them", 404)
             if bool(row["active"]) == active:
                 raise LeaseError(f"answer {answer_id} " + ("is not withdrawn" if active else "is withdrawn already"))
             switch(connection, answer_id, active)
-            self._note(connection, "restored" if active else "withdrawn", client, answer=answer_id, note=reason)
-        self.write_down([{"switch": row["raw"], "active": active, "note": reason}])
-        found = self.answer(answer_id)
+            self.store.note(connection, "restored" if active else "withdrawn", client, answer=answer_id, note=reason)
+        self.store.write_down([{"switch": row["raw"], "active": active, "note": reason}])
+        found = self.get(answer_id)
         assert found is not None, "an answer is never deleted"
         return found
 
     def agreements(self) -> list[dict[str, Any]]:
         """Every region that two people answered, with the Dice of each class; withdrawn answers do not count."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT agreement.*, mine.image, mine.client, other.client AS other_client FROM agreement"
                 " JOIN answers AS mine ON mine.id = agreement.answer"
@@ -126,14 +137,14 @@ class Answers(Leases, Recovery):
             pair["classes"][row["name"]] = {"dice": row["dice"], "voxels": voxels}
         return list(pairs.values())
 
-    def answers(self, image: str, withdrawn: bool = False) -> list[Answer]:
+    def of_image(self, image: str, withdrawn: bool = False) -> list[Answer]:
         """Submissions of an image, oldest first; rebuilding its label means applying the active ones in this order.
 
         Those that were withdrawn are only listed with `withdrawn`.
         """
         return self._answers("image = ?" + ("" if withdrawn else " AND active = 1"), (image,))
 
-    def answer(self, answer_id: int) -> Answer | None:
+    def get(self, answer_id: int) -> Answer | None:
         """One submission, withdrawn or not, or None."""
         return next(iter(self._answers("id = ?", (answer_id,))), None)
 
@@ -148,7 +159,7 @@ class Answers(Leases, Recovery):
 
     def submitted(self, query_id: int) -> float | None:
         """When the newest active answer to a query came in; None while there is none."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute(
                 "SELECT MAX(submitted) FROM answers JOIN answered ON answered.answer = answers.id"
                 " WHERE answered.query = ? AND active = 1",
@@ -157,7 +168,7 @@ class Answers(Leases, Recovery):
         return None if row[0] is None else float(row[0])
 
     def _answers(self, condition: str, values: tuple[Any, ...]) -> list[Answer]:
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             rows = connection.execute(f"SELECT * FROM answers WHERE {condition} ORDER BY id", values).fetchall()
             parts = {
                 row["id"]: connection.execute("SELECT * FROM answered WHERE answer = ? ORDER BY rowid", (row["id"],))
@@ -172,7 +183,8 @@ class Answers(Leases, Recovery):
                     info=json.loads(row["info"]),
                     client=row["client"],
                     regions=[
-                        (part["query"], to_region({**dict(part), "image": row["image"]})) for part in parts[row["id"]]
+                        AnsweredRegion(part["query"], to_region({**dict(part), "image": row["image"]}))
+                        for part in parts[row["id"]]
                     ],
                     submitted=row["submitted"],
                     active=bool(row["active"]),
@@ -180,10 +192,10 @@ class Answers(Leases, Recovery):
                 for row in rows
             ]
 
-    def answered_regions(self) -> dict[str, list[Region]]:
+    def regions(self) -> dict[str, list[Region]]:
         """Regions that are annotated, by image."""
         boxes: dict[str, list[Region]] = {}
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT answers.image, answered.* FROM answered JOIN answers ON answers.id = answered.answer"
                 " WHERE answers.active = 1 ORDER BY answers.id"
@@ -192,9 +204,9 @@ class Answers(Leases, Recovery):
             boxes.setdefault(row["image"], []).append(to_region(row))
         return {image: list(dict.fromkeys(regions)) for image, regions in boxes.items()}
 
-    def answered_images(self, withdrawn: bool = False) -> list[str]:
+    def images(self, withdrawn: bool = False) -> list[str]:
         """Images with an active submission, sorted; with `withdrawn` those too whose submissions were all withdrawn."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT DISTINCT image FROM answers WHERE active = 1 OR ? ORDER BY image", (withdrawn,)
             ).fetchall()
@@ -202,25 +214,25 @@ class Answers(Leases, Recovery):
 
     def mark_merged(self, image: str, answer: int, sha256: str | None = None) -> None:
         """The label on disk, of this digest, holds every submission up to `answer`."""
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO merged (image, answer, sha256) VALUES (?, ?, ?)", (image, answer, sha256)
             )
 
-    def merged(self, image: str) -> tuple[int, str | None]:
+    def merged(self, image: str) -> Merged:
         """Newest submission that the label on disk holds, and the digest of its file; (0, None) where unknown."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute("SELECT answer, sha256 FROM merged WHERE image = ?", (image,)).fetchone()
-        return (row["answer"], row["sha256"]) if row else (0, None)
+        return Merged(row["answer"], row["sha256"]) if row else Merged(0, None)
 
     def merged_digests(self) -> dict[str, str | None]:
         """Digest that each image's label had when it was last written; None where it was not noted."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             return dict(connection.execute("SELECT image, sha256 FROM merged").fetchall())
 
     def is_classwise(self, image: str) -> bool:
         """Whether an active submission of the image names the classes that were drawn."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute(
                 "SELECT 1 FROM answers WHERE image = ? AND active = 1"
                 " AND json_extract(info, '$.annotated_classes') IS NOT NULL LIMIT 1",
@@ -228,15 +240,15 @@ class Answers(Leases, Recovery):
             ).fetchone()
         return row is not None
 
-    def last_answer(self, image: str) -> int:
+    def last(self, image: str) -> int:
         """Number of the newest submission of an image, withdrawn or not; 0 when there is none."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute("SELECT MAX(id) FROM answers WHERE image = ?", (image,)).fetchone()
         return int(row[0] or 0)
 
     def unmerged(self) -> list[str]:
         """Images whose label on disk may lack a submission: a kill came between the record and the merge."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT image FROM answers LEFT JOIN merged USING (image) GROUP BY image"
                 " HAVING MAX(answers.id) > COALESCE(merged.answer, 0) ORDER BY image"

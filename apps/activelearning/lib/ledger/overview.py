@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-from lib.ledger.records import SECOND, Query
+from lib.ledger.records import FREED_MARKS, SECOND, STATUSES, WITHDRAWN, Query
 from lib.ledger.schema import UNCOUNTED
 from lib.ledger.store import LedgerStore
 
@@ -25,8 +24,32 @@ SELECT round, client, SUM(minutes) FROM (
 """
 
 
-@dataclass(frozen=True)
-class AnsweredQuery:
+class Standing(NamedTuple):
+    """Number and voxels of the regions of one round, status and client."""
+
+    round: int
+    status: str
+    client: str | None
+    regions: int
+    voxels: int
+
+
+class Worked(NamedTuple):
+    """Minutes that a client worked on regions of a round."""
+
+    round: int
+    client: str | None
+    minutes: float
+
+
+class AfterRound(NamedTuple):
+    """Regions of later rounds that are planned or open, and that are answered."""
+
+    pending: int
+    answered: int
+
+
+class AnsweredQuery(NamedTuple):
     """The newest active answer to a query; `first`: whose proposal counts, of a second reading the first one."""
 
     query: int
@@ -36,27 +59,30 @@ class AnsweredQuery:
     method: str
 
 
-class Overview(LedgerStore):
+class Overview:
     """Sums over all queries and answers; each is one read, whatever the number of images."""
 
-    def standing(self) -> list[tuple[int, str, str | None, int, int]]:
-        """(round, status, client, regions, voxels) of every combination; a lease that ran out counts as expired."""
-        with self._connect() as connection:
-            rows = connection.execute(
-                "SELECT round, CASE WHEN status = 'open' AND lease_until < ? THEN 'expired' ELSE status END, client,"
-                " COUNT(*), SUM(dx * dy * dz) FROM queries GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
-                (self.clock(),),
-            ).fetchall()
-        return [tuple(row) for row in rows]
+    def __init__(self, store: LedgerStore) -> None:
+        self.store = store
 
-    def minutes(self) -> list[tuple[int, str | None, float]]:
-        """(round, client, minutes worked) of everybody, answered or not."""
-        with self._connect() as connection:
-            return [(row[0], row[1], float(row[2] or 0)) for row in connection.execute(_MINUTES)]
+    def standing(self) -> list[Standing]:
+        """Regions by round, status and client; a lease that ran out counts as expired."""
+        with self.store.connect() as connection:
+            rows = connection.execute(
+                "SELECT round, CASE WHEN status = :open AND lease_until < :now THEN :expired ELSE status END, client,"
+                " COUNT(*), SUM(dx * dy * dz) FROM queries GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
+                {**STATUSES, "now": self.store.clock()},
+            ).fetchall()
+        return [Standing(*row) for row in rows]
+
+    def minutes(self) -> list[Worked]:
+        """Minutes by round and client, answered or not."""
+        with self.store.connect() as connection:
+            return [Worked(row[0], row[1], float(row[2] or 0)) for row in connection.execute(_MINUTES)]
 
     def answered_queries(self) -> list[AnsweredQuery]:
         """Every query with an active answer, in order."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT queries.id, COALESCE(twin, queries.id), MAX(answers.id), round, method FROM answered"
                 " JOIN answers ON answers.id = answered.answer JOIN queries ON queries.id = answered.query"
@@ -66,27 +92,27 @@ class Overview(LedgerStore):
 
     def answers_key(self) -> str:
         """Changes whenever an answer comes in, is withdrawn or restored."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute("SELECT COUNT(*), SUM(active), SUM(active * id) FROM answers").fetchone()
         return ":".join(str(value or 0) for value in row)
 
-    def after_round(self, round_: int, batch: str | None = None) -> tuple[int, int]:
+    def after_round(self, round_: int, batch: str | None = None) -> AfterRound:
         """How many regions of later rounds are planned or open (of one batch, if named), and how many are answered.
 
         Second readings nobody has taken yet do not count: they may wait for a second annotator for good.
         """
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute(
-                "SELECT COALESCE(SUM((status = 'open' OR (status = 'proposed' AND twin IS NULL))"
-                " AND (? IS NULL OR batch IN (?, ? || ?))), 0), COALESCE(SUM(status = 'answered'), 0)"
-                " FROM queries WHERE round > ?",
-                (batch, batch, batch, SECOND, round_),
+                "SELECT COALESCE(SUM((status = :open OR (status = :proposed AND twin IS NULL))"
+                " AND (:batch IS NULL OR batch IN (:batch, :batch || :second))), 0),"
+                " COALESCE(SUM(status = :answered), 0) FROM queries WHERE round > :round",
+                {**STATUSES, "batch": batch, "second": SECOND, "round": round_},
             ).fetchone()
-        return int(row[0]), int(row[1])
+        return AfterRound(int(row[0]), int(row[1]))
 
     def first_batch(self, round_: int, regions: int) -> str | None:
         """The first batch of later rounds with at least so many regions, second readings aside."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute(
                 "SELECT batch FROM queries WHERE round > ? AND twin IS NULL GROUP BY batch HAVING COUNT(*) >= ?"
                 " ORDER BY MIN(id) LIMIT 1",
@@ -96,11 +122,11 @@ class Overview(LedgerStore):
 
     def planned_method(self, round_: int) -> str | None:
         """The method of the region of a round that is handed out next: a planned one, else one that was given back."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute(
-                "SELECT method FROM queries WHERE round = ? AND twin IS NULL AND status IN"
-                " ('proposed', 'expired', 'released') ORDER BY status = 'proposed' DESC, asked, rank LIMIT 1",
-                (round_,),
+                "SELECT method FROM queries WHERE round = :round AND twin IS NULL AND status IN"
+                f" (:proposed, {FREED_MARKS}) ORDER BY status = :proposed DESC, asked, rank LIMIT 1",
+                {**STATUSES, "round": round_},
             ).fetchone()
         return str(row[0]) if row else None
 
@@ -108,17 +134,19 @@ class Overview(LedgerStore):
         """Up to `limit` regions to look at: those somebody works on, the next planned ones, the newest answered."""
         found: list[Query] = []
         for condition, share in (
-            ("status = 'open' ORDER BY leased DESC, id DESC", limit),
-            ("status = 'proposed' AND twin IS NULL ORDER BY round DESC, asked, rank, id", max(1, limit // 2)),
-            ("status = 'answered' ORDER BY id DESC", limit),
+            ("status = :open ORDER BY leased DESC, id DESC", limit),
+            ("status = :proposed AND twin IS NULL ORDER BY round DESC, asked, rank, id", max(1, limit // 2)),
+            ("status = :answered ORDER BY id DESC", limit),
         ):
-            found += self._queries(f"{condition} LIMIT ?", (min(share, limit - len(found)),))
+            found += self.store.queries(
+                f"{condition} LIMIT :limit", {**STATUSES, "limit": min(share, limit - len(found))}
+            )
         return found
 
     def sizes(self) -> Mapping[int, int]:
         """Regions of each round that were asked for and not given up; second readings are not counted."""
-        with self._connect() as connection:
-            rows: list[Any] = connection.execute(
-                "SELECT round, COUNT(*) FROM queries WHERE twin IS NULL AND status != 'withdrawn' GROUP BY round"
+        with self.store.connect() as connection:
+            rows = connection.execute(
+                "SELECT round, COUNT(*) FROM queries WHERE twin IS NULL AND status != ? GROUP BY round", (WITHDRAWN,)
             ).fetchall()
         return {row[0]: row[1] for row in rows}

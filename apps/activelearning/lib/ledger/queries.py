@@ -8,19 +8,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lib.ledger.answers import Answers
+from lib.ledger.leases import Leases
 from lib.ledger.overview import Overview
-from lib.ledger.records import SECOND, TAKEN, Asked, Query, to_query, to_region
+from lib.ledger.records import PROPOSED, SECOND, STATUSES, TAKEN_MARKS, Asked, Query, to_query, to_region
+from lib.ledger.recovery import Recovered, Recovery
+from lib.ledger.store import LedgerStore
 from lib.regions import Region
 
 
-class QueryLedger(Answers, Overview):
-    """The record of queries, leases, answers and rounds of one studies folder (see `LedgerStore` for its file)."""
+class QueryLedger:
+    """The record of queries, rounds and facts of one studies folder; `leases`, `answers` and `overview` are its parts.
 
-    # --- asking ------------------------------------------------------------------------------------------------------
+    All parts share one `LedgerStore`, which owns the file and the transactions.
+
+    Args:
+        path: the SQLite file; made when missing.
+        clock: seconds since 1970, replaceable in tests.
+        idle_minutes: longest time between two requests that counts as work.
+
+    Raises:
+        LedgerError: the file belongs to a newer version or is damaged.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time, idle_minutes: float = 5) -> None:
+        self.store = LedgerStore(path, clock)
+        self.leases = Leases(self.store, idle_minutes)
+        self.answers = Answers(self.store, self.leases)
+        self.overview = Overview(self.store)
+
+    @property
+    def path(self) -> Path:
+        """The SQLite file."""
+        return self.store.path
+
+    def stay_open(self) -> None:
+        """See `LedgerStore.stay_open`."""
+        self.store.stay_open()
+
+    def recover(self, raw: Path) -> Recovered:
+        """See `Recovery.recover`."""
+        return Recovery(self.store).recover(raw)
 
     def ask(
         self, batch: str, method: str, round_: int, asked: Sequence[Asked], twice: Collection[int] = ()
@@ -30,16 +63,16 @@ class QueryLedger(Answers, Overview):
         A request that was repeated because its answer got lost therefore gets the same regions. Of the regions at the
         places `twice` a second reading is recorded too, which `second_readings` offers to other clients.
         """
-        now, highest = self.clock(), 0
-        with self._transaction() as connection:
+        now, highest = self.store.clock(), 0
+        with self.store.transaction() as connection:
             known = connection.execute("SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)).fetchall()
             if not known:
                 connection.executemany(
                     "INSERT INTO queries (image, x, y, z, dx, dy, dz, unit, score, method, round, rank, batch, reason,"
-                    " status, asked) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'proposed', ?)",
+                    " status, asked) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [
                         (a.region.image, *a.region.start, *a.region.size, a.unit, a.score, method, round_, rank, batch,
-                         json.dumps(a.reason), now)
+                         json.dumps(a.reason), PROPOSED, now)
                         for rank, a in enumerate(asked)
                     ],
                 )  # fmt: skip
@@ -47,9 +80,9 @@ class QueryLedger(Answers, Overview):
                 connection.execute(
                     "INSERT INTO queries (image, x, y, z, dx, dy, dz, unit, score, method, round, rank, batch, reason,"
                     " status, asked, twin) SELECT image, x, y, z, dx, dy, dz, unit, score, method, round, rank,"
-                    " batch || ?, reason, 'proposed', asked, id FROM queries"
+                    " batch || ?, reason, ?, asked, id FROM queries"
                     f" WHERE batch = ? AND rank IN ({marks}) ORDER BY rank, id",
-                    (SECOND, batch, *twice),
+                    (SECOND, PROPOSED, batch, *twice),
                 )
                 known = connection.execute(
                     "SELECT * FROM queries WHERE batch = ? ORDER BY rank, id", (batch,)
@@ -57,24 +90,24 @@ class QueryLedger(Answers, Overview):
                 # Second readings have numbers too, which the rows of the batch itself do not show.
                 highest = int(connection.execute("SELECT COALESCE(MAX(id), 0) FROM queries").fetchone()[0])
         if highest:
-            self.write_down([{"query": highest}])
+            self.store.write_down([{"query": highest}])
         return [to_query(row) for row in known]
 
     def batch(self, batch: str) -> list[Query]:
         """Queries of one batch in rank order; empty when there is none."""
-        return self._queries("batch = ? ORDER BY rank, id", (batch,))
+        return self.store.queries("batch = ? ORDER BY rank, id", (batch,))
 
     def join_batch(self, ids: Sequence[int], batch: str) -> None:
         """Makes regions part of a batch, so that a repeated request gets them too."""
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             connection.executemany("UPDATE queries SET batch = ? WHERE id = ?", [(batch, query) for query in ids])
 
     def proposed(self, method: str, round_: int, unit: str, limit: int | None = None) -> list[Query]:
         """Regions that were chosen but not yet handed out, best first; second readings are not among them."""
-        condition = (
-            "status = 'proposed' AND twin IS NULL AND method = ? AND round = ? AND unit = ? ORDER BY asked, rank"
+        condition = "status = ? AND twin IS NULL AND method = ? AND round = ? AND unit = ? ORDER BY asked, rank"
+        return self.store.queries(
+            f"{condition} LIMIT ?", (PROPOSED, method, round_, unit, -1 if limit is None else limit)
         )
-        return self._queries(f"{condition} LIMIT ?", (method, round_, unit, -1 if limit is None else limit))
 
     def withdraw_planned(self, before_round: int) -> int:
         """Gives up regions planned in earlier rounds that nobody was handed; how many.
@@ -82,21 +115,20 @@ class QueryLedger(Answers, Overview):
         They were chosen by an older model; kept, they would bar the newer one from asking there. A second reading stays
         while its first one does: it bars nothing that is not barred anyway.
         """
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             cursor = connection.execute(
-                "UPDATE queries SET status = 'withdrawn' WHERE status = 'proposed' AND round < ? AND (twin IS NULL OR"
-                " twin IN (SELECT id FROM queries WHERE status NOT IN ('open', 'answered')))",
-                (before_round,),
+                "UPDATE queries SET status = :withdrawn WHERE status = :proposed AND round < :round"
+                " AND (twin IS NULL OR twin IN (SELECT id FROM queries WHERE status NOT IN (:open, :answered)))",
+                {**STATUSES, "round": before_round},
             )
             return int(cursor.rowcount)
 
     def taken(self) -> dict[str, list[Region]]:
         """Regions a method must not ask for again, by image."""
         boxes: dict[str, list[Region]] = {}
-        marks = ",".join("?" * len(TAKEN))
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             asked = connection.execute(
-                f"SELECT image, x, y, z, dx, dy, dz FROM queries WHERE status IN ({marks})", TAKEN
+                f"SELECT image, x, y, z, dx, dy, dz FROM queries WHERE status IN ({TAKEN_MARKS})", STATUSES
             ).fetchall()
             free = connection.execute(
                 "SELECT answers.image, answered.* FROM answered JOIN answers ON answers.id = answered.answer"
@@ -108,21 +140,21 @@ class QueryLedger(Answers, Overview):
 
     def query(self, query_id: int) -> Query | None:
         """One query, or None."""
-        return next(iter(self._queries("id = ?", (query_id,))), None)
+        return next(iter(self.store.queries("id = ?", (query_id,))), None)
 
     def was_asked(self, image: str) -> bool:
         """Whether anybody was ever asked about the image."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute("SELECT 1 FROM queries WHERE image = ? LIMIT 1", (image,)).fetchone()
         return row is not None
 
     def asked(self, image: str) -> list[Region]:
         """Every region of an image that anybody was ever asked about."""
-        return list(dict.fromkeys(query.region for query in self._queries("image = ?", (image,))))
+        return list(dict.fromkeys(query.region for query in self.store.queries("image = ?", (image,))))
 
     def counts(self) -> dict[str, int]:
         """Number of queries in each status."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             return dict(connection.execute("SELECT status, COUNT(*) FROM queries GROUP BY status").fetchall())
 
     # --- rounds and infos --------------------------------------------------------------------------------------------
@@ -131,21 +163,28 @@ class QueryLedger(Answers, Overview):
         self, round_: int, bundle: str, model: str, request: Mapping[str, Any], stats: Mapping[str, Any]
     ) -> None:
         """A finished training; recording it twice changes nothing."""
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO rounds (round, bundle, model, request, stats, finished) VALUES (?,?,?,?,?,?)",
-                (round_, bundle, model, json.dumps(dict(request), default=str), json.dumps(dict(stats)), self.clock()),
+                (
+                    round_,
+                    bundle,
+                    model,
+                    json.dumps(dict(request), default=str),
+                    json.dumps(dict(stats)),
+                    self.store.clock(),
+                ),
             )
 
     def get_info(self, image: str, tag: str = "") -> dict[str, Any]:
         """What clients stored about an image (tag '') or one of its labels."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute("SELECT content FROM info WHERE image = ? AND tag = ?", (image, tag)).fetchone()
         return json.loads(row[0]) if row else {}
 
     def update_info(self, image: str, info: Mapping[str, Any], tag: str = "") -> None:
         """Adds keys to the info of an image or label; read and written in one transaction, so no writer loses keys."""
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             row = connection.execute("SELECT content FROM info WHERE image = ? AND tag = ?", (image, tag)).fetchone()
             content = {**(json.loads(row[0]) if row else {}), **info}
             connection.execute(
@@ -154,13 +193,13 @@ class QueryLedger(Answers, Overview):
 
     def infos(self, tag: str = "") -> dict[str, dict[str, Any]]:
         """Every info under a tag, by image."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             rows = connection.execute("SELECT image, content FROM info WHERE tag = ?", (tag,)).fetchall()
         return {image: json.loads(content) for image, content in rows}
 
     def update_infos(self, infos: Mapping[str, Mapping[str, Any]], tag: str = "") -> None:
         """Replaces the infos of many images at once."""
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             connection.executemany(
                 "INSERT OR REPLACE INTO info VALUES (?, ?, ?)",
                 [(image, tag, json.dumps(content, default=str)) for image, content in infos.items()],
@@ -168,11 +207,11 @@ class QueryLedger(Answers, Overview):
 
     def get_meta(self, key: str) -> Any:
         """A fact about the studies folder as a whole; None when it was never noted."""
-        with self._connect() as connection:
+        with self.store.connect() as connection:
             row = connection.execute("SELECT value FROM meta WHERE key = ?", (f"fact:{key}",)).fetchone()
         return json.loads(row[0]) if row else None
 
     def set_meta(self, key: str, value: Any) -> None:
         """Notes a fact about the studies folder as a whole."""
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"fact:{key}", json.dumps(value)))

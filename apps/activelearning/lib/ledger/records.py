@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from lib.regions import Region, Triple
 
@@ -24,10 +24,22 @@ ANONYMOUS = "anonymous"
 
 Status = Literal["proposed", "open", "answered", "expired", "released", "skipped", "withdrawn"]
 
-# Statuses whose region must not be asked again: it is planned, somebody works on it, or it is annotated.
-TAKEN: tuple[Status, ...] = ("proposed", "open", "answered", "skipped")
+PROPOSED: Status = "proposed"
+OPEN: Status = "open"
+ANSWERED: Status = "answered"
+EXPIRED: Status = "expired"
+RELEASED: Status = "released"
+SKIPPED: Status = "skipped"
+WITHDRAWN: Status = "withdrawn"
+# Named parameters of statements: `status = :open`.
+STATUSES: dict[str, Any] = {status: status for status in get_args(Status)}
+
+# Statuses whose region must not be asked again: it is planned, leased, annotated or skipped.
+TAKEN: tuple[Status, ...] = (PROPOSED, OPEN, ANSWERED, SKIPPED)
+TAKEN_MARKS = ", ".join(f":{status}" for status in TAKEN)
 # Statuses of regions that were given back: their lease ran out, or their holder did not want them.
-FREED: tuple[Status, ...] = ("expired", "released")
+FREED: tuple[Status, ...] = (EXPIRED, RELEASED)
+FREED_MARKS = ", ".join(f":{status}" for status in FREED)
 
 
 @dataclass(frozen=True)
@@ -83,9 +95,16 @@ class Query:
         }
 
 
+class AnsweredRegion(NamedTuple):
+    """A region of a submission and the query it answers; None where the client was not asked about it."""
+
+    query: int | None
+    region: Region
+
+
 @dataclass(frozen=True)
 class Answer:
-    """A submission: the raw file it came in and the regions it answers, `(query or None, region)` each."""
+    """A submission: the raw file it came in and the regions it answers."""
 
     id: int
     image: str
@@ -93,7 +112,7 @@ class Answer:
     raw_sha256: str
     info: dict[str, Any]
     client: str | None
-    regions: list[tuple[int | None, Region]]
+    regions: list[AnsweredRegion]
     submitted: float = 0.0
     active: bool = True
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.ledger.journal import Journal
-from lib.ledger.store import JOURNAL, LedgerStore, damaged
+from lib.ledger.records import ANSWERED, EXPIRED
+from lib.ledger.store import LedgerStore, damaged
 from lib.storage.atomic_files import file_digest
-
-logger = logging.getLogger(__name__)
 
 _SWITCHES = ("withdrawn", "restored")
 
@@ -35,7 +33,7 @@ class Recovered:
     gone: list[str] = field(default_factory=list)
 
 
-class Recovery(LedgerStore):
+class Recovery:
     """The ledger's second record (see `Journal`), written after a commit and before anybody hears of it.
 
     Lines: `{"answer": row, "answered": rows, "queries": rows, "agreement": rows}`, `{"switch": raw file, "active":
@@ -43,10 +41,8 @@ class Recovery(LedgerStore):
     still hold is not given to another one.
     """
 
-    @property
-    def journal(self) -> Journal:
-        """The journal's file lies beside the ledger's."""
-        return Journal(self.path.with_name(JOURNAL))
+    def __init__(self, store: LedgerStore) -> None:
+        self.store = store
 
     def recover(self, raw: Path) -> Recovered:
         """Brings ledger and journal to the same state; for the start of a server, before anything is asked or answered.
@@ -62,9 +58,9 @@ class Recovery(LedgerStore):
             LedgerError: the ledger's file is damaged beyond what SQLite mends.
         """
         self._check_pages()
-        journal, found = self.journal, Recovered()
+        journal, found = self.store.journal, Recovered()
         answers, switches, highest = _sorted_out(journal)
-        with self._transaction() as connection:
+        with self.store.transaction() as connection:
             known = {row["raw"]: row for row in connection.execute("SELECT * FROM answers")}
             for name, entry in answers.items():
                 if name not in known:
@@ -72,7 +68,7 @@ class Recovery(LedgerStore):
                     if number is None:
                         found.gone.append(name)
                         continue
-                    self._note(connection, "recovered", entry["answer"]["client"], answer=number)
+                    self.store.note(connection, "recovered", entry["answer"]["client"], answer=number)
                     found.answers.append(number)
             _reserve(connection, highest)
             switched = _switched(connection)
@@ -85,29 +81,22 @@ class Recovery(LedgerStore):
             for row in connection.execute("SELECT id, raw, active FROM answers").fetchall():
                 lacking = switched.get(row["id"], 0) - len(switches.get(row["raw"], []))
                 missing += [{"switch": row["raw"], "active": bool(row["active"]), "note": None}] * lacking
-        self.write_down(missing)
+        self.store.write_down(missing)
         return found
 
     def _check_pages(self) -> None:
         try:
-            with self._connect() as connection:
+            with self.store.connect() as connection:
                 (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
             found = str(error)
         if found != "ok":
-            raise damaged(self.path, found)
-
-    def write_down(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Adds to the journal what has been committed; a disk that refuses is made up for at the next start."""
-        try:
-            self.journal.append(list(entries))
-        except OSError as error:
-            logger.warning("%s: not written (%s); the ledger has it", self.journal.path, error)
+            raise damaged(self.store.path, found)
 
     def _switch_again(self, connection: sqlite3.Connection, answer: int, steps: Sequence[Mapping[str, Any]]) -> None:
         for step in steps:
             switch(connection, answer, bool(step["active"]))
-            self._note(connection, _SWITCHES[bool(step["active"])], None, answer=answer, note=step.get("note"))
+            self.store.note(connection, _SWITCHES[bool(step["active"])], None, answer=answer, note=step.get("note"))
 
 
 def switch(connection: sqlite3.Connection, answer: int, active: bool) -> None:
@@ -117,7 +106,7 @@ def switch(connection: sqlite3.Connection, answer: int, active: bool) -> None:
         "UPDATE queries SET status = ? WHERE id IN (SELECT query FROM answered WHERE answer = ?)"
         " AND (? OR NOT EXISTS (SELECT 1 FROM answered JOIN answers ON answers.id = answered.answer"
         " WHERE answered.query = queries.id AND answers.active = 1))",
-        ("answered" if active else "expired", answer, active),
+        (ANSWERED if active else EXPIRED, answer, active),
     )
     connection.execute("UPDATE merged SET answer = 0 WHERE image = (SELECT image FROM answers WHERE id = ?)", (answer,))
 
@@ -168,7 +157,7 @@ def _put_back(connection: sqlite3.Connection, entry: Mapping[str, Any], raw: Pat
         if connection.execute("SELECT 1 FROM answers WHERE id = ?", (row["other"],)).fetchone():
             _insert(connection, "agreement", {**row, "answer": number})
     for query in numbers.values():
-        connection.execute("UPDATE queries SET status = 'answered' WHERE id = ?", (query,))
+        connection.execute("UPDATE queries SET status = ? WHERE id = ?", (ANSWERED, query))
     return number
 
 

@@ -7,17 +7,24 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lib.errors import PatchwiseError
+from lib.ledger.journal import Journal
 from lib.ledger.records import Query, to_query
 from lib.ledger.schema import SCHEMA_VERSION, prepare
 from lib.storage.sqlite import log_ahead
+
+logger = logging.getLogger(__name__)
+
+# Values of a statement, by position or by name.
+Values = tuple[Any, ...] | dict[str, Any]
 
 BUSY_SECONDS = 30.0
 JOURNAL = "journal.jsonl"
@@ -42,7 +49,7 @@ class LeaseError(LedgerError):
 
 
 class LedgerStore:
-    """An SQLite file in WAL mode; every method of its subclasses is one transaction.
+    """An SQLite file in WAL mode and the journal beside it; every method of its users is one transaction.
 
     Any number of processes may hold one open: writers wait for each other, and a commit is on disk
     (`synchronous=FULL`) before the method returns. A file of an earlier version is brought up to date when it is
@@ -51,22 +58,20 @@ class LedgerStore:
     Args:
         path: the SQLite file; made when missing.
         clock: seconds since 1970, replaceable in tests.
-        idle_minutes: longest time between two requests that counts as work.
 
     Raises:
         LedgerError: the file belongs to a newer version or is damaged.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time, idle_minutes: float = 5) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self.clock = clock
-        self.idle_minutes = idle_minutes
         self._kept: sqlite3.Connection | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._connect() as connection:
+            with self.connect() as connection:
                 log_ahead(connection, BUSY_SECONDS)
-            with self._transaction() as connection:
+            with self.transaction() as connection:
                 found = prepare(connection)
         except sqlite3.OperationalError:
             # Locked, read-only, no room: nothing is wrong with what is in the file.
@@ -75,6 +80,11 @@ class LedgerStore:
             raise damaged(path, error) from error
         if found > SCHEMA_VERSION:
             raise LedgerError(f"{path} was written by a newer version (schema {found}); update this program")
+
+    @property
+    def journal(self) -> Journal:
+        """The ledger's second record (see `Journal`), beside its file."""
+        return Journal(self.path.with_name(JOURNAL))
 
     def stay_open(self) -> None:
         """Keeps the file open until the process ends: for a server, which does not fork.
@@ -85,7 +95,8 @@ class LedgerStore:
         self._kept.execute("SELECT 1 FROM meta").fetchone()
 
     @contextmanager
-    def _connect(self) -> Iterator[sqlite3.Connection]:
+    def connect(self) -> Iterator[sqlite3.Connection]:
+        """A connection for reading, closed at the end of the block."""
         # A connection a call: threads and forked children never share one, and opening costs a tenth of a millisecond.
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         connection.row_factory = sqlite3.Row
@@ -96,8 +107,9 @@ class LedgerStore:
             connection.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._connect() as connection:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A connection whose changes are committed at the end of the block, or rolled back with an error."""
+        with self.connect() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -108,11 +120,19 @@ class LedgerStore:
                 raise
             connection.execute("COMMIT")
 
-    def _queries(self, condition: str, values: tuple[Any, ...]) -> list[Query]:
-        with self._connect() as connection:
+    def queries(self, condition: str, values: Values = ()) -> list[Query]:
+        """Queries that meet an SQL condition, in the order it names."""
+        with self.connect() as connection:
             return [to_query(row) for row in connection.execute(f"SELECT * FROM queries WHERE {condition}", values)]
 
-    def _note(
+    def write_down(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Add committed lines to the journal; after a disk error the next start adds them."""
+        try:
+            self.journal.append(list(entries))
+        except OSError as error:
+            logger.warning("%s: not written (%s); the ledger has it", self.journal.path, error)
+
+    def note(
         self,
         connection: sqlite3.Connection,
         kind: str,

@@ -36,10 +36,16 @@ class Threads:
     Whatever a route does (block, compute, await, stream, read uploads, encode JSON) it does there; only bytes cross
     over to the server's loop. Context variables go along. What routes share is therefore used by several threads at
     once: the ledger opens a connection a call and the summaries one a request, labels change under their image's lock
-    (`MergedLabels`), regions are chosen and handed out under the datastore's locks, networks run under their ensemble's
+    (`MergedLabels`), regions are chosen and handed out under the batch planner's, networks run under their ensemble's
     lock, the datastore's and the clients' tables have locks of their own or replace entries whole. MONAI Label's table
     of tasks changes in requests of the kind "heavy" and in the background thread only, and a lock of its own keeps
     trainings apart.
+
+    Plain `def` routes in the thread pool of the server's loop are no faster. Against this class, medians of 12
+    interleaved series of a route of 5 ms with 4 clients on 2 busy cores were 1.01 times as long (1.03 beside a thread
+    that computes). For `def` routes inside this class, which start one more thread per request, they were 1.08 (1.21)
+    times as long. In `bench latency` with all own routes as `def` on the server's loop, medians of "next region",
+    "save" and "info" were 1.3 to 2.0 times as long; two runs of this class differed by 1.3 to 1.5 times.
     """
 
     def __init__(self, app: ASGIApp) -> None:

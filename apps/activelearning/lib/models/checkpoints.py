@@ -15,27 +15,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from lib.models.plan import Plan
+from lib.errors import PatchwiseError
+from lib.models.facts import ModelFacts
 from lib.models.recipe import Bundle
+from lib.options import problems
 from lib.storage.atomic_files import file_digest, read_json, write_atomic, write_json
 
 KEPT_TRAININGS = 2
 _FACTS = "facts.json"
 
 
+class FactsError(PatchwiseError):
+    """The facts of a training cannot be read."""
+
+
 @dataclass(frozen=True)
 class Model:
-    """A finished training: its digest, its round, and what was said when it was recorded."""
+    """A finished training: the folder of its checkpoints and its facts."""
 
-    digest: str
     folder: Path
-    facts: dict[str, Any]
+    facts: ModelFacts
+
+    @property
+    def digest(self) -> str:
+        return self.facts.digest
 
     @property
     def round(self) -> int:
-        return int(self.facts["round"])
+        return self.facts.round
 
 
 class ModelStore:
@@ -73,22 +83,33 @@ class ModelStore:
         """Members of a training that are on disk and whole."""
         return [member for member in range(members) if zipfile.is_zipfile(self.member_path(digest, member))]
 
-    def publish(self, digest: str, facts: Mapping[str, Any]) -> Model:
-        """Makes a training the current one and removes all but the newest few."""
-        folder = self.folder / digest[:16]
+    def publish(self, facts: ModelFacts) -> Model:
+        """Make a training the current one and remove all but the newest few."""
+        folder, written = self.folder / facts.digest[:16], facts.model_dump(mode="json")
         files = {path.name: file_digest(path) for path in sorted(folder.glob("member_*.pt"))}
         # What `repair` needs to make this training the current one again, should a newer one be damaged.
-        write_json(folder / _FACTS, {"facts": {"digest": digest, **facts}, "files": files})
-        write_json(self.folder / "current.json", {"digest": digest, **facts})
+        write_json(folder / _FACTS, {"facts": written, "files": files})
+        write_json(self.folder / "current.json", written)
         for old in self._folders()[KEPT_TRAININGS:]:
-            if old.name != digest[:16]:
+            if old.name != folder.name:
                 shutil.rmtree(old, ignore_errors=True)
-        return Model(digest, self.folder / digest[:16], dict(facts))
+        return Model(folder, facts)
 
     def current(self) -> Model | None:
-        """The newest finished training, or None before the first."""
-        facts = read_json(self.folder / "current.json")
-        return Model(facts["digest"], self.folder / facts["digest"][:16], facts) if facts else None
+        """The newest finished training, or None before the first.
+
+        Raises:
+            FactsError: the file does not hold the facts of a training.
+        """
+        path = self.folder / "current.json"
+        found = read_json(path)
+        if not found:
+            return None
+        try:
+            facts = ModelFacts.model_validate(found)
+        except ValidationError as error:
+            raise FactsError(f"{path}: expected the facts of a training, got {problems(error)}; train again") from error
+        return Model(self.folder / facts.digest[:16], facts)
 
     def repair(self) -> str | None:
         """Goes back to the newest whole training where the current one is damaged; what was done, in a sentence.
@@ -136,8 +157,8 @@ def _is_whole(folder: Path) -> bool:
 
 def trained_bundle(model: Model | None, bundle: Bundle) -> Bundle:
     """The bundle with the plan that `model` was trained by, whatever the plan is now."""
-    plan = model.facts.get("plan") if model else None
-    return bundle.planned(Plan.model_validate(plan)) if plan else bundle
+    plan = model.facts.plan if model else None
+    return bundle.planned(plan) if plan else bundle
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lib.querying.candidate_cache import Head, Summary
+from lib.querying.candidate_cache import Head, ImageCandidates
 from lib.querying.types import Candidate
 from lib.regions import triple
 from lib.storage.sqlite import log_ahead
@@ -59,7 +59,7 @@ class SummaryFile:
         ).fetchall()
         return {image: Head(*head) for image, digest, *head in rows if digest == self.digests.get(image)}
 
-    def load(self, key: str, image: str) -> Summary:
+    def load(self, key: str, image: str) -> ImageCandidates:
         """One summary.
 
         Raises:
@@ -74,9 +74,9 @@ class SummaryFile:
         content = json.loads(text)
         boxes = tuple((triple(start, "start"), triple(size)) for start, size in content["taken"])
         candidates = tuple(_candidate(c) for c in content["candidates"])
-        return Summary(Head(taken, best, ceiling), boxes, candidates, bool(content["complete"]))
+        return ImageCandidates(Head(taken, best, ceiling), boxes, candidates, bool(content["complete"]))
 
-    def save(self, key: str, image: str, summary: Summary) -> None:
+    def save(self, key: str, image: str, summary: ImageCandidates) -> None:
         """Keep a summary in place of an older one."""
         head = summary.head
         candidates = [asdict(c) for c in summary.candidates]

@@ -12,7 +12,7 @@ from torch import nn
 
 from lib.models.checkpoints import Model, ModelStore, trained_bundle
 from lib.models.loss_head import LossHead, fresh_head
-from lib.models.recipe import Bundle, Recipe
+from lib.models.recipe import Bundle
 from lib.prediction.posterior import Ensemble
 
 QUERY_DROPOUT = 0.1
@@ -21,12 +21,12 @@ QUERY_DROPOUT = 0.1
 def load_ensemble(store: ModelStore, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
     """Return the ensemble of a finished training; checkpoints are read with `weights_only=True` and run no code."""
     bundle = trained_bundle(model, bundle)
-    recipe = Recipe.model_validate(model.facts["recipe"])
+    recipe = model.facts.recipe
     networks: list[nn.Module] = []
     heads: list[LossHead] = []
-    for member in range(int(model.facts["members"])):
+    for member in range(model.facts.members):
         # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
-        network = bundle.network(len(model.facts["classes"]), QUERY_DROPOUT, recipe.deep_supervision)
+        network = bundle.network(len(model.facts.classes), QUERY_DROPOUT, recipe.deep_supervision)
         path = store.member_path(model.digest, member)
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         networks.append(network)
@@ -36,11 +36,11 @@ def load_ensemble(store: ModelStore, model: Model, bundle: Bundle, device: torch
             head.load_state_dict(weights)
             heads.append(head)
     taps = bundle.layers("loss_taps") if heads else []
-    spacing, grey = model.facts["spacing"], bundle.normalisation
+    spacing, grey = model.facts.spacing, bundle.normalisation
     mirrored = recipe.mirror if recipe.mirror_predictions else ()
     crop, divisor, sure = recipe.patch, bundle.divisor, recipe.confidence
-    known_mm3 = model.facts.get("smallest_mm3", {})
-    smallest_mm3 = {model.facts["classes"][name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
+    known_mm3 = model.facts.smallest_mm3
+    smallest_mm3 = {model.facts.classes[name]: recipe.smallest * mm3 for name, mm3 in known_mm3.items()}
     return Ensemble(
         networks,
         crop,

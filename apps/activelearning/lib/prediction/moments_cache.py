@@ -103,7 +103,7 @@ class MomentsCache:
             seed = int(digests[image][:8], 16)
             with loaded.lock:
                 write_atomic(
-                    self.path(model, image, spec), _writer(loaded, volume, spec, seed, len(model.facts["classes"]))
+                    self.path(model, image, spec), _writer(loaded, volume, spec, seed, len(model.facts.classes))
                 )
             report(done, len(missing))
         self._prune(model)

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from lib.querying.candidate_cache import (
     Head,
-    Summary,
+    ImageCandidates,
     SummaryStore,
     best_of_pool,
     remembered,
@@ -111,7 +111,7 @@ def _select_softrank(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) ->
     return picks_from(ask, chosen, rest[0] if rest else None, lambda: ranked_steps(ranked, len(chosen), left=len(rest)))
 
 
-def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> Summary:
+def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> ImageCandidates:
     """What `image` offers to `ask`, for a store of summaries."""
     candidates = image_candidates(ask, image, evidence, ask.per_image)
     if not image.taken:
@@ -121,7 +121,7 @@ def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> Summary:
         ceiling = float(np.fmax.reduce(utility_of(ask, grid, image), axis=None))
     best_one = candidates[0].utility if candidates else -np.inf
     head = Head(taken_digest(image.taken), best_one, ceiling)
-    return Summary(head, image.taken, tuple(candidates), complete=len(candidates) < ask.per_image)
+    return ImageCandidates(head, image.taken, tuple(candidates), complete=len(candidates) < ask.per_image)
 
 
 def image_candidates(

@@ -36,7 +36,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ImageCandidates:
     """Head, boxes taken then, and candidates (best first) of one image; complete when it has no more boxes to offer."""
 
     head: Head
@@ -53,11 +53,11 @@ class SummaryStore(Protocol):
         """Heads of every image that has a summary under `key`."""
         ...
 
-    def load(self, key: str, image: str) -> Summary:
+    def load(self, key: str, image: str) -> ImageCandidates:
         """One summary."""
         ...
 
-    def save(self, key: str, image: str, summary: Summary) -> None:
+    def save(self, key: str, image: str, summary: ImageCandidates) -> None:
         """Keep a summary in place of an older one."""
         ...
 
@@ -66,17 +66,17 @@ class SummaryStore(Protocol):
 class MemorySummaries:
     """Summaries in memory."""
 
-    _kept: dict[str, dict[str, Summary]] = field(default_factory=dict)
+    _kept: dict[str, dict[str, ImageCandidates]] = field(default_factory=dict)
 
     def heads(self, key: str) -> Mapping[str, Head]:
         """Heads of every image that has a summary under `key`."""
         return {image: summary.head for image, summary in self._kept.get(key, {}).items()}
 
-    def load(self, key: str, image: str) -> Summary:
+    def load(self, key: str, image: str) -> ImageCandidates:
         """One summary."""
         return self._kept[key][image]
 
-    def save(self, key: str, image: str, summary: Summary) -> None:
+    def save(self, key: str, image: str, summary: ImageCandidates) -> None:
         """Keep a summary in place of an older one."""
         self._kept.setdefault(key, {})[image] = summary
 
@@ -97,7 +97,7 @@ def taken_digest(taken: Sequence[Box]) -> str:
 
 
 def best_of_pool(
-    ask: Ask, pool: Sequence[PoolImage], store: SummaryStore, summarise: Callable[[PoolImage], Summary], n: int
+    ask: Ask, pool: Sequence[PoolImage], store: SummaryStore, summarise: Callable[[PoolImage], ImageCandidates], n: int
 ) -> list[Candidate]:
     """The `n` best candidates of the pool, exactly as if every image had been looked at; `pool` in order of ids.
 
@@ -132,7 +132,7 @@ def best_of_pool(
     return [c for _, _, _, c in found]
 
 
-def _remaining(summary: Summary, taken: Sequence[Box]) -> tuple[Candidate, ...] | None:
+def _remaining(summary: ImageCandidates, taken: Sequence[Box]) -> tuple[Candidate, ...] | None:
     """Candidates left when the first few of them have been taken since, None when anything else has changed.
 
     Greedy selection goes on from its first picks as if it had never stopped, so what is left is exact.
@@ -163,11 +163,13 @@ def remembered(
             continue
         candidates = tuple(offers(image))
         top = max((c.utility for c in candidates), default=-math.inf)
-        store.save(key, image.id, Summary(Head(taken, top, top), image.taken, candidates, complete=True))
+        store.save(key, image.id, ImageCandidates(Head(taken, top, top), image.taken, candidates, complete=True))
         yield candidates
 
 
-def _renew(store: SummaryStore, key: str, image: PoolImage, summarise: Callable[[PoolImage], Summary]) -> Summary:
+def _renew(
+    store: SummaryStore, key: str, image: PoolImage, summarise: Callable[[PoolImage], ImageCandidates]
+) -> ImageCandidates:
     summary = summarise(image)
     store.save(key, image.id, summary)
     return summary

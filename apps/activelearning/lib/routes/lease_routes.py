@@ -40,17 +40,17 @@ def lease_routes(services: Services) -> APIRouter:
     @router.post("/activelearning/renew", summary="A new lease for a region")
     async def renew(params: dict[str, Any] | None = None, user: User = USER) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, services)
-        return _told(ledger.renew(wanted.query, client))
+        return _told(ledger.leases.renew(wanted.query, client))
 
     @router.post("/activelearning/release", summary="Give a region back to the pool")
     async def release(params: dict[str, Any] | None = None, user: User = USER) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, services)
-        return _told(ledger.release(wanted.query, client, wanted.reason))
+        return _told(ledger.leases.release(wanted.query, client, wanted.reason))
 
     @router.post("/activelearning/skip", summary="Never ask about a region again")
     async def skip(params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, services)
-        return _told(ledger.skip(wanted.query, client, wanted.reason))
+        return _told(ledger.leases.skip(wanted.query, client, wanted.reason))
 
     return router
 
@@ -62,8 +62,8 @@ def answer_routes(services: Services) -> APIRouter:
 
     @router.get("/answers", summary="Submissions of an image, or of all, withdrawn ones too")
     async def answers(image: str | None = None, user: User = USER) -> list[dict[str, Any]]:
-        images = ledger.answered_images(withdrawn=True) if image is None else [image]
-        return [_answer(answer) for name in images for answer in ledger.answers(name, withdrawn=True)]
+        images = ledger.answers.images(withdrawn=True) if image is None else [image]
+        return [_answer(answer) for name in images for answer in ledger.answers.of_image(name, withdrawn=True)]
 
     @router.post("/answers/{answer_id}/withdraw", summary="Take an answer out of the label")
     async def withdraw(answer_id: int, params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def answer_routes(services: Services) -> APIRouter:
 
     @router.get("/agreement", summary="Dice between two annotators of one region")
     async def agreement(user: User = USER) -> dict[str, Any]:
-        pairs = ledger.agreements()
+        pairs = ledger.answers.agreements()
         return {"classes": summarise(pairs, services.classes), "pairs": pairs}
 
     return router
@@ -92,7 +92,7 @@ def times(services: Services, query: Query) -> dict[str, Any]:
         "second_reading_of": query.twin,
         "handed_out": iso(query.leased),
         "opened": iso(query.opened),
-        "submitted": iso(services.ledger.submitted(query.id)),
+        "submitted": iso(services.ledger.answers.submitted(query.id)),
         "minutes": query.worked / 60 if query.worked else None,
     }
 

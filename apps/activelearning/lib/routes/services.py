@@ -13,9 +13,9 @@ from typing import Any
 
 from lib.adapters.infer_tasks import SegmentationTask
 from lib.adapters.train_task import EnsembleTrainTask
-from lib.annotator.explanations import Reasons
-from lib.automation.ticker import Background
-from lib.dashboard.snapshot import Progress
+from lib.annotator.explanations import Explanations
+from lib.automation.ticker import Ticker
+from lib.dashboard.snapshot import Snapshot
 from lib.ledger.queries import QueryLedger
 from lib.middleware.client_identity import Clients
 from lib.options import AppOptions
@@ -47,8 +47,8 @@ class Services:
     trainers: Mapping[str, EnsembleTrainTask]
     segmenters: Mapping[str, SegmentationTask]
     clients: Clients
-    reasons: Reasons
-    progress: Progress
-    background: Background
+    reasons: Explanations
+    progress: Snapshot
+    background: Ticker
     sessions: Callable[[], Any]
     opened: Callable[[str], None]

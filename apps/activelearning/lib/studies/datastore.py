@@ -28,10 +28,10 @@ from lib.ledger.records import Answer
 from lib.regions import Triple, triple
 from lib.storage.atomic_files import atomic_path, file_digest
 from lib.storage.volumes import EXTENSIONS, check_image, check_label_file, image_geometry
-from lib.studies.file_cache import FileFacts, Stamped
+from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.folder_listing import FolderListing, split_name
 from lib.studies.request_context import SAVED_ANSWER, current_client
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 
 FINAL = DefaultLabelTag.FINAL.value
 STATE_FOLDER = ".patchwise"
@@ -41,8 +41,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
 class PartialLabelDatastore(Datastore):
     """Images `<studies>/<id>.nii.gz` and labels `<studies>/labels/<tag>/<id>.nii.gz`, as MONAI Label lays them out.
 
-    Labels under tag `final` go through `Annotations`: only the asked regions become labelled. What clients store about
-    images is kept in the ledger, so no update rewrites a file that grows with the pool, and two processes may write.
+    Labels under tag `final` go through `SubmissionStore`: only the asked regions become labelled. Facts that clients
+    store about images are kept in the ledger, so no update rewrites a file that grows with the pool, and two processes
+    may write.
 
     Args:
         studies: the folder; made when missing.
@@ -56,15 +57,12 @@ class PartialLabelDatastore(Datastore):
         self._images = FolderListing(studies)
         self._labels: dict[str, FolderListing] = {}
         self._lock = threading.Lock()
-        # Held while regions are chosen (long), and while they are handed out (short, also inside of the other one):
-        # what is chosen depends on what is taken, and one region goes to one client.
-        self.choosing, self.handing_out = threading.Lock(), threading.Lock()
-        self._digests = FileFacts[str](ledger, ":sha256", file_digest, str)
-        self._geometries = FileFacts[Geometry](ledger, ":geometry", _read_geometry, _parse_geometry)
+        self._digests = FileCache[str](ledger, ":sha256", file_digest, str)
+        self._geometries = FileCache[Geometry](ledger, ":geometry", _read_geometry, _parse_geometry)
         self._readable: dict[str, Stamped] = {}
         for tag in (FINAL, DefaultLabelTag.ORIGINAL.value):
             (studies / "labels" / tag).mkdir(parents=True, exist_ok=True)
-        self.annotations = Annotations(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger)
+        self.annotations = SubmissionStore(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger)
 
     def name(self) -> str:
         return self.studies.name
@@ -120,7 +118,7 @@ class PartialLabelDatastore(Datastore):
 
     def remove_image(self, image_id: str) -> None:
         path = self.image_path(image_id)
-        if self.ledger.answers(image_id):
+        if self.ledger.answers.of_image(image_id):
             refuse(f"image {image_id!r} has annotations; withdraw them before deleting it", 409)
         path.unlink()
 
@@ -168,7 +166,7 @@ class PartialLabelDatastore(Datastore):
         return [image for image in self.list_images() if image not in labelled]
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Stores a submission; under `final` only its queries' regions become labelled (see `Annotations.save`)."""
+        """Stores a submission; under `final` only its queries' regions become labelled (see `SubmissionStore.save`)."""
         image = self.image_path(image_id)
         tag = _checked_name(label_tag, "tag")
         source = Path(label_filename)
@@ -201,7 +199,7 @@ class PartialLabelDatastore(Datastore):
         path = self.label_path(label_id, label_tag)
         if path is None:
             refuse(f"no label of {label_id!r} under tag {label_tag!r}", 404)
-        if label_tag == FINAL and self.ledger.answers(label_id):
+        if label_tag == FINAL and self.ledger.answers.of_image(label_id):
             refuse(f"the label of {label_id!r} is built from recorded answers and cannot be deleted as a file", 409)
         path.unlink()
 

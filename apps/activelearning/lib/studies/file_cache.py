@@ -42,7 +42,7 @@ class Stamped(NamedTuple):
         return cls(str(path), status.st_size, status.st_mtime_ns)
 
 
-class FileFacts(Generic[T]):
+class FileCache(Generic[T]):
     """One kind of fact about the images' files.
 
     Used by several threads: an entry is replaced whole, and two that find the same fact missing both read the file.

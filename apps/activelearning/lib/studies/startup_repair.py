@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lib.models.checkpoints import ModelStore
 from lib.storage.atomic_files import remove_unfinished
-from lib.studies.submissions import Annotations
+from lib.studies.submissions import SubmissionStore
 
 _PAGE_SIZE_AT, _PAGES_AT, _HEADER = 16, 28, 100
 _LARGEST_PAGE = 65536
@@ -22,7 +22,9 @@ _LARGEST_PAGE = 65536
 _HOURS = 1.0
 
 
-def mend(annotations: Annotations, images: Mapping[str, Path], models: Iterable[ModelStore]) -> Iterator[str]:
+def repair_studies(
+    annotations: SubmissionStore, images: Mapping[str, Path], models: Iterable[ModelStore]
+) -> Iterator[str]:
     """Ledger and journal first, then labels from the raw answers, then models and caches; a sentence for each repair.
 
     Raises:

@@ -36,13 +36,13 @@ from lib.regions import Region, Triple
 from lib.storage.atomic_files import atomic_path, file_digest
 from lib.storage.volume_headers import ImageError
 from lib.storage.volumes import EXTENSIONS, image_geometry, load_label
-from lib.studies.file_cache import FileFacts, Stamped
+from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.merged_labels import MergedLabels
 
 Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
 
 
-class Annotations:
+class SubmissionStore:
     """Submissions of annotators and the merged label maps made from them.
 
     The order of a save is what makes it safe: the raw file is on disk before the ledger knows of it, the ledger has
@@ -66,7 +66,7 @@ class Annotations:
         self.labels = MergedLabels(merged, state / "locks")
         self.classes = classes
         self.ledger = ledger
-        self._digests = FileFacts[str](ledger, ":label", file_digest, str)
+        self._digests = FileCache[str](ledger, ":label", file_digest, str)
 
     def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
         """Takes a submission in; the number of the answer.
@@ -101,16 +101,16 @@ class Annotations:
             if merged_xyz is None:
                 self._rebuild(image_id, shape, affine)
             else:
-                self.ledger.mark_merged(image_id, answer, self.labels.write(image_id, merged_xyz, affine))
+                self.ledger.answers.mark_merged(image_id, answer, self.labels.write(image_id, merged_xyz, affine))
         return answer
 
     def _current(self, image_id: str, shape: Triple) -> LabelMap | None:
         """The label of all active answers so far if it can be had without them, else None."""
-        last = self.ledger.last_answer(image_id)
+        last = self.ledger.answers.last(image_id)
         if not last:
             return unlabelled(shape)
-        held, sha256 = self.ledger.merged(image_id)
-        if held != last or sha256 is None or self.ledger.is_classwise(image_id):
+        held, sha256 = self.ledger.answers.merged(image_id)
+        if held != last or sha256 is None or self.ledger.answers.is_classwise(image_id):
             return None
         return self.labels.read(image_id, shape, sha256)
 
@@ -126,15 +126,15 @@ class Annotations:
             return self._rebuild(image_id, shape, affine)
 
     def _rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
-        last = self.ledger.last_answer(image_id)
-        answers, sha256 = self.ledger.answers(image_id), None
+        last = self.ledger.answers.last(image_id)
+        answers, sha256 = self.ledger.answers.of_image(image_id), None
         label_xyz = self._merged(shape, answers)
         if answers:
             sha256 = self.labels.write(image_id, label_xyz, affine)
         elif last:
             self.labels.remove(image_id)
         if last:
-            self.ledger.mark_merged(image_id, last, sha256)
+            self.ledger.answers.mark_merged(image_id, last, sha256)
         return label_xyz
 
     def rebuilt(self, image_id: str, shape: Triple) -> LabelMap:
@@ -143,7 +143,7 @@ class Annotations:
         Raises:
             ImageError: a raw file is missing or not what was submitted.
         """
-        return self._merged(shape, self.ledger.answers(image_id))
+        return self._merged(shape, self.ledger.answers.of_image(image_id))
 
     def withdraw(self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None = None) -> Answer:
         """Takes an answer out of its image's label and opens its queries to the pool; record and raw file stay.
@@ -166,13 +166,13 @@ class Annotations:
     def _switch(
         self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None, active: bool
     ) -> Answer:
-        switch = self.ledger.restore if active else self.ledger.withdraw
-        found = self.ledger.answer(answer_id)
+        switch = self.ledger.answers.restore if active else self.ledger.answers.withdraw
+        found = self.ledger.answers.get(answer_id)
         if found is None:
             return switch(answer_id, client, reason)
         shape, affine = geometry(found.image)
         with self.labels.locked(found.image):
-            kept = self.ledger.answers(found.image, withdrawn=True)
+            kept = self.ledger.answers.of_image(found.image, withdrawn=True)
             self._merged(shape, [a for a in kept if (active if a.id == answer_id else a.active)])
             found = switch(answer_id, client, reason)
             self._rebuild(found.image, shape, affine)
@@ -180,7 +180,7 @@ class Annotations:
 
     def classwise(self, image_id: str, shape: Triple) -> ClasswiseLabels | None:
         """What is known of an image in which somewhere only some classes were drawn; None where there is no such."""
-        answers = self.ledger.answers(image_id)
+        answers = self.ledger.answers.of_image(image_id)
         return self._classwise(shape, answers) if any(self._drawn(answer.info) for answer in answers) else None
 
     def _merged(self, shape: Triple, answers: Sequence[Answer]) -> LabelMap:
@@ -211,11 +211,11 @@ class Annotations:
 
     def repair(self, image_paths: Mapping[str, Path]) -> list[str]:
         """Rebuilds labels that a kill left behind the ledger, and those that were deleted or changed; the images."""
-        kept = {image: self.labels.path(image) for image in self.ledger.answered_images()}
+        kept = {image: self.labels.path(image) for image in self.ledger.answers.images()}
         there = {image: Stamped.of(path) for image, path in kept.items() if path.is_file()}
-        digests, expected = self._digests.of(there), self.ledger.merged_digests()
+        digests, expected = self._digests.of(there), self.ledger.answers.merged_digests()
         damaged = [image for image in kept if image not in there or digests[image] != expected.get(image)]
-        behind = [image for image in sorted({*self.ledger.unmerged(), *damaged}) if image in image_paths]
+        behind = [image for image in sorted({*self.ledger.answers.unmerged(), *damaged}) if image in image_paths]
         for image in behind:
             self.rebuild(image, *image_geometry(image_paths[image]))
         return behind
@@ -237,7 +237,7 @@ class Annotations:
         """Dice of every class that two people looked for in the same region."""
         found = []
         for region in regions:
-            other = self.ledger.earlier_reading(region, client)
+            other = self.ledger.answers.earlier_reading(region, client)
             if other is None:
                 continue
             theirs = self._drawn(other.info)
@@ -261,7 +261,7 @@ class Annotations:
             return [self._named(image_id, query, client) for query in _numbers(info["queries"])]
         if not self.ledger.was_asked(image_id):
             return whole
-        held = self.ledger.open_queries(image_id, client) or self.ledger.last_worked(image_id, client)
+        held = self.ledger.leases.open_queries(image_id, client) or self.ledger.leases.last_worked(image_id, client)
         if not held:
             raise LabelError(
                 f"{client} has no open region on {image_id}; ask for the next region first, name the queries, "
@@ -287,7 +287,7 @@ class Annotations:
     def _adopt(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> None:
         """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
-        if existing is None or self.ledger.last_answer(image_id):
+        if existing is None or self.ledger.answers.last(image_id):
             return
         label = load_label(existing, like=(shape, affine, image_id))
         check_values(label.array_xyz, self.classes)
@@ -307,7 +307,7 @@ class Annotations:
         target = self.state / "raw" / raw
         with atomic_path(target) as temporary:
             shutil.copyfile(submitted, temporary)
-        return self.ledger.record_answer(image_id, raw, file_digest(target), info, client, regions, agreements)
+        return self.ledger.answers.record(image_id, raw, file_digest(target), info, client, regions, agreements)
 
 
 def _settled(label_xyz: LabelMap, info: Mapping[str, Any]) -> Mapping[str, Any]:

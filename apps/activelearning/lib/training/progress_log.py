@@ -18,7 +18,7 @@ from lib.training.trainer import Progress
 logger = logging.getLogger(__name__)
 
 
-class Board:
+class ProgressLog:
     """Progress of every member of a training; `report` writes it to `path` and the log.
 
     Time left = time so far / share done so far * share left, over the steps of this process: what an earlier process

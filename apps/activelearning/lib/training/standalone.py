@@ -17,17 +17,15 @@ import torch
 
 from lib.models.checkpoints import ModelStore, choose_device
 from lib.models.class_names import resolve_classes
-from lib.models.preprocessing import TrainingCase, network_image, network_label
 from lib.models.recipe import Bundle
 from lib.options import AppOptions, OptionError
-from lib.partial_labels import check_values
 from lib.planning.plan_store import PlanStore
 from lib.prediction.loading import load_ensemble
 from lib.prediction.segmentation import segment
 from lib.storage.atomic_files import file_digest, text_digest
-from lib.storage.volumes import EXTENSIONS, check_same_grid, load_image, load_label, save_label
-from lib.training.ensemble import Job, Layout, train_members
-from lib.training.smallest_structures import SmallestStructures
+from lib.storage.volumes import EXTENSIONS, load_image, save_label
+from lib.training.ensemble import Layout, train_members
+from lib.training.pipeline import Training
 from lib.training.trainer import Progress
 
 logger = logging.getLogger(__name__)
@@ -79,34 +77,16 @@ class FolderTraining:
         bundle = plans.ensure(images, labels)
         spacing = bundle.plan.spacing if bundle.plan else None
         recipe = bundle.recipe(self.recipe)
-        cases, structures = [], SmallestStructures(classes)
-        for name, path in labels.items():
-            volume, mask = load_image(images[name]), load_label(path)
-            check_same_grid(mask, volume.shape, volume.affine, name)
-            check_values(mask.array_xyz, classes)
-            structures.add(mask.array_xyz, mask.spacing)
-            image_cxyz = network_image(volume, spacing, bundle.normalisation)
-            cases.append(TrainingCase(name, image_cxyz, network_label(mask.array_xyz, volume.spacing, spacing)))
+        store = ModelStore(self.output, bundle.name)
+        training = Training(bundle, store, classes, recipe, spacing, self.members, self.seed, 0)
+        data = training.build_cases(images, labels)
         inputs = {name: (file_digest(images[name]), file_digest(path)) for name, path in labels.items()}
         digest = text_digest(bundle.fingerprint(), recipe.model_dump(mode="json"), classes, self.seed, inputs)
-        store = ModelStore(self.output, bundle.name)
-        plan = bundle.plan.model_dump(mode="json") if bundle.plan else None
-        everyone = [sorted(labels)] * self.members
-        job = Job(bundle.folder, store.folder, len(classes), recipe, digest, self.seed, 0, everyone, plan=plan)
+        job = training.job(digest, [sorted(labels)] * self.members, data.codes)
         layout = Layout.of(self.members, [str(choose_device(self.options.device))], torch.get_num_threads(), 1)
         pending = sorted(set(range(self.members)) - set(store.finished_members(digest, self.members)))
-        train_members(job, cases, pending, layout, self.output / "job", _report)
-        facts = {
-            "round": 0,
-            "bundle": bundle.name,
-            "members": self.members,
-            "classes": classes,
-            "recipe": recipe.model_dump(mode="json"),
-            "spacing": spacing,
-            "plan": plan,
-            "smallest_mm3": structures.found_mm3(),
-        }
-        return store.publish(digest, facts).folder
+        train_members(job, data.cases, pending, layout, self.output / "job", _report)
+        return training.publish(digest, data.smallest_mm3).folder
 
 
 class FolderInference:
@@ -147,7 +127,7 @@ class FolderInference:
         written = []
         for name, path in images.items():
             volume = load_image(path)
-            label_xyz = segment(ensemble, volume, 1 + len(model.facts["classes"]), self.store.folder)
+            label_xyz = segment(ensemble, volume, 1 + len(model.facts.classes), self.store.folder)
             written.append(self.output / f"{name}.nii.gz")
             save_label(written[-1], label_xyz, volume.affine)
             logger.info("segmented %s", name)

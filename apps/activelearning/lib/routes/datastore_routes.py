@@ -33,11 +33,14 @@ from lib.errors import refuse
 from lib.middleware.request_checks import check_plain_name
 from lib.middleware.roles import ADMIN, ANNOTATOR, USER
 from lib.routes.services import Services
+from lib.storage.atomic_files import folded
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
 
 _CHECK_SUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MOST_FILES = 10_000
+# DEFLATE packs at most 1032 bytes into one; other methods of ZIP pack more, and are held to the same.
+_MOST_PACKED = 1040
 
 
 @contextmanager
@@ -208,7 +211,7 @@ def _keep(files: Sequence[UploadFile], folder: Path) -> list[Path]:
     kept: list[Path] = []
     for file in files:
         name = PurePosixPath((file.filename or "image.nii.gz").replace("\\", "/")).name
-        if name == "meta.info" or any(path.name == name for path in kept):
+        if folded(name) == "meta.info" or any(folded(path.name) == folded(name) for path in kept):
             refuse(f"the file name {name!r} is taken; give every file of a session a name of its own")
         kept.append(folder / name)
         with open(kept[-1], "wb") as stream:
@@ -233,6 +236,14 @@ def _unpack(source: Path, folder: Path, most: int) -> Path:
             for entry in entries:
                 if entry.filename.startswith("/") or ".." in re.split(r"[/\\]", entry.filename):
                     refuse(f"{source.name!r} holds a file called {entry.filename[:80]!r}; name files inside of it only")
+                if entry.file_size > _MOST_PACKED * max(entry.compress_size, 1):
+                    refuse(
+                        f"{source.name!r} holds {entry.filename[:80]!r}, which unpacks to more than {_MOST_PACKED} "
+                        "times its size; pack it anew as a plain ZIP archive",
+                        413,
+                    )
+            if len({folded(entry.filename) for entry in entries}) < len(entries):
+                refuse(f"{source.name!r} holds two files whose names some file systems take for one; rename one")
             archive.extractall(folder)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, ValueError, EOFError) as error:
         refuse(f"{source.name!r} cannot be unpacked ({type(error).__name__}); pack it anew as a plain ZIP archive")

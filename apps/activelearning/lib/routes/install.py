@@ -20,11 +20,14 @@ from monailabel.endpoints.user.auth import User
 from starlette.formparsers import MultiPartParser
 
 from lib.errors import refuse
-from lib.middleware.client_identity import IdentifiedClients
+from lib.middleware.client_identity import IdentifiedClients, is_signed_in
 from lib.middleware.error_responses import ErrorResponses
-from lib.middleware.request_checks import CheckedRequests
+from lib.middleware.origins import OriginGuard
+from lib.middleware.received_bodies import ReceivedBodies
+from lib.middleware.request_checks import CheckedRequests, largest_body
 from lib.middleware.roles import ADMIN, USER
 from lib.middleware.tokens import accept_signed_tokens
+from lib.middleware.upstream_patches import guard, keep_connected, limit_heads
 from lib.middleware.worker_threads import Threads, prefer_answers
 from lib.options import AppOptions
 from lib.routes.datastore_routes import datastore_routes, other_routes, session_routes
@@ -63,6 +66,18 @@ def _install(app: FastAPI, routers: Sequence[APIRouter], options: AppOptions) ->
     checked = CheckedRequests(app.router.middleware_stack, options.upload_mib * 2**20)
     app.router.middleware_stack = Threads(IdentifiedClients(ErrorResponses(checked), options.forwarded_header))
     prefer_answers()
+    origins = [*options.origins, *(str(origin).rstrip("/") for origin in settings.MONAI_LABEL_CORS_ORIGINS)]
+    limit = largest_body(options.upload_mib * 2**20, is_signed_in)
+    guard(
+        app,
+        origins,
+        [
+            lambda inner: ReceivedBodies(inner, limit, options.body_idle_seconds, options.body_seconds),
+            lambda inner: OriginGuard(inner, origins, options.hosts),
+        ],
+    )
+    limit_heads(options.body_idle_seconds)
+    keep_connected()
 
 
 def routes(services: Services) -> APIRouter:

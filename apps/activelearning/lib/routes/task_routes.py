@@ -26,6 +26,7 @@ from lib.middleware.request_checks import check_plain_name
 from lib.middleware.roles import ADMIN, ANNOTATOR, USER
 from lib.routes.datastore_routes import cleaned, received
 from lib.routes.services import Services
+from lib.storage.atomic_files import folded
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
 from lib.uncertainty import SCORE_MAPS
@@ -156,7 +157,7 @@ def _check_params(params: Mapping[str, Any], asked: Mapping[str, str]) -> None:
     tag = params.get("label_tag")
     if tag is not None:
         check_plain_name(str(tag), "label_tag")
-    if tag == FINAL:
+    if tag is not None and folded(str(tag)) == FINAL:
         refuse("predictions are not saved as tag final, which holds what people drew; use label_tag original")
 
 

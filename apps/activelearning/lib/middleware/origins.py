@@ -140,7 +140,9 @@ def _host_name(host: str) -> str:
     except ValueError:
         return ""
     name = (parts.hostname or "").rstrip(".")
-    return name if "@" not in host and parts.netloc == host.strip() and (_address(name) or _NAME.fullmatch(name)) else ""
+    return (
+        name if "@" not in host and parts.netloc == host.strip() and (_address(name) or _NAME.fullmatch(name)) else ""
+    )
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -114,7 +114,6 @@ def largest_body(upload_bytes: int, is_signed_in: Callable[[Scope], bool]) -> Ca
     return limit
 
 
-
 def check_path(path: str) -> None:
     """Ends a request whose path, decoded, leads somewhere else or holds what no name of this app holds."""
     for segment in path.split("/"):

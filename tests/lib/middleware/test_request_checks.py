@@ -13,6 +13,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
 from lib.errors import PatchwiseError
 from lib.middleware.request_bodies import FORM_BYTES, FormBody, check_file_name, check_json, check_urlencoded
@@ -26,8 +27,10 @@ FORM = (
 
 
 def refused(work) -> tuple[int, str]:
-    with pytest.raises(PatchwiseError) as error:
+    with pytest.raises((PatchwiseError, HTTPException)) as error:
         work()
+    if isinstance(error.value, HTTPException):
+        return error.value.status_code, error.value.detail
     assert "\n" not in str(error.value)
     return error.value.status, str(error.value)
 

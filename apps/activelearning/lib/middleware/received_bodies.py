@@ -11,6 +11,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, NoReturn
 
 import anyio.to_thread
@@ -26,6 +27,16 @@ _IN_MEMORY = 2**20
 _PIECE = 2**18
 # A refused sender may go on up to here, or it would see a broken connection and no sentence.
 _READ_ON_BYTES = 2**26
+
+
+def allow_connections() -> None:
+    """As many open connections as the system lets this process have: many systems begin with 1,024 or 256 files."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        wanted = 65_536 if most == resource.RLIM_INFINITY else min(most, 65_536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 class ReceivedBodies:

@@ -22,7 +22,7 @@ from lib.errors import refuse
 from lib.middleware.client_identity import IdentifiedClients, is_signed_in
 from lib.middleware.error_responses import ErrorResponses
 from lib.middleware.origins import OriginGuard
-from lib.middleware.received_bodies import ReceivedBodies
+from lib.middleware.received_bodies import ReceivedBodies, allow_connections
 from lib.middleware.request_checks import CheckedRequests, largest_body
 from lib.middleware.roles import ADMIN, USER
 from lib.middleware.tokens import accept_signed_tokens
@@ -79,6 +79,7 @@ def _install(app: FastAPI, routers: Sequence[APIRouter], options: AppOptions) ->
     )
     limit_heads(options.body_idle_seconds)
     keep_connected()
+    allow_connections()
 
 
 def routes(services: Services) -> APIRouter:

@@ -21,15 +21,26 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 
-from eval.runner.server import free_port
+from eval.runner.server import ServerProcess, free_port
 from tests.browser import Browser
+from tests.lib.dicom.archive import Archive
 from tests.system.conftest import BUNDLE, ROOT, Client, Start, fill
 
 APP = ROOT / "apps" / "activelearning"
+
+
+class Address(str):
+    """An address where a folder is expected, which would be made."""
+
+    def mkdir(self, **_options: Any) -> None:
+        pass
+
+
 TINY = {"members": 1, "steps": 100_000, "patch": [16, 16, 16]}
 
 # What a page may try without asking its reader: each entry ends in whether something was read.
@@ -257,3 +268,39 @@ def second(studies: Path, port: int | None = None, *more: str) -> subprocess.Com
     command += ["--host", "127.0.0.1", "--port", str(port or free_port()), *more]
     env = {**os.environ, "PYTHONPATH": str(APP)}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_log_needs_nothing_from_elsewhere(served: Any, tmp_path: Path, chromium: str) -> None:
+    server, _, _ = served
+    with Browser(tmp_path / "profile") as browser:
+        for path in ("/logs/", "/logs/?refresh=3", "/", "/docs"):
+            browser.open(server.url + path)
+            assert browser.run("document.body.innerText.length") > 20
+        assert browser.errors == []
+        assert [url for url in browser.requests if not url.startswith((server.url, "about:"))] == []
+
+
+@pytest.fixture(scope="module")
+def archive() -> Iterator[Archive]:
+    archive = Archive()
+    yield archive
+    archive.stop()
+
+
+def test_the_same_on_a_pacs(archive: Archive, elsewhere: int, tmp_path: Path, chromium: str) -> None:
+    (tmp_path / "pacs").mkdir()
+    conf = {"models": BUNDLE, "labels": "anterior,posterior", "state": tmp_path / "state"}
+    env = {"MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}'}
+    server = ServerProcess(tmp_path / "pacs", conf, log=tmp_path / "pacs.log", threads=1, env=env)
+    server.studies = Address(archive.url)
+    server.start()
+    try:
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(f"http://localhost:{elsewhere}/index.html")
+            assert attack(browser, server.url, "1.2.3") == []
+        for method in ("GET", "POST"):
+            for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+                answer = httpx.request(method, f"{server.url}/proxy/dicom/wado/studies", headers=headers)
+                assert answer.status_code == 403
+    finally:
+        server.stop()

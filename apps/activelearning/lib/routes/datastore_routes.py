@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -27,13 +28,14 @@ from monailabel.endpoints import session as upstream_session
 from monailabel.endpoints.user.auth import User
 from monailabel.utils.others.generic import file_checksum
 from starlette.background import BackgroundTask
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, HTMLResponse, Response
 
 from lib.errors import refuse
 from lib.middleware.request_checks import check_plain_name
 from lib.middleware.roles import ADMIN, ANNOTATOR, USER
 from lib.routes.services import Services
 from lib.storage.atomic_files import folded
+from lib.storage.volume_headers import check_self_contained
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
 
@@ -137,6 +139,9 @@ def session_routes(services: Services) -> APIRouter:
                 source = _unpack(source, Path(folder) / "unpacked", services.options.upload_mib * 2**20)
             elif source.is_file():
                 check_image(source, uploaded=True)
+            for path in [source] if source.is_file() else sorted(source.rglob("*")):
+                if path.is_file():
+                    check_self_contained(path)
             number, info = sessions.add_session(str(source), expiry)
         return {"session_id": number, "session_info": info.to_json()}
 
@@ -172,6 +177,14 @@ def other_routes(services: Services) -> APIRouter:
     async def reload(user: User = ADMIN) -> None:
         refuse("the app is not loaded again while it runs; restart the server", 409)
 
+    @router.get("/", include_in_schema=False)
+    @router.get("/docs", include_in_schema=False)
+    def start() -> HTMLResponse:
+        # MONAI Label's own pages here fetch their scripts from other servers.
+        links = ("patchwise/", "The progress page"), ("ohif/", "OHIF"), ("logs/", "The log"), ("openapi.json", "Routes")
+        listed = "".join(f'<li><a href="{address}">{name}</a></li>' for address, name in links)
+        return _page("Patchwise", f"<ul>{listed}</ul>")
+
     @router.get("/logs/", tags=["Others"], summary="Last lines of the log")
     async def logs(
         lines: Annotated[int, Query(ge=1, le=100_000)] = 300,
@@ -181,7 +194,11 @@ def other_routes(services: Services) -> APIRouter:
         user: User = ADMIN,
     ) -> Any:
         path = os.path.join(settings.MONAI_LABEL_APP_DIR, "logs", "app.log")
-        return upstream_logs.get_logs(path, lines, html, text, refresh)
+        found: Response = upstream_logs.get_logs(path, lines, False, True, refresh)
+        if text or not html:
+            return found
+        last = escape(bytes(found.body).decode("utf-8", "replace"))
+        return _page("Log", f"<pre>{last}</pre>", max(refresh, 3) if refresh else 0)
 
     @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
     async def gpu(user: User = ADMIN) -> Any:
@@ -204,6 +221,16 @@ def other_routes(services: Services) -> APIRouter:
     if services.studies.startswith(("http://", "https://")):
         router.routes[:] = [r for r in router.routes if "/proxy/" not in getattr(r, "path", "")]
     return router
+
+
+def _page(title: str, content: str, refresh: int = 0) -> HTMLResponse:
+    """A page without scripts: MONAI Label's need the internet."""
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    head = f'<meta charset="utf-8"><title>{title}</title>{again}'
+    return HTMLResponse(
+        f"<!doctype html><html lang=en><head>{head}</head><body><h1>{title}</h1>{content}</body></html>",
+        headers={"Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'"},
+    )
 
 
 def _keep(files: Sequence[UploadFile], folder: Path) -> list[Path]:

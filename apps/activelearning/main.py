@@ -80,6 +80,7 @@ class PatchwiseApp(MONAILabelApp):
         end_with_server()
         check_listening(sys.argv[1:], settings.MONAI_LABEL_AUTH_ENABLE)
         self.options = parse_options(dict(conf or {}))
+        check_device(self.options.device)
         root = _root(studies, self.options)
         folder = self.options.bundles or BUNDLES
         written = [root, Path(settings.MONAI_LABEL_SESSION_PATH or Path.home() / ".cache" / "monailabel")]
@@ -98,7 +99,6 @@ class PatchwiseApp(MONAILabelApp):
         }
         resolve(self.options.auto_method or self.listed_methods[0])
         next(iter(self.trainers.values())).parse(self.options.auto_train)
-        check_device(self.options.device)
         self._lock = hold_folder(root, state) if "start_server" in sys.argv[1:] else None
         self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
         if self.ledger.answered_images(withdrawn=True):

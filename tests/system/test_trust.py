@@ -256,7 +256,8 @@ def test_a_second_server_a_sigterm_and_a_sigkill(start_server: Start, tmp_path: 
         children = process.children(recursive=True)
         assert children
         os.kill(process.pid, end)
-        server.process.wait(15)
+        psutil.wait_procs([process], timeout=15)
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
         assert psutil.wait_procs(children, timeout=10)[1] == []
         server.stop()
         server.start()

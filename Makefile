@@ -3,6 +3,8 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do command -v $$p 2>/dev/null && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# The demonstration needs the first, everything else the second.
+APP_STAMP := $(VENV)/.installed-app
 STAMP := $(VENV)/.installed
 OUT ?= runs
 # Groups of tests that run side by side: files, and files that share a server.
@@ -12,7 +14,7 @@ STUDY ?= eval/studies/demo.yaml
 
 .PHONY: demo test test-slow system-test-dicom faults lint docs reference bench bench-nnunet fuzz quality phantoms study install clean
 
-demo: $(STAMP)
+demo: $(APP_STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
 
 test: $(STAMP)
@@ -107,10 +109,14 @@ study: $(STAMP)
 install: $(STAMP)
 
 # A machine without CUDA is served best by a CPU build of torch; where pip knows none, the requirement takes what it finds.
-$(STAMP): requirements.txt requirements-dev.txt
+$(APP_STAMP): requirements.txt
 	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.10, 3.11 or 3.12, or name one with PYTHON=..."; exit 2; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "Python %d.%d found at " % v + sys.executable + ": 3.10 to 3.12 is supported; name one with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(STAMP): $(APP_STAMP) requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

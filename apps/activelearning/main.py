@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
+import sqlite3
 import sys
 import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
@@ -37,6 +36,7 @@ from lib.automation import background_tasks
 from lib.automation.auto_rounds import AutoRounds
 from lib.automation.background_tasks import Failures, Kind, one_at_a_time
 from lib.automation.server_rounds import ServerWork
+from lib.automation.shutdown import end_start, end_tasks_with_server, end_with_server
 from lib.automation.ticker import Ticker
 from lib.dashboard.counts import Counts
 from lib.dashboard.snapshot import Snapshot
@@ -49,6 +49,7 @@ from lib.middleware.client_identity import Clients
 from lib.models.checkpoints import ModelStore
 from lib.models.class_names import check_same_ids, resolve_classes
 from lib.models.plan import Plan
+from lib.models.precision import check_device
 from lib.models.recipe import Bundle
 from lib.models.trusted_bundles import trusted_bundle
 from lib.options import AppOptions, OptionError, describe_options, parse_options
@@ -57,6 +58,7 @@ from lib.querying.methods import listed, resolve
 from lib.querying.registry import REGISTRY
 from lib.routes.install import install
 from lib.routes.services import Services
+from lib.storage.folder_lock import hold_folder
 from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
 from lib.studies.request_context import saved_answer
 from lib.studies.startup_repair import repair_studies
@@ -72,31 +74,37 @@ class PatchwiseApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         try:
-            check_listening(sys.argv[1:], settings.MONAI_LABEL_AUTH_ENABLE)
-            self.options = parse_options(dict(conf or {}))
-            root = _root(studies, self.options)
-            folder = self.options.bundles or BUNDLES
-            written = [root, Path(settings.MONAI_LABEL_SESSION_PATH or Path.home() / ".cache" / "monailabel")]
-            self.bundles = {name: Bundle(trusted_bundle(folder, name, written)) for name in self.options.models}
-            first = next(iter(self.bundles.values()))
-            self.classes = resolve_classes(self.options.labels, root, first.metadata)
-            self.listed_methods = listed(self.options.methods)
-            state = root / STATE_FOLDER
-            self.segmenters = {
-                name: SegmentationTask(bundle, ModelStore(state / "models", name), self.classes, self.options)
-                for name, bundle in self.bundles.items()
-            }
-            self.trainers = {
-                name: EnsembleTrainTask(bundle, self.segmenters[name].store, self.classes, self.options, state)
-                for name, bundle in self.bundles.items()
-            }
-            resolve(self.options.auto_method or self.listed_methods[0])
-            next(iter(self.trainers.values())).parse(self.options.auto_train)
-            self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
-            if self.ledger.answers.images(withdrawn=True):
-                check_same_ids(self.classes, self.ledger.get_meta("classes"))
-        except PatchwiseError as error:
-            _end(str(error))
+            self._wire(app_dir, studies, conf)
+        except (PatchwiseError, OSError, sqlite3.Error) as error:
+            end_start(error)
+
+    def _wire(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        end_with_server()
+        check_listening(sys.argv[1:], settings.MONAI_LABEL_AUTH_ENABLE)
+        self.options = parse_options(dict(conf or {}))
+        check_device(self.options.device)
+        root = _root(studies, self.options)
+        folder = self.options.bundles or BUNDLES
+        written = [root, Path(settings.MONAI_LABEL_SESSION_PATH or Path.home() / ".cache" / "monailabel")]
+        self.bundles = {name: Bundle(trusted_bundle(folder, name, written)) for name in self.options.models}
+        first = next(iter(self.bundles.values()))
+        self.classes = resolve_classes(self.options.labels, root, first.metadata)
+        self.listed_methods = listed(self.options.methods)
+        state = root / STATE_FOLDER
+        self.segmenters = {
+            name: SegmentationTask(bundle, ModelStore(state / "models", name), self.classes, self.options)
+            for name, bundle in self.bundles.items()
+        }
+        self.trainers = {
+            name: EnsembleTrainTask(bundle, self.segmenters[name].store, self.classes, self.options, state)
+            for name, bundle in self.bundles.items()
+        }
+        resolve(self.options.auto_method or self.listed_methods[0])
+        next(iter(self.trainers.values())).parse(self.options.auto_train)
+        self._lock = hold_folder(root, state) if "start_server" in sys.argv[1:] else None
+        self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
+        if self.ledger.answers.images(withdrawn=True):
+            check_same_ids(self.classes, self.ledger.get_meta("classes"))
         # Whoever checks the labels later has to know what their values meant.
         if self.ledger.get_meta("classes") != self.classes:
             self.ledger.set_meta("classes", self.classes)
@@ -156,21 +164,23 @@ class PatchwiseApp(MONAILabelApp):
         )
 
     def on_init_complete(self) -> None:
+        try:
+            self._lock = self._lock or hold_folder(self.root, self.root / STATE_FOLDER)
+            self._complete()
+        except (PatchwiseError, OSError, sqlite3.Error) as error:
+            end_start(error)
+
+    def _complete(self) -> None:
         if isinstance(self.store, DicomDatastore):
-            try:
-                self.store.connect()
-            except PatchwiseError as error:
-                _end(str(error))
+            self.store.connect()
         images = {image: self.store.image_path(image) for image in self.store.list_images()}
         models = [segmenter.store for segmenter in self.segmenters.values()]
-        try:
-            for sentence in repair_studies(self.store.annotations, images, models):
-                logger.warning("%s", sentence)
-        except PatchwiseError as error:
-            _end(str(error))
+        for sentence in repair_studies(self.store.annotations, images, models):
+            logger.warning("%s", sentence)
         super().on_init_complete()
         self.ledger.stay_open()
         install(self._services())
+        end_tasks_with_server(self.background.stop)
         if isinstance(self.store, DicomDatastore):
             self.store.watch()
         # The first query needs the grid of every image, and reading them takes a while.
@@ -376,17 +386,3 @@ def _root(studies: str, options: AppOptions) -> Path:
     if not root.is_dir():
         raise OptionError(f"--studies {studies}: no such folder; make it and put images into it")
     return root
-
-
-def _end(sentence: str) -> NoReturn:
-    """Ends the process with one sentence and exit code 2.
-
-    Inside of the running server an exception would be printed as a traceback by everything it passes through.
-    """
-    logger.error("%s", sentence)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        raise SystemExit(2) from None
-    logging.shutdown()
-    os._exit(2)

@@ -121,8 +121,8 @@ def test_clients_without_an_id_are_told_apart_by_address(client: Client, studies
 
     first, second = ask("10.0.0.1"), ask("spoofed, 10.0.0.2")
     assert first["query"] != second["query"]
-    assert told(client, first["query"])["client"] == "anonymous@10.0.0.1"
-    assert told(client, second["query"])["client"] == "anonymous@10.0.0.2"
+    assert told(client, first["query"])["client"] == "~anonymous@10.0.0.1"
+    assert told(client, second["query"])["client"] == "~anonymous@10.0.0.2"
     shown = query_region(client, second["image"], {"X-Forwarded-For": "10.0.0.2"})["regions"]
     assert second["query"] in [region["query"] for region in shown]
     assert first["query"] not in [region["query"] for region in shown]

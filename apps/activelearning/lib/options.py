@@ -44,6 +44,10 @@ def _object(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and value.strip().startswith("{") else value
 
 
+_Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9_.\-]+(:\d{1,5})?$")]
+_Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+
+
 class OptionError(PatchwiseError):
     """An option of the app that cannot be used; one sentence an option."""
 
@@ -93,6 +97,19 @@ class AppOptions(BaseModel):
     )
     upload_mib: int = Field(
         default=2048, ge=1, le=1_000_000, description="MiB an upload may have, and what a ZIP archive may unpack to"
+    )
+    origins: Annotated[list[_Origin], BeforeValidator(_names)] = Field(
+        default=[],
+        description="origins of other web pages that may use the server, e.g. https://ohif.example.org; default: none",
+    )
+    hosts: Annotated[list[_Host], BeforeValidator(_names)] = Field(
+        default=[], description="names of the server beside localhost, its addresses and the machine's own name"
+    )
+    body_idle_seconds: float = Field(
+        default=30, ge=0.1, le=3600, description="longest pause of a client that sends a request or reads an answer"
+    )
+    body_seconds: float = Field(
+        default=3600, ge=1, le=100_000, description="longest time that a request may take to arrive"
     )
     state: Path | None = Field(
         default=None,

@@ -13,6 +13,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
 from lib.errors import PatchwiseError
 from lib.middleware.request_bodies import FORM_BYTES, FormBody, check_file_name, check_json, check_urlencoded
@@ -26,8 +27,10 @@ FORM = (
 
 
 def refused(work) -> tuple[int, str]:
-    with pytest.raises(PatchwiseError) as error:
+    with pytest.raises((PatchwiseError, HTTPException)) as error:
         work()
+    if isinstance(error.value, HTTPException):
+        return error.value.status_code, error.value.detail
     assert "\n" not in str(error.value)
     return error.value.status, str(error.value)
 
@@ -222,3 +225,14 @@ def test_a_form_says_how_it_is_written():
 
 def test_a_refused_address_is_read_to_its_end():
     assert refused(lambda: ask([b"x", b"y"], query=b"image=/etc"))[0] == 400
+
+
+@pytest.mark.parametrize("wrong", [7, ["ann"], {}, True, "x" * 201, "a\n", " ann", "~anonymous@127.0.0.1", "~"])
+def test_ids_that_no_client_can_send(wrong):
+    for body in ({"client_id": wrong}, {"model": {"client_id": wrong}}):
+        assert refused(lambda body=body: check_json(json.dumps(body).encode()))[0] == 400
+
+
+@pytest.mark.parametrize("fine", [None, "", "ann@example.org", "Jürgen Groß", "x" * 200])
+def test_ids_that_a_client_may_send(fine):
+    assert check_json(json.dumps({"client_id": fine}).encode()) == {"client_id": fine}

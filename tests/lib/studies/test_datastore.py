@@ -351,3 +351,29 @@ def test_the_answer_that_was_saved_is_known(store, tmp_path):
     path = write(tmp_path / "upload" / "other.nii.gz", truth(), dtype=np.uint8)
     store.save_label("a", str(path), "original", {})
     assert saved_answer() is None
+
+
+@pytest.mark.parametrize("tag", ["Final", "FINAL", "final."])
+def test_names_that_a_file_system_may_take_for_one_are_one(store, tmp_path, tag):
+    query = ask(store)
+    label = write(tmp_path / "sent.nii.gz", truth(), dtype=np.uint8)
+    store.save_label("a", str(label), tag, {"client_id": "ann", "label_info": INFO})
+    assert store.ledger.query(query.id).status == "answered"
+    assert [p.name for p in (store.studies / "labels").iterdir() if p.name.lower().startswith("final")] == ["final"]
+    store.save_label("a", str(label), "Second", {})
+    store.save_label("b", str(label), "sECOND", {})
+    assert store.get_labels_by_image_id("b") == {"Second": "b"}
+    with pytest.raises(PatchwiseError, match="built from recorded answers"):
+        store.remove_label("a", tag)
+    with pytest.raises(PatchwiseError, match="there is an image 'a' already"):
+        store.add_image("A", str(store.image_path("a")), {})
+
+
+def test_an_email_address_is_an_id_like_any_other(store, tmp_path):
+    query = ask(store, client="ann@example.org")
+    label = str(write(tmp_path / "sent.nii.gz", truth(), dtype=np.uint8))
+    info = {"label_info": INFO, "queries": [query.id]}
+    for other in ("bob@example.org", "anonymous@127.0.0.1", "@", "bob"):
+        with pytest.raises(PatchwiseError, match=r"open by ann@example\.org"):
+            store.save_label("a", label, "final", {**info, "client_id": other})
+    store.save_label("a", label, "final", {**info, "client_id": "ann@example.org"})

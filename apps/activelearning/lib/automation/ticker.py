@@ -25,6 +25,7 @@ class Ticker:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         """Starts the thread; a second call only makes it look at once."""
@@ -34,9 +35,18 @@ class Ticker:
                 self._thread.start()
         self._wake.set()
 
+    def stop(self, seconds: float = 2) -> None:
+        """Starts no more work, and waits a while for what is at work."""
+        self._stopped.set()
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(seconds)
+
     def _run(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             for work in self.work:
+                if self._stopped.is_set():
+                    return
                 try:
                     work()
                 except Exception:

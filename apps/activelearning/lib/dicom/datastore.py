@@ -114,7 +114,7 @@ class DicomDatastore(PartialLabelDatastore):
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         saved = super().save_label(image_id, label_filename, label_tag, label_info)
-        if label_tag == FINAL and self.store_segmentations:
+        if self.tag(label_tag) == FINAL and self.store_segmentations:
             self._unstored.add(image_id)
             self._wake.set()
         return saved

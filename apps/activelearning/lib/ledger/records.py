@@ -21,6 +21,8 @@ SECOND = ":second"
 
 # Who is noted where nobody said who they are.
 ANONYMOUS = "anonymous"
+# First character of ids that the server derives from a connection. No client can send it, so none passes for one.
+DERIVED = "~"
 
 Status = Literal["proposed", "open", "answered", "expired", "released", "skipped", "withdrawn"]
 

@@ -8,7 +8,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import socket
 from collections.abc import Sequence
+
+from monailabel.config import settings
 
 from lib.options import OptionError
 
@@ -23,11 +27,32 @@ def check_listening(arguments: Sequence[str], authenticated: bool) -> None:
     Raises:
         OptionError: a server without `--host` and without authentication.
     """
+    if "start_server" not in arguments:
+        return
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-i", "--host")
-    given = parser.parse_known_args(list(arguments))[0].host
-    if "start_server" in arguments and given is None and not authenticated:
+    parser.add_argument("-p", "--port", type=int, default=settings.MONAI_LABEL_SERVER_PORT)
+    known = parser.parse_known_args(list(arguments))[0]
+    given = known.host
+    if given is None and not authenticated:
         raise OptionError(
             "without --host every network of this machine could read and write the studies, without a password: add "
             "--host 127.0.0.1, or turn MONAI Label's authentication on, or ask for it with --host 0.0.0.0"
         )
+    _check_port(given or "0.0.0.0", known.port)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Tries what the web server does after the app is loaded, which takes long and cannot end with a sentence."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise OptionError(
+                f"--port {port}: expected a free port, and another program listens on it; "
+                "choose another or stop that one"
+            ) from None
+        raise OptionError(f"--host {host} --port {port}: this machine cannot listen there ({error})") from None

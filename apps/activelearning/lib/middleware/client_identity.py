@@ -16,10 +16,12 @@ from monailabel.endpoints.user.auth import from_token
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lib.ledger.records import ANONYMOUS
+from lib.ledger.records import ANONYMOUS, DERIVED
 from lib.studies.request_context import CLIENT, current_client
 
 MOST_ALIASES = 50
+# Where `upstream_patches` keeps the address of a connection.
+CONNECTED = "patchwise.connected"
 
 
 class Clients:
@@ -67,15 +69,23 @@ class IdentifiedClients:
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        token = CLIENT.set(f"{_user(connection)}@{self._address(connection)}")
+        token = CLIENT.set(f"{DERIVED}{_user(connection)}@{self._address(connection, scope)}")
         try:
             await self.app(scope, receive, send)
         finally:
             CLIENT.reset(token)
 
-    def _address(self, connection: HTTPConnection) -> str:
-        told = connection.headers.get(self.header, "") if self.header else ""
-        return told.rsplit(",", 1)[-1].strip() or (connection.client.host if connection.client else "unknown")
+    def _address(self, connection: HTTPConnection, scope: Scope) -> str:
+        told = ",".join(connection.headers.getlist(self.header)) if self.header else ""
+        # The web server itself would believe any program on this machine that says X-Forwarded-For.
+        client = scope.get(CONNECTED) or scope.get("client")
+        found = told.rsplit(",", 1)[-1].strip()
+        return found[:64] if found and found.isprintable() else str(client[0] if client else "unknown")
+
+
+def is_signed_in(scope: Scope) -> bool:
+    """Whether a request carries a valid token, or needs none."""
+    return not settings.MONAI_LABEL_AUTH_ENABLE or _user(HTTPConnection(scope)) != ANONYMOUS
 
 
 def _user(connection: HTTPConnection) -> str:

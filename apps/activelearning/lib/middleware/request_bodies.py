@@ -11,13 +11,14 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qsl
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from lib.errors import refuse
+from lib.ledger.records import DERIVED
 
 JSON_BYTES = 8 * 2**20
 TASK_BYTES = 100_000
@@ -29,18 +30,8 @@ JSON_FIELDS = frozenset({"params", "info", "wsi"})
 _GPUS = re.compile(r"all|\d{1,3}(,\d{1,3})*")
 
 
-class Body(Protocol):
-    """A body as it comes in; both methods end the request with a 4xx status where something is wrong."""
-
-    def feed(self, piece: bytes) -> None:
-        """Takes the next piece."""
-
-    def end(self) -> None:
-        """Checks what is only clear once all is there."""
-
-
 class PlainBody:
-    """A body that only has a largest size; what it may hold is somebody else's."""
+    """A body that only has a largest size. Both methods end the request with a 4xx status where something is wrong."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -227,7 +218,19 @@ def _check_scalar(value: Any, what: str) -> None:
             refuse(f"{what} holds half of a character ({value[:40]!a}); send whole Unicode characters")
 
 
+def check_client_id(held: Any) -> None:
+    """Ends a request with an id that is no text of a person or program, or that looks like one the server derives."""
+    if held is None or held == "":
+        return
+    if not isinstance(held, str) or len(held) > 200 or not held.isprintable() or held != held.strip():
+        refuse(f"client_id {held!r:.80} cannot be used; send up to 200 printable characters, or leave it out")
+    if held.startswith(DERIVED):
+        refuse(f"client_id {held[:80]!r} begins with {DERIVED!r}, which marks ids that the server makes; leave it out")
+
+
 def _check_key(key: str, held: Any) -> None:
+    if key == "client_id":
+        check_client_id(held)
     if key == "bundle_path":
         # MONAI Label would put it on the path from which its tasks import Python.
         refuse("bundle_path is not taken from requests: bundles run code; start the server with --conf bundles FOLDER")

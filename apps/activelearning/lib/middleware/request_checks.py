@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NoReturn
 from urllib.parse import parse_qsl
 
@@ -22,7 +23,6 @@ from lib.middleware.request_bodies import (
     FORM_BYTES,
     JSON_BYTES,
     TASK_BYTES,
-    Body,
     FormBody,
     PlainBody,
     TextBody,
@@ -61,37 +61,57 @@ class CheckedRequests:
         try:
             check_path(scope["path"])
             check_query(scope["query_string"])
-            body = self._body(scope)
+            body = body_of(scope, self.upload_bytes)
         except PatchwiseError:
             await _read_on(receive)
             raise
         await self.app(scope, _checking(receive, body), send)
 
-    def _body(self, scope: Scope) -> Body:
-        """How the body of a request is checked; one that says to be too long is refused at once."""
-        headers, path = Headers(scope=scope), scope["path"].removeprefix(settings.MONAI_LABEL_API_STR)
-        told, options = parse_options_header(headers.get("content-type", ""))
-        kind = told.decode("latin-1").lower()
-        body: PlainBody
-        if _PROXY.match(path):
-            body = PlainBody(_PROXIED_BYTES)
-        elif kind == "multipart/form-data":
-            if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
-                refuse("the form says it is not in UTF-8; send it in UTF-8")
-            if not options.get(b"boundary"):
-                refuse("the form's Content-Type names no boundary; send multipart/form-data with one")
-            body = FormBody(self.upload_bytes, options[b"boundary"])
-        elif kind == "application/x-www-form-urlencoded":
-            body = TextBody(FORM_BYTES, check_urlencoded)
-        elif kind in ("", "application/json") or kind.endswith("+json"):
-            # What starts a process is handed over on its command line, which has a limit.
-            body = TextBody(TASK_BYTES if _TASKS.match(path) else JSON_BYTES, check_json)
-        else:
-            body = PlainBody(FORM_BYTES)
-        length = headers.get("content-length", "")
+
+def body_of(scope: Scope, upload_bytes: int) -> PlainBody:
+    """How the body of a request is checked.
+
+    Raises:
+        PatchwiseError: 413 for one that says to be too long, 400 for a form whose head is of no use.
+    """
+    headers, path = Headers(scope=scope), scope["path"].removeprefix(settings.MONAI_LABEL_API_STR)
+    told, options = parse_options_header(headers.get("content-type", ""))
+    kind = told.decode("latin-1").lower()
+    body: PlainBody
+    if _PROXY.match(path):
+        body = PlainBody(_PROXIED_BYTES)
+    elif kind == "multipart/form-data":
+        if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+            refuse("the form says it is not in UTF-8; send it in UTF-8")
+        if not options.get(b"boundary"):
+            refuse("the form's Content-Type names no boundary; send multipart/form-data with one")
+        body = FormBody(upload_bytes, options[b"boundary"])
+    elif kind == "application/x-www-form-urlencoded":
+        body = TextBody(FORM_BYTES, check_urlencoded)
+    elif kind in ("", "application/json") or kind.endswith("+json"):
+        # What starts a process is handed over on its command line, which has a limit.
+        body = TextBody(TASK_BYTES if _TASKS.match(path) else JSON_BYTES, check_json)
+    else:
+        body = PlainBody(FORM_BYTES)
+    for length in headers.getlist("content-length"):
         if length.isdigit():
             check_length(int(length), body.limit)
-        return body
+    return body
+
+
+def largest_body(upload_bytes: int, is_signed_in: Callable[[Scope], bool]) -> Callable[[Scope], int]:
+    """The most bytes that a request may send, by its head: without a sign-in no more than a form of one."""
+
+    def limit(scope: Scope) -> int:
+        found = body_of(scope, upload_bytes).limit
+        if found > FORM_BYTES and not is_signed_in(scope):
+            for length in Headers(scope=scope).getlist("content-length"):
+                if length.isdigit() and int(length) > FORM_BYTES:
+                    refuse("nothing of this size is taken without a sign-in; send a valid token", 401)
+            return FORM_BYTES
+        return found
+
+    return limit
 
 
 def check_path(path: str) -> None:
@@ -132,7 +152,7 @@ def _no_name(what: str, found: str, advice: str) -> NoReturn:
     refuse(f"{what} {found[:80]!r} cannot be used; {advice}")
 
 
-def _checking(receive: Receive, body: Body) -> Receive:
+def _checking(receive: Receive, body: PlainBody) -> Receive:
     async def call() -> Message:
         message = await receive()
         if message["type"] != "http.request":

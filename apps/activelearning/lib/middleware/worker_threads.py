@@ -19,6 +19,8 @@ from anyio import CapacityLimiter
 from monailabel.config import settings
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lib.middleware.answers import Answer, AnswerError
+
 # How many requests of a kind are answered at once; waiting ones of one kind never hold up another. Trainings, scorings
 # and batch inference inside of the server keep the networks busy, so they run one after the other.
 _KINDS = {"activelearning": 64, "infer": 32, "heavy": 1, "other": 64}
@@ -48,8 +50,10 @@ class Threads:
     "save" and "info" were 1.3 to 2.0 times as long; two runs of this class differed by 1.3 to 1.5 times.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, idle_seconds: float = 30) -> None:
         self.app = app
+        self.idle_seconds = idle_seconds
+        self._disk = CapacityLimiter(8)
         self._limiters: dict[str, CapacityLimiter] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,10 +63,18 @@ class Threads:
         server = asyncio.get_running_loop()
         # Small requests come in one piece: read here, they cross over without waiting for the loop again.
         receive = _after(await receive(), _across(server, receive))
-        serve = partial(_serve, self.app, scope, receive, _in_fewer_pieces(server, send))
+        answer = Answer(server, send, self.idle_seconds, self._disk)
+        serve = partial(_serve, self.app, _for_worker(scope), receive, answer.put)
         kind = kind_of(scope)
         limiter = self._limiters.setdefault(kind, CapacityLimiter(_KINDS[kind]))
-        await anyio.to_thread.run_sync(serve, limiter=limiter)
+        sending = asyncio.ensure_future(answer.send_all())
+        try:
+            await anyio.to_thread.run_sync(serve, limiter=limiter)
+        except AnswerError:
+            pass
+        finally:
+            answer.end()
+            await sending
 
 
 def kind_of(scope: Scope) -> str:
@@ -108,20 +120,7 @@ def _after(first: Message, receive: Receive) -> Receive:
     return call
 
 
-def _in_fewer_pieces(server: asyncio.AbstractEventLoop, send: Send) -> Send:
-    """`send` for a caller on another loop; the head of an answer crosses over with its first piece of content."""
-    held: list[Message] = []
-
-    async def send_all(messages: list[Message]) -> None:
-        for message in messages:
-            await send(message)
-
-    deliver = _across(server, send_all)
-
-    async def call(message: Message) -> None:
-        held.append(message)
-        if message["type"] != "http.response.start":
-            await deliver(held[:])
-            held.clear()
-
-    return call
+def _for_worker(scope: Scope) -> Scope:
+    """The request for a worker: files are sent whole by the server's loop, so their routes are free at once."""
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"range", b"if-range")]
+    return {**scope, "headers": headers, "extensions": {**scope.get("extensions", {}), "http.response.pathsend": {}}}

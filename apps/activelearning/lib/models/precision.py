@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from lib.errors import PatchwiseError
+
 
 def autocast_type(device: torch.device, precision: str = "native") -> torch.dtype | None:
     """Reduced precision a device runs natively: bfloat16 on CPUs and GPUs that have it, float16 on older GPUs.
@@ -21,3 +23,18 @@ def autocast_type(device: torch.device, precision: str = "native") -> torch.dtyp
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
+def check_device(name: str) -> None:
+    """Ends a start on a device that this machine lacks.
+
+    Raises:
+        PatchwiseError: no such GPU, or torch cannot use it.
+    """
+    if not name.startswith("cuda"):
+        return
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(name.partition(":")[2] or 0)
+    if number >= found:
+        has = f"GPUs 0 to {found - 1}" if found else "none that torch can use"
+        raise PatchwiseError(f"--conf device {name}: expected a GPU of this machine, which has {has}; use device cpu")

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -27,17 +28,21 @@ from monailabel.endpoints import session as upstream_session
 from monailabel.endpoints.user.auth import User
 from monailabel.utils.others.generic import file_checksum
 from starlette.background import BackgroundTask
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, HTMLResponse, Response
 
 from lib.errors import refuse
 from lib.middleware.request_checks import check_plain_name
 from lib.middleware.roles import ADMIN, ANNOTATOR, USER
 from lib.routes.services import Services
+from lib.storage.atomic_files import folded
+from lib.storage.volume_headers import check_self_contained
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
 
 _CHECK_SUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MOST_FILES = 10_000
+# DEFLATE packs at most 1032 bytes into one; other methods of ZIP pack more, and are held to the same.
+_MOST_PACKED = 1040
 
 
 @contextmanager
@@ -134,6 +139,9 @@ def session_routes(services: Services) -> APIRouter:
                 source = _unpack(source, Path(folder) / "unpacked", services.options.upload_mib * 2**20)
             elif source.is_file():
                 check_image(source, uploaded=True)
+            for path in [source] if source.is_file() else sorted(source.rglob("*")):
+                if path.is_file():
+                    check_self_contained(path)
             number, info = sessions.add_session(str(source), expiry)
         return {"session_id": number, "session_info": info.to_json()}
 
@@ -169,6 +177,14 @@ def other_routes(services: Services) -> APIRouter:
     async def reload(user: User = ADMIN) -> None:
         refuse("the app is not loaded again while it runs; restart the server", 409)
 
+    @router.get("/", include_in_schema=False)
+    @router.get("/docs", include_in_schema=False)
+    def start() -> HTMLResponse:
+        # MONAI Label's own pages here fetch their scripts from other servers.
+        links = ("patchwise/", "The progress page"), ("ohif/", "OHIF"), ("logs/", "The log"), ("openapi.json", "Routes")
+        listed = "".join(f'<li><a href="{address}">{name}</a></li>' for address, name in links)
+        return _page("Patchwise", f"<ul>{listed}</ul>")
+
     @router.get("/logs/", tags=["Others"], summary="Last lines of the log")
     async def logs(
         lines: Annotated[int, Query(ge=1, le=100_000)] = 300,
@@ -178,7 +194,11 @@ def other_routes(services: Services) -> APIRouter:
         user: User = ADMIN,
     ) -> Any:
         path = os.path.join(settings.MONAI_LABEL_APP_DIR, "logs", "app.log")
-        return upstream_logs.get_logs(path, lines, html, text, refresh)
+        found: Response = upstream_logs.get_logs(path, lines, False, True, refresh)
+        if text or not html:
+            return found
+        last = escape(bytes(found.body).decode("utf-8", "replace"))
+        return _page("Log", f"<pre>{last}</pre>", max(refresh, 3) if refresh else 0)
 
     @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
     async def gpu(user: User = ADMIN) -> Any:
@@ -203,12 +223,22 @@ def other_routes(services: Services) -> APIRouter:
     return router
 
 
+def _page(title: str, content: str, refresh: int = 0) -> HTMLResponse:
+    """A page without scripts: MONAI Label's need the internet."""
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    head = f'<meta charset="utf-8"><title>{title}</title>{again}'
+    return HTMLResponse(
+        f"<!doctype html><html lang=en><head>{head}</head><body><h1>{title}</h1>{content}</body></html>",
+        headers={"Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'"},
+    )
+
+
 def _keep(files: Sequence[UploadFile], folder: Path) -> list[Path]:
     folder.mkdir()
     kept: list[Path] = []
     for file in files:
         name = PurePosixPath((file.filename or "image.nii.gz").replace("\\", "/")).name
-        if name == "meta.info" or any(path.name == name for path in kept):
+        if folded(name) == "meta.info" or any(folded(path.name) == folded(name) for path in kept):
             refuse(f"the file name {name!r} is taken; give every file of a session a name of its own")
         kept.append(folder / name)
         with open(kept[-1], "wb") as stream:
@@ -233,6 +263,14 @@ def _unpack(source: Path, folder: Path, most: int) -> Path:
             for entry in entries:
                 if entry.filename.startswith("/") or ".." in re.split(r"[/\\]", entry.filename):
                     refuse(f"{source.name!r} holds a file called {entry.filename[:80]!r}; name files inside of it only")
+                if entry.file_size > _MOST_PACKED * max(entry.compress_size, 1):
+                    refuse(
+                        f"{source.name!r} holds {entry.filename[:80]!r}, which unpacks to more than {_MOST_PACKED} "
+                        "times its size; pack it anew as a plain ZIP archive",
+                        413,
+                    )
+            if len({folded(entry.filename) for entry in entries}) < len(entries):
+                refuse(f"{source.name!r} holds two files whose names some file systems take for one; rename one")
             archive.extractall(folder)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, ValueError, EOFError) as error:
         refuse(f"{source.name!r} cannot be unpacked ({type(error).__name__}); pack it anew as a plain ZIP archive")

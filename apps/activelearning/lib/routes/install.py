@@ -15,23 +15,25 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from monailabel.config import settings
 from monailabel.endpoints import datastore as upstream_datastore
-from monailabel.endpoints import train as upstream_train
 from monailabel.endpoints.user.auth import User
 from starlette.formparsers import MultiPartParser
 
 from lib.errors import refuse
-from lib.middleware.client_identity import IdentifiedClients
+from lib.middleware.client_identity import IdentifiedClients, is_signed_in
 from lib.middleware.error_responses import ErrorResponses
-from lib.middleware.request_checks import CheckedRequests
+from lib.middleware.origins import OriginGuard
+from lib.middleware.received_bodies import ReceivedBodies, allow_connections
+from lib.middleware.request_checks import CheckedRequests, largest_body
 from lib.middleware.roles import ADMIN, USER
 from lib.middleware.tokens import accept_signed_tokens
+from lib.middleware.upstream_patches import guard, keep_connected, limit_heads
 from lib.middleware.worker_threads import Threads, prefer_answers
 from lib.options import AppOptions
 from lib.routes.datastore_routes import datastore_routes, other_routes, session_routes
 from lib.routes.lease_routes import answer_routes, lease_routes, times
 from lib.routes.page_routes import page_routes
 from lib.routes.services import Services
-from lib.routes.task_routes import infer_routes, task_routes
+from lib.routes.task_routes import infer_routes, start_trainings, task_routes
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,23 @@ def _install(app: FastAPI, routers: Sequence[APIRouter], options: AppOptions) ->
     app.router.routes[:] = [*added, *app.router.routes[:count]]
     # The application's own middleware is built before this app is loaded; the router's can still be wrapped.
     checked = CheckedRequests(app.router.middleware_stack, options.upload_mib * 2**20)
-    app.router.middleware_stack = Threads(IdentifiedClients(ErrorResponses(checked), options.forwarded_header))
+    app.router.middleware_stack = Threads(
+        IdentifiedClients(ErrorResponses(checked), options.forwarded_header), options.body_idle_seconds
+    )
     prefer_answers()
+    origins = [*options.origins, *(str(origin).rstrip("/") for origin in settings.MONAI_LABEL_CORS_ORIGINS)]
+    limit = largest_body(options.upload_mib * 2**20, is_signed_in)
+    guard(
+        app,
+        origins,
+        [
+            lambda inner: ReceivedBodies(inner, limit, options.body_idle_seconds, options.body_seconds),
+            lambda inner: OriginGuard(inner, origins, options.hosts),
+        ],
+    )
+    limit_heads(options.body_idle_seconds)
+    keep_connected()
+    allow_connections()
 
 
 def routes(services: Services) -> APIRouter:
@@ -77,11 +94,9 @@ def routes(services: Services) -> APIRouter:
         enqueue: bool = False,
         user: User = ADMIN,
     ) -> Any:
-        trainer = services.trainers.get(model)
-        if trainer is None:
+        if model not in services.trainers:
             refuse(f"no model {model!r} to train; known models are {', '.join(services.trainers)}", 404)
-        trainer.parse(params or {})
-        return upstream_train.run_model(model, params, run_sync, enqueue)
+        return start_trainings(services, {model: dict(params or {})}, run_sync, enqueue)[model]
 
     @router.get("/patchwise/queries/{query_id}", tags=["Patchwise"], summary="A query and its reason")
     async def query(

@@ -21,11 +21,14 @@ from monailabel.endpoints.infer import ResultType
 from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 
+from lib.automation.background_tasks import Kind, is_running
+from lib.automation.shutdown import check_open
 from lib.errors import refuse
 from lib.middleware.request_checks import check_plain_name
 from lib.middleware.roles import ADMIN, ANNOTATOR, USER
 from lib.routes.datastore_routes import cleaned, received
 from lib.routes.services import Services
+from lib.storage.atomic_files import folded
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
 from lib.uncertainty import SCORE_MAPS
@@ -108,15 +111,16 @@ def task_routes(services: Services) -> APIRouter:
 
     @router.post("/train/", include_in_schema=False)
     async def train_all(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = ADMIN) -> Any:
-        chosen = {name: _object(params, name) for name in services.trainers}
-        for name, trainer in services.trainers.items():
-            trainer.parse(chosen[name])
-        return {name: upstream_train.run_model(name, chosen[name], run_sync, enqueue=True) for name in chosen}
+        _check_names(params, list(services.trainers), "model to train")
+        return start_trainings(services, {name: _object(params, name) for name in services.trainers}, run_sync)
 
     @router.post("/scoring/", include_in_schema=False)
     async def score_all(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = ANNOTATOR) -> Any:
-        for name in SCORE_MAPS:
-            _object(params, name)
+        _check_names(params, list(SCORE_MAPS), "uncertainty")
+        chosen = {name: _object(params, name) for name in SCORE_MAPS}
+        for name, wanted in chosen.items():
+            _same(wanted, {"method": name})
+        _check_idle("scoring", enqueue=False)
         return upstream_scoring.run(params, run_sync)
 
     @router.post("/scoring/{method}", tags=["Scoring"], summary="Score the pool for an uncertainty")
@@ -126,9 +130,48 @@ def task_routes(services: Services) -> APIRouter:
         if method not in SCORE_MAPS:
             refuse(f"no uncertainty {method[:80]!r}; known ones are {', '.join(SCORE_MAPS)}", 404)
         _same(params or {}, {"method": method})
+        _check_idle("scoring", enqueue=False)
         return upstream_scoring.run_method(method, params, run_sync)
 
     return router
+
+
+def start_trainings(
+    services: Services, wanted: Mapping[str, dict[str, Any]], run_sync: bool, enqueue: bool = False
+) -> dict[str, Any]:
+    """Trainings by bundle, once it is clear that each can begin; the one way in for every route.
+
+    Raises:
+        PatchwiseError: 4xx with a sentence, before any is started: unknown bundles or options, no answer yet, another
+            training at work.
+    """
+    _check_names(wanted, list(services.trainers), "model to train")
+    for name, params in wanted.items():
+        services.trainers[name].parse(params)
+        _same(params, {"model": name})
+    if not services.store.get_labeled_images():
+        refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
+    _check_idle("train", enqueue)
+    started: dict[str, Any] = {}
+    for name, params in wanted.items():
+        started[name] = upstream_train.run_model(name, params, run_sync, enqueue or bool(started))
+    return started
+
+
+def _check_idle(kind: Kind, enqueue: bool) -> None:
+    check_open()
+    if not enqueue and is_running(kind):
+        what = "training" if kind == "train" else "scoring"
+        refuse(f"a {what} is already running; ask again when it has ended, or DELETE /{kind}/ stops it", 429)
+
+
+def _check_names(params: Mapping[str, Any] | None, known: Sequence[str], what: str) -> None:
+    unknown = sorted(set(params or {}) - set(known))
+    if unknown:
+        refuse(
+            f"no {what} {unknown[0][:80]!r}; expected a JSON object by name, and known names are {', '.join(known)}",
+            404,
+        )
 
 
 def _object(params: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
@@ -156,7 +199,7 @@ def _check_params(params: Mapping[str, Any], asked: Mapping[str, str]) -> None:
     tag = params.get("label_tag")
     if tag is not None:
         check_plain_name(str(tag), "label_tag")
-    if tag == FINAL:
+    if tag is not None and folded(str(tag)) == FINAL:
         refuse("predictions are not saved as tag final, which holds what people drew; use label_tag original")
 
 

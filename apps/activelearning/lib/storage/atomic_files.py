@@ -12,12 +12,18 @@ import json
 import os
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 UNFINISHED = ".tmp-"
+
+
+def folded(name: str) -> str:
+    """A name as file systems compare it that ignore case, spelling of accents, and dots and blanks at the end."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(". ")
 
 
 @contextmanager

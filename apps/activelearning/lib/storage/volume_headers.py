@@ -10,6 +10,7 @@ from __future__ import annotations
 import bz2
 import io
 import math
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,7 +31,10 @@ MOST_IN_SLICE = 2**24
 _MOST_PACKED = 1040
 _MOST_HEADER = 2**22
 _BLOCK = 2**20
+_MOST_SNIFFED = 2**16
+_META_IMAGE = re.compile(rb"^[ \t]*ElementDataFile[ \t]*=([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_EITHER_ORDER = {348, 540, *(struct.unpack("<i", struct.pack(">i", size))[0] for size in (348, 540))}
 _NRRD_TYPES: dict[str, str] = nrrd.reader._TYPEMAP_NRRD2NUMPY
 
 
@@ -83,6 +87,9 @@ def _header(path: Path) -> tuple[int, Any, bytes]:
         if size is None or len(raw) < size:
             raise ValueError("no NIfTI header at its beginning")
         # By the size of its header: nibabel itself would also take other formats under this name.
+        magic = raw[344:348] if size == 348 else raw[4:8]
+        if not magic.startswith(b"n+"):
+            raise ValueError("half of a NIfTI pair; store header and voxels in one .nii file")
         return size, cast(Any, _NIFTI[size])(raw[:size]), raw[size : size + 4]
     except FileNotFoundError:
         raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
@@ -107,6 +114,45 @@ def _check_nifti(path: Path) -> tuple[Any, int]:
     if needed > held:
         raise _too_little(path, needed)
     return header, needed
+
+
+def check_nrrd_fields(name: str, header: bytes) -> None:
+    """Refuses a header that names other files or skips bytes, in any spelling that a reader may take for it.
+
+    Teem and ITK ignore the case of a field's name; readers differ in blanks, and in whether `:=` makes a field.
+
+    Raises:
+        ImageError: such a field.
+    """
+    for line in re.split(rb"[\r\n]+", header)[1:]:
+        field = re.sub(rb"[^a-z]", b"", line.partition(b":")[0].lower())
+        if not line.lstrip().startswith(b"#") and field in (b"datafile", b"lineskip", b"byteskip"):
+            said = line.partition(b":")[0].strip().decode("ascii", "replace")[:40]
+            raise ImageError(f"{name}: its header says {said!r}; store header and voxels in one plain file")
+
+
+def check_self_contained(path: Path) -> None:
+    """Refuses a file, whatever its name, whose format may keep voxels in another file that a reader would follow.
+
+    Raises:
+        ImageError: an NRRD header with a data file, a MetaImage header that is not LOCAL, half of a NIfTI pair.
+    """
+    try:
+        with nib.openers.ImageOpener(str(path)) as stream:
+            start = stream.read(_MOST_SNIFFED)
+    except Exception:
+        # Damaged compression: no reader gets as far as a reference.
+        return
+    if start.startswith(b"NRRD"):
+        ends = [start.find(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in start]
+        check_nrrd_fields(path.name, start[: min(ends)] if ends else start)
+    meta = _META_IMAGE.search(start)
+    if meta and meta[1].strip().upper() != b"LOCAL":
+        raise ImageError(f"{path.name}: a MetaImage whose voxels are in another file; store both in one file")
+    if struct.unpack("<i", start[:4].ljust(4, b"\0"))[0] in _EITHER_ORDER:
+        magics = (start[344:348], start[4:8])
+        if not any(magic.startswith(b"n+") for magic in magics):
+            raise ImageError(f"{path.name}: half of a NIfTI pair; store header and voxels in one .nii file")
 
 
 def _check_sizes(path: Path, sizes: list[int], kind: np.dtype[Any]) -> int:
@@ -136,16 +182,16 @@ def _check_nrrd(path: Path) -> int:
             ends = [start.find(blank) + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in start]
             if not start.startswith(b"NRRD") or not ends:
                 raise ValueError("no NRRD header at its beginning")
+            check_nrrd_fields(path.name, start[: min(ends)])
             fields = nrrd.read_header(io.BytesIO(start[: min(ends)]))
             sizes, kind = [int(n) for n in fields["sizes"]], np.dtype(_NRRD_TYPES[fields["type"]])
             encoding = str(fields["encoding"]).lower()
     except FileNotFoundError:
         raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
+    except ImageError:
+        raise
     except Exception as error:
         raise ImageError(f"{path.name}: not readable as NRRD ({_line(error)}); replace the file") from error
-    strange = sorted({"data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"} & fields.keys())
-    if strange:
-        raise ImageError(f"{path.name}: its header says {strange[0]!r}; store header and voxels in one plain file")
     needed = _check_sizes(path, sizes, kind)
     inflate = {"raw": _as_is, "gzip": _gunzip, "gz": _gunzip, "bzip2": _bunzip, "bz2": _bunzip}.get(encoding)
     if inflate is None:

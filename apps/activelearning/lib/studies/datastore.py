@@ -26,7 +26,7 @@ from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Answer
 from lib.regions import Triple, triple
-from lib.storage.atomic_files import atomic_path, file_digest
+from lib.storage.atomic_files import atomic_path, file_digest, folded
 from lib.storage.volumes import EXTENSIONS, check_image, check_label_file, image_geometry
 from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.folder_listing import FolderListing, split_name
@@ -109,8 +109,9 @@ class PartialLabelDatastore(Datastore):
         )
         image_id = _checked_name(image_id or stem, "image")
         check_image(source, uploaded=True)
-        if self._images.path(image_id) is not None:
-            refuse(f"there is an image {image_id!r} already; choose another name or delete it first", 409)
+        taken = next((known for known in self.list_images() if folded(known) == folded(image_id)), None)
+        if taken is not None:
+            refuse(f"there is an image {taken!r} already; choose another name or delete it first", 409)
         with atomic_path(self.studies / f"{image_id}{extension}") as temporary:
             shutil.copyfile(source, temporary)
         self.ledger.update_info(image_id, image_info or {})
@@ -124,10 +125,23 @@ class PartialLabelDatastore(Datastore):
 
     # --- labels ------------------------------------------------------------------------------------------------------
 
+    def tag(self, name: str) -> str:
+        """A tag in the spelling that it has here: names are one where a file system may take them for one folder.
+
+        Raises:
+            PatchwiseError: 400: not usable as a name.
+        """
+        if name in (FINAL, DefaultLabelTag.ORIGINAL.value):
+            return name
+        wanted = folded(_checked_name(name, "tag"))
+        known = (FINAL, DefaultLabelTag.ORIGINAL.value, *self.tags())
+        return next((tag for tag in known if folded(tag) == wanted), name)
+
     def _listing(self, tag: str) -> FolderListing:
+        tag = self.tag(tag)
         with self._lock:
             if tag not in self._labels:
-                listing = FolderListing(self.studies / "labels" / _checked_name(tag, "tag"))
+                listing = FolderListing(self.studies / "labels" / tag)
                 if not listing.folder.is_dir():
                     return listing  # not kept: anybody may ask for any tag
                 self._labels[tag] = listing
@@ -155,7 +169,7 @@ class PartialLabelDatastore(Datastore):
         return str(self.label_path(label_id, label_tag) or "")
 
     def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
-        return self.ledger.get_info(label_id, label_tag)
+        return self.ledger.get_info(label_id, self.tag(label_tag))
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         labelled = self._listing(label_tag or FINAL).files()
@@ -168,7 +182,7 @@ class PartialLabelDatastore(Datastore):
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Stores a submission; under `final` only its queries' regions become labelled (see `SubmissionStore.save`)."""
         image = self.image_path(image_id)
-        tag = _checked_name(label_tag, "tag")
+        tag = self.tag(label_tag)
         source = Path(label_filename)
         info = dict(label_info or {})
         here = current_client()
@@ -199,7 +213,7 @@ class PartialLabelDatastore(Datastore):
         path = self.label_path(label_id, label_tag)
         if path is None:
             refuse(f"no label of {label_id!r} under tag {label_tag!r}", 404)
-        if label_tag == FINAL and self.ledger.answers.of_image(label_id):
+        if self.tag(label_tag) == FINAL and self.ledger.answers.of_image(label_id):
             refuse(f"the label of {label_id!r} is built from recorded answers and cannot be deleted as a file", 409)
         path.unlink()
 
@@ -212,7 +226,7 @@ class PartialLabelDatastore(Datastore):
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         self.image_path(label_id)
-        self.ledger.update_info(label_id, info, _checked_name(label_tag, "tag"))
+        self.ledger.update_info(label_id, info, self.tag(label_tag))
 
     # --- lists -------------------------------------------------------------------------------------------------------
 

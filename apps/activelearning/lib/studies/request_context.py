@@ -14,7 +14,7 @@ SAVED_ANSWER: ContextVar[int | None] = ContextVar("saved_answer", default=None)
 
 
 def current_client() -> str | None:
-    """`user@address` of the request that is being answered; None outside of one."""
+    """`~user@address` of the request that is being answered; None outside of one."""
     return CLIENT.get()
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lib.agreement import class_agreement
 from lib.frames import check_frame_segment
 from lib.ledger.queries import QueryLedger
-from lib.ledger.records import ANONYMOUS, Agreement, Answer
+from lib.ledger.records import ANONYMOUS, DERIVED, Agreement, Answer
 from lib.ledger.store import LeaseError
 from lib.partial_labels import (
     ClasswiseLabels,
@@ -278,7 +278,7 @@ class SubmissionStore:
         if query.status in ("proposed", "skipped", "withdrawn"):
             raise LeaseError(f"query {query_id} is {query.status}, so nobody can answer it; ask for the next region")
         # Who sends no id is known by an address only, and may be whoever was asked.
-        if query.status in ("open", "answered") and query.client != client and "@" not in client:
+        if query.status in ("open", "answered") and query.client != client and not client.startswith(DERIVED):
             raise LeaseError(
                 f"query {query_id} is {query.status} by {query.client}, not by {client}; ask for the next region"
             )

@@ -29,8 +29,8 @@ class PartialDiceCELoss(nn.Module):
     without annotation adds nothing to the sums of batch Dice; a batch without any gives L = 0 and zero gradients. With
     s = 0 a class that is absent from the annotated voxels contributes 0, as published.
 
-    Where only some classes were drawn, a voxel is known to be one of a set S of classes (those that nobody drew, and
-    background). Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a
+    Where only some classes were drawn, a voxel is known to be one of a set S of classes: those that no annotator drew,
+    and background. Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a
     voxel without that class.
 
     Args:

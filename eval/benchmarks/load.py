@@ -62,7 +62,7 @@ class Samples:
             self.taken.append((time.monotonic() - began, process.memory_info().rss, files, ledger))
 
     def growth(self, of: Callable[[Any], Any]) -> tuple[float, float]:
-        """`of` the samples of the last tenth of the time and of the second: start-up fills caches, not a leak."""
+        """`of` the samples of the last tenth of the time and of the second: start-up only fills caches."""
         values = np.array(self.taken)
         seconds = values[:, 0] / values[-1, 0]
         early, late = (seconds >= 0.1) & (seconds < 0.2), seconds >= 0.9

@@ -69,9 +69,10 @@ def foreground_efficiency(
     """FG-Eff gamma of y = c - a exp(-gamma (x - x0)) by least squares (nnActive, section 8).
 
     `fractions` (N,) are labelled foreground voxels over all foreground voxels of the pool, `dices` (N,) the mean Dice
-    there, of all seeds and rounds of one method; c = `full_dice`, of the same recipe on all labels; x0 =
-    `start_fraction` (default: the smallest fraction), a = c - `start_dice` (default: mean Dice at x0). All methods of a
-    setting share x0 and a. `bounded` keeps gamma within [0, 10^6], where the published fit is free.
+    there, of all seeds and rounds of one method.
+    `c` is `full_dice`, of the same recipe on all labels; x0 is `start_fraction` (default: the smallest fraction);
+    a = c - `start_dice` (default: mean Dice at x0). All methods of a setting share x0 and a.
+    `bounded` keeps gamma within [0, 10^6], where the published fit is free.
 
     Raises:
         ValueError: lists of different lengths, fewer than two points, or a start that is not below the full Dice.
@@ -180,7 +181,7 @@ def kendall(first: ArrayLike, second: ArrayLike) -> Kendall:
 
 
 def setting_effect(values: Sequence[ArrayLike]) -> Kendall:
-    """Tau-b between a metric and the index of its setting; `values[k]` holds one value a seed of setting k."""
+    """Tau-b between a metric and the index of its setting; `values[k]` holds one value per seed of setting k."""
     metric = np.concatenate([np.asarray(v, dtype=np.float64) for v in values])
     index = np.concatenate([np.full(len(np.asarray(v)), float(k)) for k, v in enumerate(values)])
     return kendall(metric, index)

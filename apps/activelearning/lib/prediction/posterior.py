@@ -83,12 +83,12 @@ class Ensemble:
         spacing: spacing in mm of the networks' input. None for the spacing of each image.
         device: device of the networks.
         heads, taps: of members trained to predict their loss, one per member, and the layers they read.
-        normalisation: of intensities; None is the z-score of each image.
+        normalisation: of intensities. None is the z-score of each image.
         mirrored: axes along which segmentations also average the prediction of the mirror image.
         shifts: number of predictions averaged by segmentations of an image without windows. Each one has the networks'
             grid one voxel further along each axis. Overlapping windows lie differently on the grid anyway.
         confidence: mean probability that a component needs to be shown (`lib.prediction.postprocessing`).
-        smallest_mm3: class value -> volume in mm^3 that a component needs to be shown.
+        smallest_mm3: class value -> volume in mm^3. Smaller components of the class are not shown.
         precision: "native" for reduced precision if the device supports it, "full" for float32.
 
     The caller must hold `lock` to run the networks: hooks, dropout and modes of a network are shared by all threads.

@@ -39,7 +39,7 @@ def segment(
 
     Args:
         classes: those of the networks, background included.
-        scratch: folder with room for 2 bytes per class and voxel; only large images need any.
+        scratch: folder with room for 2 bytes per class and voxel. Only large images need any.
         mirror: whether to average over mirror images, if the ensemble has axes for them; each costs a prediction.
 
     Raises:

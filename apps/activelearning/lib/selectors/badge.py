@@ -22,7 +22,7 @@ def kmeans_plus_plus(embeddings: ArrayLike, k: int, rng: np.random.Generator) ->
     Shapes: embeddings (U, D) -> (min(k, U),).
 
     Raises:
-        ValueError: embeddings that are no finite matrix.
+        ValueError: embeddings that are not a finite matrix.
     """
     matrix = feature_matrix(embeddings, "embedding")
     distances = SquaredDistances(matrix)

@@ -23,7 +23,7 @@ def k_center(unlabelled: ArrayLike, labelled: ArrayLike | None, k: int) -> NDArr
     Shapes: unlabelled (U, D), labelled (L, D) or None -> (min(k, U),).
 
     Raises:
-        ValueError: features that are no finite matrix, or that disagree in width.
+        ValueError: features that are not a finite matrix, or that disagree in width.
     """
     features = feature_matrix(unlabelled, "unlabelled")
     known = None if labelled is None or len(np.asarray(labelled)) == 0 else feature_matrix(labelled, "labelled")

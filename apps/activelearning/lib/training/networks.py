@@ -27,9 +27,9 @@ class SpaceToDepth(nn.Module):
     where a is instance norm and leaky ReLU. Borders gain most from it.
 
     Args:
-        factor: (fx, fy, fz), or one number for all; sizes of the input must be multiples of it.
+        factor: (fx, fy, fz), or one number for all. Sizes of the input must be multiples of it.
         network: takes C f channels and returns K f, or R f with `refine`.
-        refine: channels of the stage at full resolution; 0 for none.
+        refine: channels of the stage at full resolution. With 0 there is none.
         classes: K, needed with `refine`.
         kernel: of the stage's convolutions; 1 along an axis keeps slices apart.
     """

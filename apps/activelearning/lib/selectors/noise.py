@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 
 def power(scores: ArrayLike, beta: float, rng: np.random.Generator) -> Array:
-    """log(score) + Gumbel(0, 1/beta), one draw per position; -inf for a score of zero or below; NaN stays last as -inf.
+    """log(score) + Gumbel(0, 1/beta), one draw per position; NaN and scores of zero or below give -inf.
 
     The best k are then a sample without replacement with probability proportional to score^beta (Kirsch et al.,
     Stochastic batch acquisition; nnActive, section 4).

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(options: argparse.Namespace) -> str:
-    """What to do next; only runs leave something to go on with."""
+    """Advice for the next step; only runs can be resumed."""
     folder = {_run: getattr(options, "out", None), _resume: getattr(options, "folder", None)}.get(options.command)
     if folder is None:
         return "interrupted\n"
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="-",
         metavar="FILE",
-        help="rows and what they were measured on, to FILE or stdout",
+        help="rows, versions and hardware, to FILE or stdout",
     )
     bench.add_argument("--cases", type=_workers, default=50_000, help="of fuzz: how many, over all surfaces")
     bench.add_argument("--seed", type=int, default=0, help="of fuzz: another seed draws other cases")

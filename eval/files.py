@@ -36,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `path` holds, or None when there is no such file."""
+    """Return the content of `path`, or None when there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None
 
 

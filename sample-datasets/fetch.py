@@ -28,7 +28,7 @@ _PARTIAL = ".part"
 
 
 class FetchError(Exception):
-    """A dataset that could not be fetched; the message says what was found and what to do."""
+    """A dataset that could not be fetched; the message gives the problem and the remedy."""
 
 
 def known_checksums() -> dict[str, str]:

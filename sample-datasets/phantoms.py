@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--difficulty", type=_difficulty, default=0.5, metavar="D", help="easy, normal, hard, or 0 (easy) to 1 (hard)"
     )
-    parser.add_argument("--spacing", type=_spacing, metavar="X,Y,Z", help="mm a voxel; the field of view stays")
+    parser.add_argument("--spacing", type=_spacing, metavar="X,Y,Z", help="mm per voxel; the field of view stays")
     parser.add_argument("--shape", type=_shape, metavar="X,Y,Z", help="voxels; with --spacing it crops or widens")
     parser.add_argument("--scale", type=_positive, default=1.0, help="voxels along each axis for one of the preset's")
     parser.add_argument("--pathology", type=_share, metavar="RATE", help="share of patients with findings, 0 to 1")

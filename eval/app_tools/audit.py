@@ -29,10 +29,10 @@ LEDGER = Path(".patchwise") / "ledger.sqlite"
 
 @dataclass
 class Audit:
-    """What was compared and what was found wrong: one `{"file", "problem"}` a finding.
+    """Result of a comparison: counts, and one `{"file", "problem"}` per finding.
 
-    `unreferenced` are raw files that no answer names: a submission whose recording was interrupted. They are kept, do
-    no harm and are no problem.
+    `unreferenced` are raw files that no answer names: a submission whose recording was interrupted. They are kept and
+    harmless, and do not count as a problem.
     """
 
     studies: str
@@ -50,10 +50,10 @@ class Audit:
 
 
 def audit(studies: Path, verified: dict[str, tuple[Any, ...]] | None = None) -> Audit:
-    """Rebuilds every label from the raw answers and compares; nothing in the folder is changed.
+    """Rebuild every label from the raw answers and compare; nothing in the folder is changed.
 
-    `verified` notes what was found right, image by image; given again, a label is not rebuilt while its file and all
-    that it is made of are what they were. Raw files are read every time.
+    `verified` records the correct labels, image by image. Passed again, a label is not rebuilt while its file and all
+    its sources are unchanged. Raw files are read every time.
 
     Raises:
         RefereeError: no such folder, no ledger in it, or one that cannot be read.
@@ -189,7 +189,7 @@ def _check_label(
 
 
 def audit_text(found: Audit) -> str:
-    """What was found, a line a problem."""
+    """Text of the findings, one line per problem."""
     lines = [f"{row['file']}: {row['problem']}" for row in found.problems]
     lines += [f"note: raw file {name} belongs to no recorded answer" for name in found.unreferenced]
     lines.append(

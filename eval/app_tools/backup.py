@@ -23,7 +23,7 @@ _SKIPPED = frozenset({"moments", "locks"})
 
 @dataclass(frozen=True)
 class Backup:
-    """Where a backup lies, and what it holds."""
+    """Place and content of a backup."""
 
     folder: Path
     answers: int
@@ -92,7 +92,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_models(state: Path, target: Path) -> None:
-    """The current model of every bundle: older ones and unfinished trainings are no loss."""
+    """Copy the current model of every bundle; older ones and unfinished trainings are not needed."""
     from lib.models.checkpoints import ModelStore
     from lib.storage.atomic_files import write_json
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""`python -m eval bench`: rows as they are measured, and a file of them with what they were measured on."""
+"""`python -m eval bench`: rows as they are measured, and a file of them with versions and hardware."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from eval.protocol.manifest import describe_run, now
 
 
 def bench(name: str, target: str | None, cases: int, seed: int) -> None:
-    """Runs a benchmark, or `fuzz`; `target` is a file, '-' for stdout, or None for text.
+    """Run a benchmark, or `fuzz`; `target` is a file, '-' for stdout, or None for text.
 
-    A file is written after every row, with `finished` null until the last one: a stop costs what was not yet measured.
+    A file is written after every row, with `finished` null until the last one: an interrupted run keeps its rows.
 
     Raises:
-        RefereeError: no such benchmark, what it needs is missing, or a fuzzed case failed.
+        RefereeError: no such benchmark, a requirement is missing, or a fuzzed case failed.
     """
     from eval.benchmarks import BENCHMARKS
 

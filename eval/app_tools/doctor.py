@@ -107,7 +107,7 @@ def _port(port: int) -> Finding:
 
 
 def _open_to_all() -> Iterator[Finding]:
-    """Servers that listen on every network of the machine and ask nobody for a password."""
+    """Warn of servers that listen on every network of the machine without a password."""
     for process in psutil.process_iter(["cmdline"]):
         if not any("monailabel" in part for part in process.info["cmdline"] or []):
             continue

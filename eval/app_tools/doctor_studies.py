@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What `doctor` looks at in a studies folder: images, plan, room for cached moments, ledger, labels."""
+"""Checks of `doctor` in a studies folder: images, plan, room for cached moments, ledger, labels."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _plans(studies: Path) -> Iterator[Finding]:
 
 
 def _room(studies: Path, shapes: list[tuple[int, ...]]) -> Finding:
-    """Cached moments take 4 bytes a voxel for every class, background included, and two more."""
+    """Check the room for cached moments: 4 bytes per voxel for every class, background included, and two more."""
     from lib.models.class_names import resolve_classes
     from lib.options import OptionError
 

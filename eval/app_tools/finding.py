@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What `python -m eval doctor` reports of each thing it looks at."""
+"""Finding that `python -m eval doctor` reports per check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at, what was found, and what to do unless it is as it should be."""
+    """Subject of a check, its result, and the remedy if there is a problem."""
 
     check: str
     state: Literal["ok", "warning", "problem"]

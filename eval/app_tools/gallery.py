@@ -72,12 +72,12 @@ class PhantomEvidence:
         return np.concatenate([self.features(image, boxes) for image, boxes in TAKEN.items()])
 
     def gradients(self, image: str, boxes: Sequence[Box], layer: str) -> NDArray[np.float64]:
-        """Products of features in place of gradients, which a phantom has not."""
+        """Products of features in place of gradients, which a phantom does not have."""
         found = self.features(image, boxes)
         return np.concatenate([found - found.mean(axis=0), found**2], axis=1)
 
     def class_frequencies(self) -> NDArray[np.float64]:
-        """Shares of the classes in what is annotated."""
+        """Shares of the classes in the annotated voxels."""
         return np.array([0.8, 0.15, 0.05])
 
 

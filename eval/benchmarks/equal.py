@@ -3,11 +3,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Whether the faster step costs quality: the same network, loss and schedule fed by MONAI dictionaries instead.
+"""Quality of the faster step: the same network, loss and schedule fed by MONAI dictionaries instead.
 
 All train 300 steps (STEPS) on the pool of the decathlon's hippocampus task (DATA names another folder) from three
-seeds, in fp32 there and in whatever this project takes here; reported are seconds a step and Dice of the test cases.
-MONAI's dictionaries come as a training script would write them ("plain"), and so that they teach the same as ours
+seeds: MONAI in fp32, this project in its own precision. Reported are seconds per step and Dice of the test cases.
+MONAI's dictionaries come as in a usual training script ("plain"), and with the same training examples as ours
 ("alike").
 """
 

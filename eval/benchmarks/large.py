@@ -104,7 +104,7 @@ def _segment(url: str) -> None:
 
 
 def make_scan(studies: Path, slices: int, classes: int) -> bytes:
-    """Writes a body with as many ellipsoids as classes, in Hounsfield units; the file of their label."""
+    """Write a body with as many ellipsoids as classes, in Hounsfield units; return the file of their label."""
     studies.mkdir()
     x, y, z = np.ogrid[:ACROSS, :ACROSS, :slices]
     rng = np.random.default_rng(0)

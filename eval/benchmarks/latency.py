@@ -3,14 +3,14 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""How long annotators wait: eight of them on one server whose pool is large, while it trains.
+"""Waiting times of annotators: eight of them on one server with a large pool, during a training.
 
-The pool is hard links to generated scans of 36 x 50 x 35 voxels or so, scored by the server itself with a network that
-was trained for a moment. Each annotator asks for a region as viewers do (without a batch), downloads the image, thinks
-for about a second and submits a label of the whole grid; /info is polled meanwhile. Then labels of 512 x 512 x 200 are
-saved one at a time, while the others go on with regions that were chosen before. A training runs all the time.
+The pool consists of hard links to generated scans of about 36 x 50 x 35 voxels, scored by the server itself with a
+briefly trained network. Each annotator requests a region as viewers do (without a batch), downloads the image, waits
+for about a second and submits a label of the whole grid. Meanwhile /info is polled. Then labels of 512 x 512 x 200 are
+saved one at a time, while the others continue with regions that were chosen before. A training runs all the time.
 
-`IMAGES`, `ASKS` (an annotator), `LARGE` (saves) and `THINK` (seconds) in the environment make it smaller.
+`IMAGES`, `ASKS` (per annotator), `LARGE` (saves) and `THINK` (seconds) in the environment make it smaller.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CLASSES = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 
 
 def run() -> Iterator[Row]:
-    """Rows of what was waited for: the 95th percentile against its bar."""
+    """Rows of waiting times per kind of request: the 95th percentile against its bar."""
     images, asks, large = (int(os.environ.get(k, v)) for k, v in (("IMAGES", 2000), ("ASKS", 30), ("LARGE", 12)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,13 +70,13 @@ def run() -> Iterator[Row]:
 
 
 class Times:
-    """Seconds of every request, by what was asked."""
+    """Seconds of every request, by its kind."""
 
     def __init__(self) -> None:
         self._taken: dict[str, list[float]] = {}
 
     def note(self, what: str, began: float) -> None:
-        """Adds what passed since `began`; lists grow from several threads."""
+        """Add the seconds since `began`; several threads append to the lists."""
         self._taken.setdefault(what, []).append(time.perf_counter() - began)
 
     def rows(self, where: str) -> Iterator[Row]:
@@ -140,13 +140,13 @@ class Annotators:
             thread.join()
 
     def start(self, asks: int) -> None:
-        """Everybody starts to work."""
+        """Start all annotators."""
         self._people = [threading.Thread(target=self._annotate, args=(i, asks), daemon=True) for i in range(ANNOTATORS)]
         for thread in self._people:
             thread.start()
 
     def work(self, asks: int) -> None:
-        """Everybody asks and answers `asks` times.
+        """Run all annotators until each has requested and answered `asks` regions.
 
         Raises:
             RuntimeError: a request was refused.
@@ -221,13 +221,13 @@ def submit(http: httpx.Client, image: str, label: bytes, params: dict[str, Any])
 
 
 def plan(url: str, count: int) -> None:
-    """Regions that are handed out one by one later: asked for by somebody whose lease runs out at once."""
+    """Plan regions that are handed out one by one later: requested by a client whose lease expires at once."""
     asked = {"batch": count, "client_id": "planner", "lease_minutes": 1e-4, "n_per_image": 20}
     httpx.post(f"{url}/activelearning/power_pe", json=asked, timeout=300).raise_for_status()
 
 
 def make_large(folder: Path) -> bytes:
-    """Adds a large image to the pool; the file of a label for it, two bodies in 52 million voxels."""
+    """Add a large image to the pool; return the file of its label, two bodies in 52 million voxels."""
     x, y, z = np.ogrid[: LARGE_SHAPE[0], : LARGE_SHAPE[1], : LARGE_SHAPE[2]]
     label_xyz = np.zeros(LARGE_SHAPE, np.uint8, order="F")
     for value, centre in ((1, (180, 250, 100)), (2, (330, 250, 100))):
@@ -241,7 +241,7 @@ def make_large(folder: Path) -> bytes:
 
 
 def save_large(url: str, label: bytes, count: int, times: Times) -> None:
-    """Answers to one region after the other of the large image."""
+    """Save answers to `count` regions of the large image, one after the other."""
     regions = [{"image": "large", "start": [40 * k, 0, 0], "size": [40, 512, 200]} for k in range(count)]
     with httpx.Client(base_url=url, timeout=300) as http:
         asked = {"batch": count, "regions": regions, "client_id": "large"}

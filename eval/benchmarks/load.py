@@ -5,7 +5,7 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """`python -m eval bench load`: half an hour of annotators, trainings and scorings on one server; then a pool of 10,000.
 
-Environment: MINUTES (30), IMAGES (2000), CASES (300, different scans among them, which is what scoring takes time for),
+Environment: MINUTES (30), IMAGES (2000), CASES (300, different scans among them, which determine the scoring time),
 MANY (10000), THINK (10, the most seconds between two steps of an annotator). MINUTES=0 or MANY=0 leaves that part out.
 Memory and file handles are those of the server's own process: trainings and scorings end and give theirs back.
 While one connection to its file is open, SQLite keeps the descriptors of those that were open beside it, to use them
@@ -50,7 +50,7 @@ _ASKS = 60
 
 @dataclass
 class Samples:
-    """What the server's process held, every few seconds: (seconds, bytes, open files, of them the ledger's)."""
+    """Resources of the server's process, every few seconds: (seconds, bytes, open files, of them the ledger's)."""
 
     taken: list[tuple[float, int, int, int]] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class Samples:
             self.taken.append((time.monotonic() - began, process.memory_info().rss, files, ledger))
 
     def growth(self, of: Callable[[Any], Any]) -> tuple[float, float]:
-        """`of` the samples of the last tenth of the time and of the second: start-up fills caches, which is no leak."""
+        """`of` the samples of the last tenth of the time and of the second: start-up only fills caches."""
         values = np.array(self.taken)
         seconds = values[:, 0] / values[-1, 0]
         early, late = (seconds >= 0.1) & (seconds < 0.2), seconds >= 0.9
@@ -122,7 +122,7 @@ def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
 
 
 def _first_round(url: str, labels: dict[str, bytes]) -> None:
-    """A model and its scores, so that everybody is asked by uncertainty from the beginning."""
+    """Train a model and score the pool, so that regions are selected by uncertainty from the beginning."""
     client = LabelClient(url)
     for image in list(labels)[:4]:
         client.save(image, labels[image], {"whole": True, "label_info": CLASSES})

@@ -67,7 +67,7 @@ def run() -> Iterator[Row]:
 def nnunet(
     work: Path, python: str, minutes: float, labels: dict[str, int], pool: Sequence[Case], test: Sequence[Case]
 ) -> tuple[dict[str, Any], float]:
-    """What nnU-Net's driver said and the mean foreground Dice of its predictions."""
+    """Report of nnU-Net's driver, and the mean foreground Dice of its predictions."""
     raw = work / "raw" / DATASET
     for name in ("imagesTr", "labelsTr"):
         (raw / name).mkdir(parents=True)

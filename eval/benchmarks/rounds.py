@@ -3,10 +3,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a round costs: training five members at once or in five calls.
+"""Cost of a round: training five members at once or in five calls.
 
-Timed on the real server, in seconds of wall time, because what it saves is start-ups and idle cores; so it needs a
-machine without other work.
+Timed on the real server, in seconds of wall time, because the savings are start-ups and idle cores. It therefore needs
+a machine without other work.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Scoring a pool with five members: streamed moments in native reduced precision against fp32, one member at a time.
 
-The pool are the 156 cases of the decathlon's hippocampus task that studies query (DATA names another folder); members
-are trained on its test cases, so that the Dice of their mean is one of scans that they have not seen.
+The pool consists of the 156 cases of the decathlon's hippocampus task that studies query (DATA names another folder).
+Members are trained on its test cases, so that the Dice of their mean is measured on unseen scans.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ _EXTRAS = st.dictionaries(st.sampled_from(_KEYS), st.one_of(_JUNK, _SIZES, st.ju
 
 
 class Asker:
-    """Sends requests to one server and judges its answers.
+    """Client that sends requests to one server and judges its responses.
 
     Args:
         url: of the server.
@@ -181,7 +181,7 @@ def send(case: Any) -> Any:
 
 
 def _example(case: Any) -> dict[str, str]:
-    """What repeats a case, also one that no curl command can hold."""
+    """Return the data that repeat a case, also one that no curl command can hold."""
     return {
         "request": f"{case.method} {case.path}",
         "path": repr(case.path_parameters),
@@ -192,7 +192,7 @@ def _example(case: Any) -> dict[str, str]:
 
 
 def _steer(case: Any, rng: np.random.Generator, extras: dict[str, Any], known: Mapping[str, list[str]]) -> None:
-    """Gives a case names that exist, or hostile ones, and a body that reaches the code behind the first checks."""
+    """Set existing or hostile names in a case, and a body that reaches the code behind the first checks."""
     for holder in (case.path_parameters, case.query):
         for name in list(holder or {}):
             draw = rng.random()

@@ -126,7 +126,7 @@ def fuzz_volumes(wanted: int, number: int) -> Tally:
 
 
 def pack(name: str, content: bytes, valid: bytes, edits: list[Edit], whole: bool) -> bytes:
-    """The bytes of the file: packed where its name says so, damaged before or after."""
+    """Bytes of the file: compressed if its name ends with .gz, damaged before or after."""
     if not name.endswith(".gz"):
         return content
     if whole:

@@ -32,7 +32,7 @@ IMAGES = 6
 
 
 def fuzz(cases: int, seed: int) -> dict[str, Any]:
-    """Runs `cases` cases over all surfaces; counts, times and examples of failures.
+    """Run `cases` cases over all surfaces; return counts, times and examples of failures.
 
     Raises:
         RefereeError: the server does not start, or schemathesis is not installed.
@@ -70,7 +70,7 @@ def fuzz_text(found: dict[str, Any]) -> str:
 
 @contextmanager
 def served(folder: Path) -> Iterator[Asker]:
-    """A server on a few phantoms in `folder`, and who asks it; nothing is trained."""
+    """Start a server on a few phantoms in `folder` and yield its client; nothing is trained."""
     scans, _ = phantoms(folder / "phantoms", IMAGES)
     studies = folder / "studies"
     studies.mkdir()

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a fuzzing run counts: cases and outcomes by surface, and an example of each failure that can be repeated."""
+"""Counts of a fuzzing run: cases and outcomes per surface, and a repeatable example of each failure."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ MANY = 1000
 
 @dataclass
 class Tally:
-    """One surface: cases, how they ended, seconds, memory of whoever was asked, and what should not have been.
+    """One surface: cases, their outcomes, seconds, memory of the process under test, and failures.
 
-    `grown_mib` is how much larger than `rest_mib` whoever was asked had become, after each case.
+    `grown_mib` is the memory of the process under test above `rest_mib`, after each case.
     """
 
     surface: str
@@ -47,7 +47,7 @@ class Tally:
     failed: int = 0
 
     def fail(self, kind: str, example: Any, detail: str) -> None:
-        """Counts a failure; the first of each kind are kept with what repeats them."""
+        """Count a failure; the first ones of each kind are kept with the input that repeats them."""
         self.failed += 1
         self.outcomes[kind] += 1
         known = [failure for failure in self.failures if failure["kind"] == kind and failure["detail"] == detail]
@@ -55,7 +55,7 @@ class Tally:
             self.failures.append({"kind": kind, "detail": detail, "example": example})
 
     def check_memory(self) -> None:
-        """A surface that made somebody grow by more than is left to chance, or go on growing, has failed."""
+        """Record a failure if the process under test grew by more than chance allows, or kept growing."""
         grown = max(self.grown_mib, default=0.0)
         if grown > MOST_MIB:
             self.fail("memory", None, f"grew by {grown:.0f} MiB, at most {MOST_MIB:.0f} are expected")
@@ -68,7 +68,7 @@ class Tally:
         return [part for part in np.array_split(np.array(self.grown_mib, dtype=float), 10) if len(part)]
 
     def to_json(self) -> dict[str, Any]:
-        """What is written of it."""
+        """Return the entry of this surface in the report."""
         return {
             "surface": self.surface,
             "cases": self.cases,
@@ -82,9 +82,9 @@ class Tally:
 
 
 def drive(tally: Tally, cases: SearchStrategy[Any], wanted: int, number: int, one: Callable[[Any], None]) -> None:
-    """Runs `one` on `wanted` drawn cases; the same `number` draws the same cases.
+    """Run `one` on `wanted` drawn cases; the same `number` draws the same cases.
 
-    Nothing is raised or shrunk: `one` notes what it finds, so that a failure early on hides none behind it.
+    Nothing is raised or shrunk: `one` records its findings, so that an early failure does not hide later ones.
     """
     began, until = time.perf_counter(), tally.cases + wanted
     turn = 0
@@ -112,7 +112,7 @@ def drive(tally: Tally, cases: SearchStrategy[Any], wanted: int, number: int, on
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Libraries say nothing about what they find odd in a file: here all of them are."""
+    """Silence the libraries' warnings about odd files: here all files are odd."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():

@@ -62,7 +62,7 @@ def relative_volume_error(prediction_xyz: ArrayLike, truth_xyz: ArrayLike) -> fl
 
 
 def hausdorff(prediction_xyz: ArrayLike, truth_xyz: ArrayLike, *, spacing: Spacing = (1.0, 1.0, 1.0)) -> float:
-    """Largest distance in mm from either surface to the other; `spacing` in mm a voxel.
+    """Largest distance in mm from either surface to the other; `spacing` in mm per voxel.
 
     Raises:
         ValueError: masks of different shapes, or not one positive spacing an axis.

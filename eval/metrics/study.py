@@ -69,9 +69,10 @@ def foreground_efficiency(
     """FG-Eff gamma of y = c - a exp(-gamma (x - x0)) by least squares (nnActive, section 8).
 
     `fractions` (N,) are labelled foreground voxels over all foreground voxels of the pool, `dices` (N,) the mean Dice
-    there, of all seeds and rounds of one method; c = `full_dice`, of the same recipe on all labels; x0 =
-    `start_fraction` (default: the smallest fraction), a = c - `start_dice` (default: mean Dice at x0). All methods of a
-    setting share x0 and a. `bounded` keeps gamma within [0, 10^6], where the published fit is free.
+    there, of all seeds and rounds of one method.
+    `c` is `full_dice`, of the same recipe on all labels; x0 is `start_fraction` (default: the smallest fraction);
+    a = c - `start_dice` (default: mean Dice at x0). All methods of a setting share x0 and a.
+    `bounded` keeps gamma within [0, 10^6], where the published fit is free.
 
     Raises:
         ValueError: lists of different lengths, fewer than two points, or a start that is not below the full Dice.

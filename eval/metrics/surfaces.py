@@ -35,7 +35,7 @@ class Surfaces:
     def between(
         cls, prediction_xyz: ArrayLike, truth_xyz: ArrayLike, *, spacing: Sequence[float], full: bool = False
     ) -> Surfaces:
-        """Both directions for two boolean masks of one shape; `spacing` in mm a voxel.
+        """Both directions for two boolean masks of one shape; `spacing` in mm per voxel.
 
         `full=True` lets neighbours that share an edge or a corner make a surface too (Burmeister et al. 2022).
 
@@ -64,7 +64,7 @@ class Surfaces:
         return cls(_by_tree(edge_a, edge_b, steps), _by_tree(edge_b, edge_a, steps))
 
     def hausdorff(self, percentile: float = 100, *, pooled: bool = False) -> float:
-        """max over both directions of the percentile of distances in mm; `pooled`: one percentile of all of them."""
+        """Largest percentile of distances in mm over both directions; `pooled`: one percentile of all of them."""
         if self.undefined is not None:
             return self.undefined
         if pooled:
@@ -93,7 +93,7 @@ class Surfaces:
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...] | None:
-    """Smallest box around the mask, found axis by axis in what the earlier axes left over; None for an empty mask."""
+    """Smallest box around the mask, found axis by axis in the box of the earlier axes; None for an empty mask."""
     box: list[slice] = []
     for axis in range(mask.ndim):
         rest = mask[tuple(box)]

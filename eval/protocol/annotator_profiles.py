@@ -25,12 +25,15 @@ _REACH = 4  # standard deviations that a displaced border is looked up at
 class Oracle(BaseModel):
     """A profile and its options.
 
-    perfect: ground truth. boundary_noisy: borders moved by a smooth random field of `amplitude` mm (standard deviation
-    an axis) and `smoothness` mm. missing_small: connected objects below `smallest` mm^3 are overlooked, each with
-    probability `share`. partly_finished: a `share` of the queries is left unfinished, with the first `done` of its
-    slices painted and the `rest` unlabelled, or background as by a careless annotator. class_confusion: every class of
-    a region is taken for another one with probability `share`. late: a `share` of the queries is answered a round
-    later, or with `late_by: lease` after its lease of `lease_minutes` ran out.
+    - perfect: ground truth.
+    - boundary_noisy: borders moved by a smooth random field of `amplitude` mm (standard deviation per axis) and
+      `smoothness` mm.
+    - missing_small: connected objects below `smallest` mm^3 are overlooked, each with probability `share`.
+    - partly_finished: a `share` of the queries is left unfinished. The first `done` of its slices are painted and the
+      `rest` is unlabelled, or background as by a careless annotator.
+    - class_confusion: every class of a region is taken for another one with probability `share`.
+    - late: a `share` of the queries is answered a round later, or with `late_by: lease` after lease expiry
+      (`lease_minutes`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +51,7 @@ class Oracle(BaseModel):
     lease_minutes: float = Field(default=0.01, gt=0)
 
     def is_late(self, seed: int, query: object) -> bool:
-        """Whether this query is answered late."""
+        """Return whether this query is answered late."""
         return self.profile == "late" and bool(child_rng(seed, "late", query).random() < self.share)
 
 
@@ -62,9 +65,9 @@ def paint(
     spacing: Sequence[float],
     axis: int = 2,
 ) -> NDArray[np.uint8]:
-    """What the oracle paints inside `region` of the true `label_xyz`, in the region's shape; spacing in mm.
+    """Paint `region` of the true `label_xyz` as the oracle does, in the region's shape; spacing in mm.
 
-    The same seed and query paint the same, whatever was asked before.
+    The same seed and query give the same result, independently of earlier queries.
 
     Raises:
         RefereeError: class_confusion with one foreground class.
@@ -86,7 +89,7 @@ def paint(
 def answers(
     label_xyz: NDArray[np.uint8], regions: Sequence[Mapping[str, Any]], oracle: Oracle, seed: int, **how: Any
 ) -> NDArray[np.uint8]:
-    """What a client uploads for the `regions` of one image: painted inside of them, background elsewhere."""
+    """Label map that a client uploads for the `regions` of one image: painted inside of them, background elsewhere."""
     answer_xyz = np.zeros_like(label_xyz)
     for region in regions:
         answer_xyz[region_slices(region)] = paint(label_xyz, region, oracle, seed, **how)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What makes numbers incomparable, each refused in one sentence: starts, recipes, leaks, origins, too few seeds."""
+"""Checks for incomparable numbers, each refused in one sentence: starts, recipes, leaks, origins, too few seeds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Steps(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How the cell is called."""
+        """Name of the cell."""
         return f"{self.method}_s{self.seed}"
 
 
@@ -88,7 +88,7 @@ def check_same_start(cells: Iterable[Steps]) -> None:
 
 
 def recipe_of(trained: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How a model was trained, without what a method may change: data, round and weights; None where not recorded."""
+    """Training recipe of a model, without the parts a method may change: data, round, weights; None if unrecorded."""
     model = trained.get("model")
     if not isinstance(model, Mapping) or "recipe" not in model:
         return None

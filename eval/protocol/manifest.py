@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a run was measured with: versions, hardware, data digests."""
+"""Conditions of a run: versions, hardware, data digests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def now() -> str:
 
 
 def describe_run(program: str = "eval") -> dict[str, Any]:
-    """What was called, with what, on what, and when: the beginning of every committed result."""
+    """Command, versions, hardware and time of a run: the beginning of every committed result."""
     return {
         "command": " ".join([f"python -m {program}", *sys.argv[1:]]),
         "started": now(),
@@ -53,7 +53,7 @@ def describe_versions() -> dict[str, Any]:
 
 
 def code_digest(root: Path = _PROJECT) -> str:
-    """SHA-256 over the files that decide a study's numbers: app, bundles, and what the referee measures with."""
+    """SHA-256 over the files that decide a study's numbers: app, bundles, and the referee's measures."""
     files = [p for folder in ("apps", "bundles") for p in (root / folder).rglob("*") if p.suffix in _CODE]
     files += [root / "eval" / name for name in _MEASURING] + sorted((root / "eval" / "metrics").glob("*.py"))
     digest = hashlib.sha256()
@@ -107,7 +107,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a small program prints, or None when it is not there or fails."""
+    """Output of a small program, or None when it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -70,7 +70,7 @@ class Split(_Part):
 
 
 class StartingBudget(_Part):
-    """How round 0 is chosen; the same for every method of a seed."""
+    """Selection of round 0; the same for every method of a seed."""
 
     method: str = "starting_budget"
     batch: int = Field(ge=1)
@@ -90,14 +90,14 @@ class Minutes(_Part):
 
 
 class Expected(_Part):
-    """What `--dry-run` reckons with; it changes nothing else. Measured on two CPU cores."""
+    """Assumptions of `--dry-run`; they change nothing else. Measured on two CPU cores."""
 
     step_seconds: float = Field(default=0.6, gt=0, description="an optimiser step of one member")
     case_seconds: float = Field(default=0.2, gt=0, description="inference of one case by one member")
 
 
 class Server(_Part):
-    """How servers are started: `--conf` pairs and environment, beyond what the study itself says."""
+    """Start of servers: `--conf` pairs and environment, in addition to the study's own settings."""
 
     conf: dict[str, Any] = {}
     env: dict[str, str] = {}
@@ -105,7 +105,7 @@ class Server(_Part):
 
 
 class Study(_Part):
-    """What `python -m eval run` replays; see `eval/studies`."""
+    """Study that `python -m eval run` replays; see `eval/studies`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     about: str = ""

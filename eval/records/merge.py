@@ -20,11 +20,11 @@ from eval.records.tables import write_tables
 
 
 def merge_parts(parts: Sequence[Path], out: Path, *, mixed: bool = False) -> tuple[int, int]:
-    """Join the finished cells of several runs of one study in the new folder `out`; gives (cells there, cells planned).
+    """Join the finished cells of several runs of one study in the new folder `out`; return (cells there, planned).
 
-    What is joined is what a report needs: the steps of every cell. Servers' folders stay behind, so `out` is reported
-    and merged again, but not resumed in the middle of a cell. With `mixed`, runs of different hardware, versions or
-    code are joined, and the manifest says so.
+    Only the steps of every cell are joined, as needed by a report. Servers' folders stay behind, so `out` can be
+    reported and merged again, but not resumed in the middle of a cell. With `mixed`, runs of different hardware,
+    versions or code are joined, and the manifest records this.
 
     Raises:
         RefereeError: a folder in use, no run, another study or other data, another origin, a cell that is finished

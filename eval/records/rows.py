@@ -31,7 +31,7 @@ def case_rows(
     tolerance: float = 1.0,
     axis: int = 2,
 ) -> list[dict[str, Any]]:
-    """One row a class with every segmentation measure; undefined values are None, so that JSON can hold them.
+    """One row per class with every segmentation measure; undefined values are None, so that JSON can hold them.
 
     Distances in mm, all from one pass over both surfaces; `tolerance` in mm of the surface Dice; `axis` whose slices
     the 2D Dice is a mean of.
@@ -96,7 +96,7 @@ def round_row(
 
 
 def query_row(region: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """One region as a flat row: where, how large, how it was scored and what was in it."""
+    """One region as a flat row: its place, size, score and content."""
     starts = dict(zip("xyz", region["start"], strict=True))
     sizes = dict(zip(("dx", "dy", "dz"), region["size"], strict=True))
     inside = {f"voxels_{name}": region["classes"][name] for name in classes}

@@ -24,7 +24,7 @@ FILES = ("rounds", "cases", "queries")
 
 
 def write_tables(study: Study, out: Path) -> None:
-    """Write the three CSV files from what every cell has finished; rounds without a test are not in rounds.csv."""
+    """Write the three CSV files from the finished steps of all cells; rounds without a test are not in rounds.csv."""
     for name, table in zip(FILES, build_tables(study, out), strict=True):
         write_text(out / f"{name}.csv", table.to_csv(index=False))
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a run says about its methods: areas on every cost, efficiency, penalties, tests, ranks, tails."""
+"""Comparison of a run's methods: areas on every cost, efficiency, penalties, tests, ranks, tails."""
 
 from __future__ import annotations
 
@@ -151,10 +151,10 @@ def significance(rounds: pd.DataFrame, cases: pd.DataFrame, rng: np.random.Gener
 
 
 def effects(cases: pd.DataFrame, factors: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Quantile regression of the last round on what methods have in common; empty where that says nothing.
+    """Quantile regression of the last round on factors that methods share; empty where it is not informative.
 
-    `factors[name]` lists the methods of which it is true. A row a measure: its quantile, the intercept (methods with no
-    factor) and the change with every factor, over cases, classes and seeds (Chlebus et al. 2022, Table 9).
+    `factors[name]` lists the methods with this factor. One row per measure: its quantile, the intercept (methods
+    without factors) and the change with every factor, over cases, classes and seeds (Chlebus et al. 2022, Table 9).
     """
     last = last_round(only_methods(cases))
     marks = {name: last["method"].isin(list(methods)).astype(float) for name, methods in factors.items()}

@@ -36,7 +36,7 @@ _EVERYWHERE = ("", "/", "root", "localhost")  # users and hosts of no meaning
 
 @dataclass(frozen=True)
 class Hidden:
-    """What a report does not say.
+    """Information that a report leaves out.
 
     Args:
         names: pseudonym of every image.
@@ -83,7 +83,7 @@ def pseudonyms(images: Iterable[str]) -> dict[str, str]:
 
 
 def hidden_of(folder: Path, *places: str) -> Hidden:
-    """What a run's report must not say: every image it knows, and where it was made.
+    """Information that a run's report must leave out: all image names, and the place of the run.
 
     Raises:
         RefereeError: no run in the folder.
@@ -113,7 +113,7 @@ def write_tables_without_ids(folder: Path, out: Path, hidden: Hidden) -> None:
 
 
 def manifest_without_ids(manifest: Mapping[str, Any], hidden: Hidden) -> dict[str, Any]:
-    """What of a manifest tells how a run was measured, and not where or on whom."""
+    """Entries of a manifest about the conditions of a run, without places and persons."""
     data = manifest["data"]
     sets = {name: {key: data[name][key] for key in _SET if key in data[name]} for name in ("pool", "test")}
     kept = {name: manifest[name] for name in _MANIFEST if name in manifest}
@@ -145,7 +145,7 @@ def _scrubbed(value: Any, hidden: Hidden) -> Any:
 
 
 def _whole(word: str) -> str:
-    """A pattern for a word that is no part of a longer one."""
+    """Return a pattern for a word that is not part of a longer one."""
     return rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])"
 
 

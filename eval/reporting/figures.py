@@ -49,7 +49,7 @@ class Picture:
 def learning_curves(
     rounds: pd.DataFrame, values: Sequence[str], costs: Sequence[str], titles: Mapping[str, str] | None = None
 ) -> Figure:
-    """One panel for every value and cost: a line a method, a band of one standard deviation where seeds repeat."""
+    """One panel per value and cost: one line per method, a band of one standard deviation where seeds repeat."""
     names = {**TITLES, **(titles or {})}
     panels = [(value, cost) for value in values for cost in costs]
     columns = min(2, len(panels))  # more would be too small to read on the page
@@ -145,7 +145,7 @@ def to_png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def _plain(axis: Axes) -> None:
-    """Light grid, no frame: the curves are what should be seen."""
+    """Set a light grid without a frame, so that the curves stand out."""
     axis.grid(color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     for side in ("top", "right"):

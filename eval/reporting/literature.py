@@ -28,7 +28,7 @@ _METRIC = re.compile(
 
 
 class Numbers(NamedTuple):
-    """What a run measured: tables of `eval.reporting.summary`, `eval.reporting.compare` and its folder."""
+    """Measurements of a run: tables of `eval.reporting.summary`, `eval.reporting.compare` and its folder."""
 
     summary: pd.DataFrame
     fits: pd.DataFrame

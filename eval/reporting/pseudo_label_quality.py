@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""How good pseudo labels between annotated slices are: interpolated again from the queries, against ground truth."""
+"""Quality of pseudo labels between annotated slices: interpolated again from the queries, against ground truth."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def signed_distance_between(
 ) -> NDArray[np.uint8] | None:
     """The n slices between two annotated ones, (n, X, Y); None where a class does not overlap itself.
 
-    Slice i of 1 .. n holds a class where (1 - t) s(top) + t s(bottom) >= 0 with t = i / (n + 1) and s the distance
-    inside minus the distance outside plus 0.5, in pixels; higher classes overwrite (Burmeister et al. 2022, app. A).
+    Slice i of 1 .. n holds a class where `(1 - t) s(top) + t s(bottom) >= 0` with t = i / (n + 1). Here s is the
+    distance inside minus the distance outside plus 0.5, in pixels. Higher classes overwrite lower ones.
+
+    Source: Burmeister et al. 2022, app. A.
     """
     found = np.zeros((n, *top_xy.shape), dtype=np.uint8)
     t = (np.arange(1, n + 1) / (n + 1))[:, None, None]

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Why regions were chosen: pictures and sentences of a run's last queries."""
+"""Explanations of chosen regions: pictures and sentences of a run's last queries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reasons_of(folder: Path, pictures: bool, name: Callable[[str], str] = str) -
 
 
 def sentence(region: Mapping[str, Any], name: Callable[[str], str] = str) -> str:
-    """One line about a region: rank, place, score, predicted classes, runner-up, as far as the server said them."""
+    """One line about a region: rank, place, score, predicted classes, runner-up, as far as the server reported them."""
     reason = region.get("reason") or {}
     parts = [f"{name(region['image'])} at {tuple(region['start'])}, rank {reason.get('rank', '?')}"]
     if reason.get("uncertainty"):

@@ -73,7 +73,7 @@ def write_report(
 def _write(
     folder: Path, out: Path, pictures: bool, others: Mapping[str, pd.DataFrame] | None, hidden: Hidden | None
 ) -> Path:
-    """Reads the run in `folder` and writes its report into `out`."""
+    """Read the run in `folder` and write its report into `out`."""
     rounds, queries = read_table(folder, "rounds"), read_table(folder, "queries", required=False)
     manifest = _manifest(folder)
     classes = [name for name, value in manifest["data"]["labels"].items() if value != 0]
@@ -174,7 +174,7 @@ def _pseudo(study: Study | None, queries: pd.DataFrame) -> pd.DataFrame:
 
 
 def _readers(study: Study | None, folder: Path) -> pd.DataFrame:
-    """What the servers said last about regions that two people answered; empty where none were."""
+    """Last inter-rater agreement reported by the servers, of regions with a second reading; empty without any."""
     rows: list[dict[str, Any]] = []
     for method, seed, steps in steps_of(study, folder) if study else ():
         trained = [found.get("agreement") for name, found in steps.items() if name.endswith(".train")]
@@ -233,7 +233,7 @@ def _by_round(rounds: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _asked(queries: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """What the regions of every method held, without the starting budget."""
+    """Content of the regions of every method, without the starting budget."""
     rows: list[dict[str, Any]] = []
     if queries.empty:
         return rows

@@ -31,7 +31,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Described:
-    """What a study says about itself; nothing where only the tables of a run were kept."""
+    """Description of a study from its file; empty where only the tables of a run were kept."""
 
     about: str = ""
     published: str = ""

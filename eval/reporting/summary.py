@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Summary of a run: one line a method, from rounds.csv alone."""
+"""Summary of a run: one line per method, from rounds.csv alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COSTS = ("regions", "voxels", "foreground_voxels")
 
 
 def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
-    """One row a method: seeds, rounds, AUBC and final values as mean and sample standard deviation over seeds.
+    """One row per method: seeds, rounds, AUBC and final values as mean and sample standard deviation over seeds.
 
     Only seeds with as many rounds as the longest are counted, as in the nnActive study; the area is over equal steps.
     The full-data line comes last and has no area.
@@ -70,7 +70,7 @@ def mean_curves(rounds: pd.DataFrame, value: str, cost: str) -> dict[str, pd.Dat
 
 
 def seconds(rounds: pd.DataFrame) -> pd.DataFrame:
-    """Seconds of every step in a run's mean round, one row a method."""
+    """Seconds of every step in a run's mean round, one row per method."""
     steps = [name for name in rounds.columns if name.endswith("_s")]
     result: pd.DataFrame = rounds.groupby("method", sort=False)[steps].mean().reset_index()
     return result
@@ -96,7 +96,7 @@ def plain_table(summary: pd.DataFrame) -> str:
 
 
 def with_sd(mean: float, sd: float, decimals: int) -> str:
-    """`mean` alone, or `mean ± sd` where there is more than one seed; empty for what is not defined."""
+    """`mean` alone, or `mean ± sd` for more than one seed; empty for an undefined value."""
     if np.isnan(mean):
         return ""
     text = f"{mean:.{decimals}f}"

@@ -48,7 +48,7 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True)
 class Material:
-    """What all cells of a study share: data, split and the threads each server may use."""
+    """Material that all cells of a study share: data, split and the number of threads per server."""
 
     study: Study
     dataset: Dataset
@@ -91,12 +91,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """How the cell is called in messages and folders."""
+        """Name of the cell in messages and folders."""
         return f"{self.method.label}_s{self.seed}"
 
     @property
     def finished(self) -> bool:
-        """Whether the last step of the last round is done."""
+        """Return whether the last step of the last round is done."""
         return self.state.get(self.rounds - 1, "test") is not None
 
     def run(self) -> None:
@@ -159,7 +159,7 @@ class Cell:
         return {}
 
     def _needs_scores(self, client: LabelClient) -> bool:
-        """Whether the method reads a posterior: as the study says, else as the server lists it."""
+        """Return whether the method reads a posterior: as in the study, else as in the server's list."""
         if self.method.score is not None:
             return self.method.score
         if "posterior" in self.method.options:
@@ -205,7 +205,7 @@ class Cell:
         return {**kept, **self._inside(region)}
 
     def _inside(self, region: Mapping[str, Any]) -> dict[str, Any]:
-        """What the oracle knows about a region: voxels of every class, and what annotating it costs."""
+        """Ground truth of a region: voxels per class, and the cost of its annotation."""
         truth = self._truth(region["image"])
         return {
             "classes": count_voxels(truth.label_xyz, region, self.material.dataset.labels),
@@ -261,7 +261,7 @@ class Cell:
         return left + [r for r in own if r["query"] not in late]
 
     def _addressed(self, regions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What an answer says it answers."""
+        """Fields of a submission that link it to its queries."""
         return {"queries": [region["query"] for region in regions]}
 
     def _train(self, client: LabelClient, round_: int) -> dict[str, Any]:
@@ -339,7 +339,7 @@ class Cell:
         write_json(studies / "dataset.json", card)
 
     def _check_server(self, client: LabelClient) -> None:
-        """The server must know the bundle and hold exactly the pool.
+        """Check that the server has the bundle and holds exactly the pool.
 
         Raises:
             RefereeError: another bundle, an image missing, or a test case where it could be learnt from.
@@ -363,7 +363,7 @@ class Cell:
 
 
 def _progress(info: Mapping[str, Any], bundle: str) -> str:
-    """How far a training is, as the server says it in /info; empty when it does not."""
+    """Progress of a training, as reported by the server in /info; empty when it is not reported."""
     said = (info.get("patchwise") or {}).get("training", {}).get(bundle) or {}
     if not said:
         return ""

@@ -96,13 +96,13 @@ class LabelClient:
         return content_digest(path)
 
     def open_session(self, image: Path) -> str:
-        """Upload an image that is no part of the pool; the id serves `infer`."""
+        """Upload an image that is not in the pool; return an id for `infer`."""
         with open(image, "rb") as stream:
             reply = self._json("PUT", "/session/", files={"files": (image.name, stream, "application/gzip")})
         return str(reply["session_id"])
 
     def has_session(self, session: str) -> bool:
-        """Whether the server still holds an uploaded image."""
+        """Return whether the server still holds an uploaded image."""
         return self._send("GET", f"/session/{session}", allow=(404,)).status_code == 200
 
     def infer(self, bundle: str, session: str) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

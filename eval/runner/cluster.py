@@ -83,7 +83,7 @@ def run_cell(out: str, method: str, seed: int) -> None:
     """Bring one cell to its end on this worker, from wherever its folder stands.
 
     Raises:
-        RefereeError: the cell failed; another worker would fail too, so the sentence is what matters.
+        RefereeError: the cell failed; another worker would fail too, so only the message matters.
     """
     folder = Path(out)
     study = load_study(folder / "study.yaml")

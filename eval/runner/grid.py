@@ -47,9 +47,9 @@ def load_grid(path: Path) -> list[Study]:
 def forecast(study: Study, only: Collection[str] | None = None) -> dict[str, float]:
     """Expected hours (all cells or `only` some, by name; one after another), and GB of disk; NaN without the data.
 
-    hours = trainings * members * steps * seconds of a step, a fifth more for scoring and querying, and the test cases;
-    the methods of a seed share the training of round 0;
-    disk = moments of the pool (classes + 2 maps of 4 bytes a voxel), checkpoints of every round and answers.
+    hours = trainings * members * steps * seconds of a step, a fifth more for scoring and querying, and the test cases.
+    The methods of a seed share the training of round 0.
+    disk = moments of the pool (classes + 2 maps of 4 bytes per voxel), checkpoints of every round and answers.
     """
     members, steps = _sizes_of_training(study)
     lengths = {f"{m.label}_s{seed}": rounds for seed in study.seeds for m, rounds in study.lines}
@@ -154,7 +154,7 @@ def _sizes_of_training(study: Study) -> tuple[int, int]:
 
 
 def plan(study: Study, only: Collection[str] | None = None) -> list[str]:
-    """One line a cell, for `--dry-run`; `only` some, by name."""
+    """One line per cell, for `--dry-run`; `only` some, by name."""
     return [
         f"{m.label} seed {seed}: {_asked(study, m)}"
         for seed in study.seeds
@@ -164,7 +164,7 @@ def plan(study: Study, only: Collection[str] | None = None) -> list[str]:
 
 
 def _asked(study: Study, method: Method) -> str:
-    """How often and for how much a method's cell asks."""
+    """Text about the number and the size of the queries of a method's cell."""
     if method.label == FULL_DATA:
         return "1 round, every label of the pool"
     start = study.starting_budget.batch if study.starting_budget else 0

@@ -38,7 +38,7 @@ GRID = "grid.yaml"
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out; nothing here may change its numbers."""
+    """Execution of a run; no option here may change its numbers."""
 
     workers: int = 1
     url: str | None = None
@@ -155,7 +155,7 @@ def chosen_cells(study: Study, out: Path) -> list[tuple[Method, int]]:
 
 
 def _prepare(study: Study, options: Options) -> tuple[Material, dict[str, Any]]:
-    """Data checked file by file, and what the manifest says about it."""
+    """Data, checked file by file, and its description for the manifest."""
     dataset = read_dataset(study.data)
     pool, test = split_cases(study, dataset)
     digests = refuse_overlap(pool, test)

@@ -25,7 +25,9 @@ _NAME_LENGTH = 16  # of a digest, in the server's folders of trainings
 
 
 class SharedStart:
-    """Puts what other cells of a run trained for `seed` where this cell's server looks, and lays its own aside.
+    """Start models shared by the cells of a run: those trained for `seed` are linked into this cell's model folder.
+
+    The cell's own trainings are kept for the cells that follow.
 
     Args:
         cell: folder of the cell, `<run>/cells/<name>`.
@@ -43,14 +45,14 @@ class SharedStart:
         self.borrowed = {source.name for source in found}
 
     def keep(self, digest: str) -> bool:
-        """Lays a finished training aside for the cells that follow; whether it was another cell's work."""
+        """Keep a finished training for the cells that follow; return whether another cell trained it."""
         name = digest[:_NAME_LENGTH]
         _link(self.models / name, self.lent / name)
         return name in self.borrowed
 
 
 def _link(source: Path, target: Path) -> None:
-    """Makes `target` a folder with the finished members of `source`, whole or not at all; one that is there stays."""
+    """Link the finished members of `source` into `target`, whole or not at all; an existing folder stays unchanged."""
     if target.exists() or not source.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,5 +66,5 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _members(folder: Path) -> Iterator[Path]:
-    """Weights and heads, without what an unfinished member goes on from."""
+    """Weights and heads, without the resume files of unfinished members."""
     return (file for file in sorted(folder.glob("member_*.pt")) if not file.name.endswith(".unfinished.pt"))

@@ -103,7 +103,7 @@ def families(package: Distribution) -> str:
 
 
 def reason(name: str) -> str | None:
-    """Why a package may be there whatever its licence; None where nothing says so."""
+    """Reason that permits a package independently of its licence; None without one."""
     starred = (given for pattern, given in REASONS.items() if pattern.endswith("*") and name.startswith(pattern[:-1]))
     return REASONS.get(name) or next(starred, None)
 
@@ -143,7 +143,7 @@ def from_table(text: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compares what is installed with the list, or writes the list; 0, or 1 with a sentence a package."""
+    """Compare the installed packages with the list, or write it; return 0, or 1 with one message per package."""
     parser = argparse.ArgumentParser(prog="python -m eval.upkeep.licences", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the list; other platforms' packages stay in it")
     options = parser.parse_args(arguments)

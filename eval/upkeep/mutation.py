@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Whether tests notice wrong code: mutmut changes ledger, partial labels and selectors one line at a time.
+"""Mutation tests: mutmut changes ledger, partial labels and selectors one line at a time; tests must fail.
 
 Exit code 0: in every group at least 85 % of the changes made a test fail; 1: fewer; 2: mutmut did not run.
 """
@@ -105,7 +105,7 @@ def lay_out(group: Group, folder: Path) -> None:
 
 
 def statuses(results: str) -> dict[str, str]:
-    """Status of every change, of what `mutmut results --all true` prints."""
+    """Status of every change, from the output of `mutmut results --all true`."""
     lines = map(_RESULT.match, results.splitlines())
     return {line["name"]: line["status"] for line in lines if line and "__mutmut_" in line["name"]}
 
@@ -140,7 +140,7 @@ def same_to_sqlite(folder: Path, names: Iterable[str]) -> set[str]:
 
 
 def _split(function: ast.FunctionDef) -> tuple[str, list[str]]:
-    """What a function does, without its name and texts, and the texts; columns of a `row` go by any case."""
+    """Body of a function without its name and texts, and the texts; columns of a `row` compare without case."""
     texts = []
     for node in ast.walk(function):
         match node:
@@ -180,7 +180,7 @@ def by_module(found: Mapping[str, str]) -> dict[str, dict[str, float | int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the groups and writes what was found; for the exit code see the module."""
+    """Run the groups and write the results; for the exit code see the module."""
     options = _parser().parse_args(arguments)
     unknown = sorted(set(options.groups) - set(GROUPS))
     if unknown:
@@ -229,7 +229,7 @@ def environment() -> dict[str, str]:
 
 
 def _mutmut(folder: Path, processes: int) -> str:
-    """What mutmut found in a folder; its progress goes to mutmut.log."""
+    """Run mutmut in a folder and return its results; its progress goes to mutmut.log."""
     mutmut = [sys.executable, "-m", "mutmut"]
     with open(folder / "mutmut.log", "a", encoding="utf-8") as log:
         run = [*mutmut, "run", "--max-children", str(processes)]

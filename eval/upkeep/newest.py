@@ -3,9 +3,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What breaks with the newest versions of everything: an environment without caps, the fast tests in it, a table.
+"""Failures with the newest versions of all packages: an environment without caps, the fast tests in it, a table.
 
-Exit code 0: all tests pass; 1: some fail; 2: there is no such environment, or no test ran, and a sentence says why.
+Exit code 0: all tests pass; 1: some fail; 2: no such environment or no test ran, with the reason in one sentence.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def loosened(requirements: Iterable[str], kept: Iterable[str] = ()) -> list[str]
 
 
 def without_builds(lock: Iterable[str], kept: Iterable[str] = KEPT) -> list[str]:
-    """Lines of a lock file without `kept` packages and what only their GPU builds need."""
+    """Lines of a lock file without `kept` packages and without the dependencies of their GPU builds only."""
     left_out = (*kept, "triton")
     found = []
     for line in lock:
@@ -110,7 +110,7 @@ def failed(junit: str) -> dict[str, list[str]]:
 
 
 def passed(junit: str) -> int:
-    """How many tests passed."""
+    """Number of tests that passed."""
     cases = ElementTree.fromstring(junit).iter("testcase")
     return sum(len([child for child in case if child.tag in ("failure", "error", "skipped")]) == 0 for case in cases)
 
@@ -130,7 +130,7 @@ def to_text(rows: Sequence[Moved], broken: Mapping[str, Sequence[str]], count: i
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the environment, runs the tests in it and says what broke; for the exit code see the module."""
+    """Create the environment, run the tests in it and report the failures; for the exit code see the module."""
     options = _parser().parse_args(arguments)
     about = describe_run("eval.upkeep.newest")
     asked = [line for name in FILES for line in required(ROOT / name)]
@@ -176,10 +176,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _install(folder: Path, requirements: Sequence[str], kept: Collection[str], seconds: float) -> str | None:
-    """Makes an environment with the requirements; why that is impossible, or None.
+    """Create an environment with the requirements; return the reason if that is impossible, or None.
 
     uv resolves, as pip tries versions in turn for hours where newer ones exclude each other. The packages in `kept` are
-    installed by pip as `make install` does, with whatever build of them it knows.
+    installed by pip as in `make install`, in any build that it finds.
     """
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
@@ -200,7 +200,7 @@ def _install(folder: Path, requirements: Sequence[str], kept: Collection[str], s
 
 
 def _failed(command: Sequence[str], seconds: float) -> str | None:
-    """Runs a program; why it failed, or None."""
+    """Run a program; return the reason if it failed, or None."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:

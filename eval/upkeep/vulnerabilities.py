@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Known vulnerabilities of what is installed, as pip-audit finds them; those that may stay are listed with a reason."""
+"""Known vulnerabilities of installed packages, as found by pip-audit; accepted ones are listed with a reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """What pip-audit said: how many packages it could look up, and what it found."""
+    """Result of pip-audit: the number of packages it could look up, and its findings."""
 
     looked_at: int
     skipped: int
@@ -40,10 +40,10 @@ class Audit(NamedTuple):
 
 
 def read(report: str) -> Audit:
-    """What pip-audit printed as JSON; packages that it could not look up count as skipped.
+    """Parse pip-audit's JSON output; packages that it could not look up count as skipped.
 
     Raises:
-        ValueError: it is no such report.
+        ValueError: the text is not such a report.
     """
     said = json.loads(report)
     if not isinstance(said, dict) or not isinstance(said.get("dependencies"), list):
@@ -54,7 +54,7 @@ def read(report: str) -> Audit:
 
 
 def judged(audit: Audit, known: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """(problems, notes): what was found and is not listed with a reason, and what is listed and was not found."""
+    """(problems, notes): findings that are not listed with a reason, and listed entries that were not found."""
     problems = [
         f"{found.package} {found.version}: {found.names[0]}, "
         + (f"fixed in {', '.join(found.fixed)}" if found.fixed else "not fixed yet")
@@ -81,7 +81,7 @@ def known_of(path: Path) -> dict[str, str]:
 
 
 def main(command: Sequence[str] = (sys.executable, *_COMMAND)) -> int:
-    """0, also where nobody could be asked, which is said; 1 with a sentence a vulnerability that has no reason."""
+    """Return 0, also if the database is unreachable (with a message); 1 with one message per unlisted vulnerability."""
     known, said = known_of(KNOWN), "no answer in time"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)

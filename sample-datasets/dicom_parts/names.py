@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What DICOM calls things: repeatable UIDs and coded names of structures."""
+"""DICOM's names: repeatable UIDs and coded names of structures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def digest(*parts: bytes) -> str:
 
 
 def structure_codes(name: str) -> tuple[Code, Code, Code | None]:
-    """Category, type and side (None: none) of a class name; a name nobody knows is an anatomical structure."""
+    """Category, type and side (None: none) of a class name; an unknown name is an anatomical structure."""
     lower = name.lower()
     side: Code | None = next(
         (getattr(codes.SCT, word.title()) for word in ("right", "left") if word in lower.split()), None

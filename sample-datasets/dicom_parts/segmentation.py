@@ -152,7 +152,7 @@ def _class_id(segment: Dataset) -> int:
 
 
 def _group(facts: Dataset, shared: Dataset, name: str) -> Dataset:
-    """A functional group of a frame, from its own list or from what all frames share."""
+    """A functional group of a frame, from its own list or from the one that all frames share."""
     holder = facts if name in facts else shared
     item: Dataset = holder[name].value[0]
     return item

@@ -27,7 +27,7 @@ _VERSION = "patchwise sample-datasets"
 
 
 class DicomError(ValueError):
-    """Something that cannot be converted; the message says what was found and what to do."""
+    """Input that cannot be converted; the message names the problem and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _stored(values_xyz: NDArray[Any], modality: str) -> tuple[NDArray[np.uint16]
 
 
 def _common(case: str, modality: str, key: str) -> Dataset:
-    """What all slices of a series share, of the modules of patient, study, series, frame of reference, equipment."""
+    """Attributes shared by all slices of a series: patient, study, series, frame of reference, equipment."""
     data = Dataset()
     data.SpecificCharacterSet = "ISO_IR 192"
     data.SOPClassUID = STORAGE[modality]

@@ -24,7 +24,7 @@ MIXED = "mixed"
 
 @dataclass(frozen=True)
 class Knobs:
-    """What the command line turns; `difficulty` 0 is easy, 0.5 normal, 1 hard; `variation` 0 gives one scanner."""
+    """Settings of the command line; `difficulty` 0 is easy, 0.5 normal, 1 hard; `variation` 0 gives one scanner."""
 
     difficulty: float = 0.5
     spacing: Spacing | None = None

@@ -24,7 +24,7 @@ def vary(rng: np.random.Generator, value: float, share: float) -> float:
 
 @dataclass(frozen=True)
 class Mover:
-    """Draws where structures lie in this patient: `step` mm of spread around the drawing, `share` of size."""
+    """Random places of structures in this patient: `step` mm of spread around the drawing, `share` of size."""
 
     rng: np.random.Generator
     step: float = 2.2

@@ -67,7 +67,7 @@ def heart(rng: np.random.Generator, knobs: Knobs) -> tuple[Scene, Warp]:
 
 
 def _chest(rng: np.random.Generator, centre: Triple, outer: Ellipsoid, knobs: Knobs) -> list[Part]:
-    """Chest wall, lungs, liver, vessels and what else is as bright as blood."""
+    """Chest wall, lungs, liver, vessels and other structures as bright as blood."""
     x, y, _ = centre
     wall = Ellipsoid((15.0, -20.0, 0.0), (118.0, 92.0, 400.0), power=2.4)
     muscle = Ellipsoid((15.0, -22.0, 0.0), (108.0, 80.0, 400.0), power=2.4)

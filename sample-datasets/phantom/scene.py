@@ -24,7 +24,7 @@ _REACH = 4.0  # the logistic edge is below 2 % this many edge widths away
 class Part:
     """One structure: `value` in HU (CT) or as a fraction of the brightest tissue (MR); parts are painted in order.
 
-    `label` None leaves the label of what lies below; `fades` lets the difficulty move its value towards the
+    `label` None leaves the label of the part below; `fades` lets the difficulty move its value towards the
     reference tissue; `grain` is the standard deviation of its texture.
     """
 
@@ -74,7 +74,7 @@ class Waves:
 
 @dataclass(frozen=True)
 class Warp:
-    """How this patient differs from the drawing: p -> p + amplitude * waves(p), per axis."""
+    """Deformation of the drawing for this patient: p -> p + amplitude * waves(p), per axis."""
 
     waves: tuple[Waves, Waves, Waves]
     amplitude: float

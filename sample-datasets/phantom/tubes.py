@@ -23,7 +23,7 @@ from phantom.acquisition import Knobs, grid
 
 @dataclass(frozen=True)
 class TubePreset:
-    """What the phantoms of one family look like; lengths in mm, grey values as fractions of the brightest tissue."""
+    """Appearance of one family of phantoms; lengths in mm, intensities as fractions of the brightest tissue."""
 
     name: str
     labels: tuple[str, ...]

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 class PatchwiseError(ValueError):
     """A request or a file that cannot be used: one sentence, and the HTTP status that belongs to it.
 
-    The sentence names what was expected, what was found and what to do. The server answers it with `status`, a command
-    ends with exit code 2.
+    The sentence names the expected value, the found value and the remedy. The server returns it with `status`; a
+    command ends with exit code 2.
     """
 
     status = 400

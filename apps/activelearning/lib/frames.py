@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Frames around regions as a label map, and what a client may send back of them. Arrays in, arrays out."""
+"""Frames around regions as a label map, and their check in submissions. Arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def check_frame_segment(
     answered: Sequence[Region],
     asked: Sequence[Region],
 ) -> None:
-    """Refuses what was painted into the frame's segment by mistake.
+    """Refuse voxels that were painted into the frame's segment by mistake.
 
     Clients export the frame with everything else, and its voxels are read as background. Where `answered` regions hold
-    voxels of it that belong to no frame of the regions `asked` about, somebody drew there with the wrong segment.
+    voxels of it outside the frames of the regions `asked` about, the annotator drew with the wrong segment.
 
     Raises:
-        LabelError: saying how many voxels these are.
+        LabelError: with the number of these voxels.
     """
     values = [int(entry["idx"]) for entry in label_info or () if str(entry["name"]).lower() == FRAME_SEGMENT]
     if not any(values):

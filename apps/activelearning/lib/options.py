@@ -17,7 +17,7 @@ from lib.errors import PatchwiseError, listed_problems
 
 
 def _names(value: Any) -> Any:
-    """Accepts 'a,b' or a JSON list or a list."""
+    """Accept 'a,b', a JSON list or a list."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -25,12 +25,12 @@ def _names(value: Any) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """Accepts '20,20,20', '20x20x20' or a JSON list."""
+    """Accept '20,20,20', '20x20x20' or a JSON list."""
     return _names(value.replace("x", ",")) if isinstance(value, str) else value
 
 
 def _classes(value: Any) -> Any:
-    """Accepts a JSON object {name: id}, or names in the order of their ids 1, 2, ..."""
+    """Accept a JSON object {name: id}, or names in the order of their ids 1, 2, ..."""
     if isinstance(value, str) and value.strip().startswith("{"):
         value = json.loads(value)
     if isinstance(value, dict):
@@ -40,7 +40,7 @@ def _classes(value: Any) -> Any:
 
 
 def _object(value: Any) -> Any:
-    """Accepts a JSON object."""
+    """Accept a JSON object."""
     return json.loads(value) if isinstance(value, str) and value.strip().startswith("{") else value
 
 
@@ -53,7 +53,7 @@ class OptionError(PatchwiseError):
 
 
 class AppOptions(BaseModel):
-    """What `--conf` may hold; anything else is refused."""
+    """Options of `--conf`; any other option is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -96,7 +96,7 @@ class AppOptions(BaseModel):
         description="header in which a trusted proxy tells a client's address, e.g. X-Forwarded-For; default: none",
     )
     upload_mib: int = Field(
-        default=2048, ge=1, le=1_000_000, description="MiB an upload may have, and what a ZIP archive may unpack to"
+        default=2048, ge=1, le=1_000_000, description="MiB of an upload at most, and of an unpacked ZIP archive"
     )
     origins: Annotated[list[_Origin], BeforeValidator(_names)] = Field(
         default=[],
@@ -122,7 +122,7 @@ class AppOptions(BaseModel):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where networks run")
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a training; 0 leaves it to torch")
     workers: int = Field(
-        default=0, ge=0, le=64, description="members trained side by side on a device; 0: one a CPU thread, 4 a GPU"
+        default=0, ge=0, le=64, description="members trained side by side on a device; 0: one per CPU thread, 4 per GPU"
     )
     keep_moments: int = Field(default=1, ge=1, le=1000, description="rounds whose cached moments stay on disk")
     auto_rounds: bool = Field(
@@ -174,7 +174,7 @@ def describe_options(options: AppOptions) -> dict[str, dict[str, Any]]:
 
 
 def problems(error: ValidationError) -> str:
-    """What a pydantic model found wrong, as one line: field, what is expected, what was found."""
+    """Problems found by a pydantic model, as one line: field, expected value, found value."""
     return listed_problems(error.errors())
 
 

@@ -24,7 +24,7 @@ LabelMap = NDArray[np.uint8]
 
 
 class LabelError(PatchwiseError):
-    """A submitted label map that cannot be used; the message says which class or value and what to do."""
+    """An unusable submitted label map; the message names the class or value and the remedy."""
 
 
 def unlabelled(shape: Sequence[int]) -> LabelMap:
@@ -49,7 +49,7 @@ def values_in(label_xyz: LabelMap) -> list[int]:
 
 
 def check_values(label_xyz: LabelMap, classes: Mapping[str, int], allow_unlabelled: bool = True) -> None:
-    """Refuses values that are neither background, nor a class id, nor (where allowed) UNLABELLED.
+    """Refuse values that are neither background, nor a class id, nor (if allowed) UNLABELLED.
 
     Raises:
         LabelError: naming the values and the known ones.
@@ -70,13 +70,14 @@ def remap_by_name(
 
     A client numbers the segments it exports 1, 2, ... in the order of its scene, so only names identify a class. Each
     entry of `label_info` is `{"name": ..., "idx": ...}`: `idx` is the value in the file. Names compare without case.
-    Segments whose name is no class are refused when they hold voxels, so that nothing is dropped unseen; entries for
-    helper segments (`background`, `query_region`) are read as background.
+    Segments whose name is not a class are refused when they hold voxels, so that nothing is dropped silently. Entries
+    for helper segments (`background`, `query_region`) are read as background.
 
     Without `label_info` the values are taken as class ids.
 
     Raises:
-        LabelError: a segment with voxels whose name is no class, two segments with one value, or a value without name.
+        LabelError: a segment with voxels whose name is not a class, two segments with one value, or a value without
+            name.
     """
     if not label_info:
         check_values(label_xyz, classes)
@@ -104,10 +105,10 @@ def remap_by_name(
 
 
 def check_label_info(label_info: Any) -> None:
-    """Refuses what is no list of objects, as clients may send anything.
+    """Refuse a value that is not a list of objects, as clients may send anything.
 
     Raises:
-        LabelError: saying what was found.
+        LabelError: with the type that was found.
     """
     if label_info is None or (isinstance(label_info, list) and all(isinstance(entry, dict) for entry in label_info)):
         return
@@ -200,10 +201,10 @@ class ClasswiseLabels:
         self.all = np.uint64(2**classes - 1)
 
     def add(self, answer_xyz: LabelMap, regions: Sequence[Region], drawn: Iterable[int] | None) -> None:
-        """Takes in an answer in which the classes `drawn` were looked for; None for all of them.
+        """Merge an answer in which only the classes `drawn` were annotated; None for all classes.
 
         Raises:
-            LabelError: a voxel of a class that was not drawn, or what `merge` refuses.
+            LabelError: a voxel of a class that was not drawn, or a reason of `merge`.
         """
         if drawn is None:
             self.label_xyz = merge(self.label_xyz, answer_xyz, regions)

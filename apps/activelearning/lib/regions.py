@@ -71,18 +71,18 @@ class Region:
         return int(np.prod(self.size))
 
     def inside(self, shape: Sequence[int]) -> bool:
-        """Whether the whole box lies in an image of `shape`."""
+        """Return whether the whole box lies in an image of `shape`."""
         return all(b <= n for b, n in zip(self.stop, shape, strict=True))
 
     def overlaps(self, other: Region) -> bool:
-        """Whether both share at least one voxel; touching faces do not overlap."""
+        """Return whether both share at least one voxel; touching faces do not overlap."""
         return self.image == other.image and boxes_overlap(self.box, other.box)
 
     def frame(self, shape: Sequence[int]) -> NDArray[np.bool_]:
         """One-voxel shell just outside of the box, cut off at the border of an image of `shape`.
 
-        A box that spans the image on two or three axes (a slice, a volume) has no outside there: its frame lies inside
-        the box, along the border of the image, so that a slice shows a ring and not two filled planes beside it.
+        A box that spans the image on two or three axes (a slice, a volume) has no outside there. Its frame lies inside
+        the box, along the border of the image: a slice shows a ring and not two filled planes beside it.
         """
         mask = np.zeros(tuple(shape), dtype=bool)
         spans = [a == 0 and b == n for a, b, n in zip(self.start, self.stop, shape, strict=True)]
@@ -98,7 +98,7 @@ class Region:
 
 
 def boxes_overlap(a: Box, b: Box) -> bool:
-    """Whether two (start, size) boxes share a voxel: a0 < b1 and b0 < a1 on every axis (nnActive, section 3)."""
+    """Return whether two (start, size) boxes share a voxel: a0 < b1 and b0 < a1 per axis (nnActive, section 3)."""
     return all(sa < sb + db and sb < sa + da for sa, da, sb, db in zip(a[0], a[1], b[0], b[1], strict=True))
 
 
@@ -115,5 +115,5 @@ def centred(voxel: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> 
 
 
 def millimetres_to_voxels(size_mm: Sequence[float], spacing: Sequence[float]) -> Triple:
-    """Size in voxels, at least one on every axis: round(size_mm / spacing); spacing in mm a voxel."""
+    """Size in voxels, at least one on every axis: round(size_mm / spacing); spacing in mm per voxel."""
     return cast(Triple, tuple(max(1, round(m / s)) for m, s in zip(size_mm, spacing, strict=True)))

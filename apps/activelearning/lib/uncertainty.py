@@ -26,7 +26,7 @@ _ABOVE_ONE = 1e-3  # slack for softmax computed in half precision
 
 
 class PosteriorMoments(Protocol):
-    """What a query reads of an image's posterior, wherever its moments are kept.
+    """Moments of an image's posterior as read by a query, independently of their storage.
 
     `Moments` holds them in memory, `lib.prediction.moments_archive.ArchivedMoments` on disk.
     """
@@ -171,7 +171,7 @@ class Moments:
         return cls(total, spread, entropy, int(arrays["count"]), loss)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """What a cache stores: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
+        """Arrays for a cache: `sum` and `spread` (C,X,Y,Z), `entropy` (X,Y,Z), all float32, and `count`."""
         stored: dict[str, NDArray[np.generic]] = {
             "sum": self.total_cxyz,
             "spread": self.spread_cxyz,
@@ -273,7 +273,7 @@ def predicted_loss(loss_xyz: Array | None) -> Array:
 
 
 def mixed_entropy(moments: Moments, alpha: float = 0.5) -> Array:
-    """alpha H(mean) + (1 - alpha) mean H (X, Y, Z): what StochasticBatchAL's code computes under the name JSD."""
+    """`alpha H(mean) + (1 - alpha) mean H` (X, Y, Z), computed by StochasticBatchAL's code under the name JSD."""
     a = np.float32(alpha)
     return np.asarray(a * moments.predictive_entropy() + (1 - a) * moments.expected_entropy())
 

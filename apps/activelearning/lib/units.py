@@ -63,7 +63,7 @@ def _running_sum(values: Array, width: int, shift: int) -> Array:
 
 
 def slice_mean(score: ArrayLike, axis: int) -> NDArray[np.float64]:
-    """Mean of `score` (X, Y, Z) over each plane across `axis` (0, 1 or 2), one value a slice.
+    """Mean of `score` (X, Y, Z) over each plane across `axis` (0, 1 or 2), one value per slice.
 
     Raises:
         ValueError: an axis other than 0, 1 or 2.

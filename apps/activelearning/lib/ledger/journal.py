@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A second record of what cannot be made again: answers and their withdrawal, a line each; the file only grows."""
+"""A second record of data that cannot be derived: answers and their withdrawal, one line each; the file only grows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Journal:
         self.path = path
 
     def append(self, entries: list[Mapping[str, Any]]) -> None:
-        """Adds lines.
+        """Append lines.
 
         Raises:
             OSError: the disk is full or read-only; a line may then be torn, and is passed over by `entries`.

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the ledger has lost comes back from the journal, and the other way round."""
+"""Start-up recovery: the ledger's missing entries are restored from the journal, and the journal's from the ledger."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SWITCHES = ("withdrawn", "restored")
 
 @dataclass(frozen=True)
 class Recovered:
-    """What `recover` put back: numbers of answers, and of those whose withdrawal or restoring had been lost.
+    """Entries that `recover` restored: counts of answers, and of answers whose withdrawal or restoring had been lost.
 
-    `gone` are raw files that the journal names and nobody has: neither the ledger nor the folder.
+    `gone` are raw files that the journal names but that are in neither the ledger nor the folder.
     """
 
     answers: list[int] = field(default_factory=list)
@@ -34,28 +34,28 @@ class Recovered:
 
 
 class Recovery:
-    """The ledger's second record (see `Journal`), written after a commit and before anybody hears of it.
+    """The ledger's second record (see `Journal`), written after a commit and before the response to the client.
 
     Lines: `{"answer": row, "answered": rows, "queries": rows, "agreement": rows}`, `{"switch": raw file, "active":
-    bool, "note": reason}`, and `{"query": number}`, the highest that was given to a region: a number that somebody may
-    still hold is not given to another one.
+    bool, "note": reason}`, and `{"query": number}`, the highest number assigned to a region. A number that a client
+    may still hold must not be assigned to another region.
     """
 
     def __init__(self, store: LedgerStore) -> None:
         self.store = store
 
     def recover(self, raw: Path) -> Recovered:
-        """Brings ledger and journal to the same state; for the start of a server, before anything is asked or answered.
+        """Bring ledger and journal to the same state, at the start of a server and before any query or submission.
 
-        An answer that only the journal knows is recorded again where its raw file is what was submitted; one that only
-        the ledger knows is added to the journal, as are those of folders that are older than it. Of an answer that was
-        withdrawn or restored, whoever knows of more such steps is right.
+        An answer that is only in the journal is recorded again if its raw file is the submitted one. An answer that is
+        only in the ledger is added to the journal, as are the answers of folders older than the journal. For an answer
+        that was withdrawn or restored, the record with more such steps is right.
 
         Args:
             raw: folder of the raw files.
 
         Raises:
-            LedgerError: the ledger's file is damaged beyond what SQLite mends.
+            LedgerError: the ledger's file is damaged and SQLite cannot repair it.
         """
         self._check_pages()
         journal, found = self.store.journal, Recovered()
@@ -100,7 +100,7 @@ class Recovery:
 
 
 def switch(connection: sqlite3.Connection, answer: int, active: bool) -> None:
-    """Takes an answer out of its image's label or back in, and says so of its queries."""
+    """Withdraw an answer from its image's label, or restore it, and update the status of its queries."""
     connection.execute("UPDATE answers SET active = ? WHERE id = ?", (int(active), answer))
     connection.execute(
         "UPDATE queries SET status = ? WHERE id IN (SELECT query FROM answered WHERE answer = ?)"
@@ -119,7 +119,7 @@ def entry_of(connection: sqlite3.Connection, answer: int) -> dict[str, Any]:
 
     (row,) = rows("SELECT * FROM answers WHERE id = ?")
     return {
-        # Whether it counts is told by the steps that follow.
+        # The steps that follow decide whether it is active.
         "answer": {**row, "active": 1},
         "answered": rows("SELECT * FROM answered WHERE answer = ? ORDER BY rowid"),
         "queries": rows("SELECT * FROM queries WHERE id IN (SELECT query FROM answered WHERE answer = ?)"),
@@ -188,7 +188,7 @@ def _reserve(connection: sqlite3.Connection, highest: int) -> None:
 
 
 def _switched(connection: sqlite3.Connection) -> dict[int, int]:
-    """How often each answer was withdrawn or restored; those that never were are left out."""
+    """Number of withdrawals and restorings per answer; answers without any are left out."""
     return dict(
         connection.execute(
             "SELECT answer, COUNT(*) FROM events WHERE kind IN (?, ?) GROUP BY answer", _SWITCHES

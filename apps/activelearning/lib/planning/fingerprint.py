@@ -39,11 +39,11 @@ class Grey:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a plan is made of; the same for any order of the images.
+    """Input of a plan; the same for any order of the images.
 
-    shapes and spacings (mm) of all readable images, sorted; modality "CT" or "other"; the range of grey values each
-    sampled image has; `grey` over voxels of all sampled images, `foreground` over annotated foreground voxels, where
-    every class counts the same.
+    Shapes and spacings (mm) of all readable images, sorted; modality "CT" or "other"; the intensity range of each
+    sampled image. `grey` is over voxels of all sampled images, `foreground` over annotated foreground voxels, with
+    equal weights for all classes.
     """
 
     shapes: tuple[Triple, ...]
@@ -69,7 +69,7 @@ class Fingerprint:
         return float(x), float(y), float(z)
 
     def rows(self) -> list[tuple[str, str]]:
-        """What a person reads about the pool."""
+        """Rows (name, value) that describe the pool to a person."""
         shape, spacing = np.array(self.shapes), np.array(self.spacings)
         tops = [grey.high for grey in self.images_grey]
         marked = f"{self.foreground.voxels} voxels" if self.foreground else "none"

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Take the fingerprint of a pool from its images and what is annotated of them."""
+"""Compute the fingerprint of a pool from its images and their annotated voxels."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ AIR, METAL = -700.0, 4000.0
 def take_fingerprint(
     images: Mapping[str, Path], labels: Mapping[str, Path], modality: str | None = None
 ) -> Fingerprint:
-    """Fingerprint of a pool: headers of all `images`, grey values of a bounded sample, one image in memory at a time.
+    """Fingerprint of a pool: headers of all `images`, intensities of a bounded sample, one image in memory at a time.
 
-    `labels` are partial label maps; only their annotated foreground voxels are looked at. An image that cannot be read
-    is left out and named. `modality` is what dataset.json says; None guesses CT from air at about -1000.
+    `labels` are partial label maps; only their annotated foreground voxels are read. An unreadable image is left out
+    and named. `modality` is the entry in dataset.json; None guesses CT from air at about -1000.
 
     Raises:
         PlanError: no image can be read.

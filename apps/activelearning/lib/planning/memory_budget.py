@@ -16,8 +16,8 @@ from lib.planning.planner import GIB, REFERENCE_GIB, Budget
 def measure_budget(device: str, memory_gib: float | None = None) -> Budget:
     """Budget of this machine: given, or measured.
 
-    Of a GPU nine tenths of its memory but at most 8 GiB, which is what nnU-Net plans for on any GPU: plans are then
-    the same on all that have as much. Of a CPU a quarter of the RAM: the pool is in memory besides.
+    For a GPU, nine tenths of its memory but at most 8 GiB, as in nnU-Net's plans for any GPU: plans are then the same
+    on all GPUs that have as much. For a CPU, a quarter of the RAM: the pool is in memory as well.
     """
     if device.startswith("cuda"):
         measured = torch.cuda.get_device_properties(device).total_memory / GIB if memory_gib is None else 0.0

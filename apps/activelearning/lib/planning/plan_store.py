@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 class PlanStore:
-    """Where a bundle's plan lies, and the bundle that follows it.
+    """Store of a bundle's plan, and the bundle that follows it.
 
-    `--conf plan bundle` keeps the bundle as its folder says. `auto` follows `<state>/plan_<bundle>.yaml`, which the
-    first training writes. A file name does the same and puts the file's fields, all or a few, in front.
+    `--conf plan bundle` keeps the bundle as in its folder. `auto` follows `<state>/plan_<bundle>.yaml`, which the
+    first training writes. A file name does the same and gives the file's fields, all or a few, precedence.
 
     Args:
-        bundle: as its folder says.
-        options: the app's; plan, memory, spacing and device matter here.
+        bundle: as in its folder.
+        options: the app's; plan, memory, spacing and device are used here.
         state: folder `.patchwise` of the studies folder.
         classes: names of the classes, without background.
-        data: folder whose dataset.json may name the modality; default: the one that `state` is in.
+        data: folder whose dataset.json may name the modality. Default: the folder of `state`.
 
     Raises:
         PlanError: the file that the option names cannot be read.

@@ -44,12 +44,14 @@ AUNET_LEVELS, AUNET_FLAT = 5, 2
 
 @dataclass(frozen=True)
 class Rules:
-    """What differs between hardware.
+    """Planning rules that differ between hardware.
 
-    first, largest: channels of the first level and of any (3D, 2D). fold: space-to-depth factor on the finely resolved
-    axes. batch: crops a step, None for what fits. positions: limit of the folded crop in voxels, which is what bounds
-    the seconds a step. cover: a crop may be this share of the median image rather than be padded beyond it.
-    thickness: slices of a 2D crop.
+    - first, largest: channels of the first level and of any (3D, 2D).
+    - fold: space-to-depth factor on the finely resolved axes.
+    - batch: crops per step; None for as many as fit.
+    - positions: limit of the folded crop in voxels, which bounds the seconds per step.
+    - cover: a crop may be this share of the median image rather than be padded beyond it.
+    - thickness: slices of a 2D crop.
     """
 
     first: int
@@ -108,7 +110,7 @@ def make_plan(
 
 
 def names_sides(names: Iterable[str]) -> bool:
-    """Whether a class is called left or right: "left kidney", "Kidney_R", "hippocampus-lh"."""
+    """Return whether a class is named left or right: "left kidney", "Kidney_R", "hippocampus-lh"."""
     words = (re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) for name in names)
     return any(not SIDES.isdisjoint(found) for found in words)
 

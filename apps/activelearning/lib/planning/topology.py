@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Resolution ladders and what they cost: which axis is halved when, and how many activations a network holds."""
+"""Resolution ladders and their cost: the axes halved per level, and the number of activations of a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESOLVED = 2.0
 
 @dataclass(frozen=True)
 class Ladder:
-    """Kernels and strides of each level, and the input size rounded up to what the strides divide."""
+    """Kernels and strides of each level, and the input size rounded up to a multiple of the strides."""
 
     kernels: Levels
     strides: Levels
@@ -36,12 +36,12 @@ class Ladder:
 def ladder(
     size: Sequence[float], spacing: Sequence[float], levels: int = 99, flat: tuple[int, int] | None = None
 ) -> Ladder:
-    """How often each axis is halved for an input of `size` voxels at `spacing` mm.
+    """Return the ladder for an input of `size` voxels at `spacing` mm.
 
     From level to level, an axis is halved while it has 2 x EDGE voxels or more and its spacing is below RESOLVED times
-    the finest spacing among such axes; one axis alone is halved only while it has 3 x EDGE. Convolutions look along an
-    axis (3) from the level on at which its spacing is below RESOLVED times the finest of all, before that not (1). The
-    coarsest level always looks along every axis.
+    the finest spacing among such axes. One axis alone is halved only while it has 3 x EDGE. The kernel is 3 along an
+    axis from the level on at which its spacing is below RESOLVED times the finest of all, and 1 before that. At the
+    coarsest level it is 3 along every axis.
 
     Args:
         levels: at most this many.

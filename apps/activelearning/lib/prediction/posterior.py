@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Who predicts: ensemble members, dropout passes and augmented views, their probabilities streamed one at a time."""
+"""Sources of predictions: ensemble members, dropout passes and augmented views, streamed one at a time."""
 
 from __future__ import annotations
 
@@ -80,18 +80,18 @@ class Ensemble:
         networks: the members, on any device.
         patch: crop of the training; the window of larger images.
         divisor: sizes of an input must be multiples of it.
-        spacing: spacing in mm the networks work at; None for the spacing of each image.
-        device: where the networks run.
-        heads, taps: of members that learnt to predict their loss, one a member, and the layers they look at.
-        normalisation: of grey values; None is the z-score of each image.
-        mirrored: axes along which segmentations take in the mirror image as well.
-        shifts: predictions of an image that is seen whole, each with the networks' grid a voxel further along each
-            axis, that segmentations average. Windows that overlap lie differently on the grid as they are.
-        confidence: how sure the members must be of a component that is shown (`lib.prediction.postprocessing`).
-        smallest_mm3: class value -> how large a component that is shown must be.
-        precision: "native" for reduced precision where the device has it, "full" for float32.
+        spacing: spacing in mm of the networks' input. None for the spacing of each image.
+        device: device of the networks.
+        heads, taps: of members trained to predict their loss, one per member, and the layers they read.
+        normalisation: of intensities. None is the z-score of each image.
+        mirrored: axes along which segmentations also average the prediction of the mirror image.
+        shifts: number of predictions averaged by segmentations of an image without windows. Each one has the networks'
+            grid one voxel further along each axis. Overlapping windows lie differently on the grid anyway.
+        confidence: mean probability that a component needs to be shown (`lib.prediction.postprocessing`).
+        smallest_mm3: class value -> volume in mm^3. Smaller components of the class are not shown.
+        precision: "native" for reduced precision if the device supports it, "full" for float32.
 
-    Whoever runs the networks holds `lock`: hooks, dropout and modes of a network are one for all threads.
+    The caller must hold `lock` to run the networks: hooks, dropout and modes of a network are shared by all threads.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ class Ensemble:
         Each window of half the training crop gets softplus of its predicted loss; overlapping windows are averaged with
         Gaussian weights, members equally.
 
-        Source: Yoo & Kweon 2019; Gaillochet et al. 2023. The published score is one number an image; windows make it a
-        map, so that every unit can be ranked by it.
+        Source: Yoo & Kweon 2019; Gaillochet et al. 2023. The published score is one number per image; windows
+        make it a map, so that every unit can be ranked by it.
         """
         if not self.heads:
             return None
@@ -235,7 +235,7 @@ class Ensemble:
             yield self._logits(network, image_cxyz, overlap)
 
     def _has_room(self, size: int) -> bool:
-        """Whether logits of `size` bytes fill at most a quarter of what the GPU has free."""
+        """Return whether logits of `size` bytes fill at most a quarter of the GPU's free memory."""
         return self.device.type != "cuda" or size <= torch.cuda.mem_get_info(self.device)[0] // 4
 
     def _logits(self, network: Callable[[Tensor], Tensor], image_cxyz: Tensor, overlap: float) -> Tensor:

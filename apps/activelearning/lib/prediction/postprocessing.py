@@ -21,17 +21,17 @@ _AT_ONCE = 1 << 20  # voxels of which all classes are in memory
 def label_map(
     probs_cxyz: NDArray[np.floating[Any]], confidence: float = 0.0, smallest: Mapping[int, float] | None = None
 ) -> NDArray[np.uint8]:
-    """Most probable class of every voxel (X, Y, Z), without components that are too unsure or too small.
+    """Most probable class of every voxel (X, Y, Z), without components that are too uncertain or too small.
 
     A connected component K of a foreground class c (26 neighbours) is kept only if
 
         1/|K| sum_{v in K} p_c(v) >= confidence    and    |K| >= smallest[c],
 
-    otherwise its voxels go to the most probable class that they were not taken from, and are looked at again with what
-    they join there. Background is always kept, so this ends.
+    otherwise its voxels go to the most probable class that they were not taken from, and are checked again with the
+    component that they join. Background is always kept, so this ends.
 
     Crops that are drawn around a class show it far more often than images do, so the model expects it everywhere. Where
-    it is not, such false alarms are small and unsure; where it is, components are large and sure.
+    it is absent, such false positives are small and uncertain; where it is present, components are large and certain.
 
     Args:
         probs_cxyz: (C, X, Y, Z), background first.

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What an ensemble says an image shows; a large image never has all of its probabilities in memory."""
+"""Segmentation of an image by an ensemble; a large image never has all of its probabilities in memory."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def segment(
 ) -> NDArray[np.uint8]:
     """Label map (X, Y, Z) of the members' mean on the stored grid, by the rules of `lib.prediction.postprocessing`.
 
-    Above `limit` bytes of probabilities the image goes through the members in slabs (`lib.prediction.tiled`), and what
-    the rules need to know of the probabilities waits in half precision in a nameless file in `scratch`.
+    Above `limit` bytes of probabilities the members predict the image in slabs (`lib.prediction.tiled`). The
+    probabilities that the rules read are then kept in half precision in a nameless file in `scratch`.
 
     Args:
         classes: those of the networks, background included.
-        scratch: folder with room for 2 bytes a class and voxel; only large images need any.
-        mirror: whether mirror images are taken in, where the ensemble has axes for them; each costs a prediction.
+        scratch: folder with room for 2 bytes per class and voxel. Only large images need any.
+        mirror: whether to average over mirror images, if the ensemble has axes for them; each costs a prediction.
 
     Raises:
         OSError: no room in `scratch`.

@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
 
 
 def is_large(classes: int, shape: Sequence[int], limit: int = LARGE_BYTES) -> bool:
-    """Whether probabilities (C, X, Y, Z) in float32 are more than `limit` bytes."""
+    """Return whether probabilities (C, X, Y, Z) in float32 take more than `limit` bytes."""
     return classes * math.prod(shape) * _FLOAT > limit
 
 
@@ -76,12 +76,12 @@ def streamed_moments(
     working_bytes: int = WORKING_BYTES,
     mirrored: Sequence[int] = (),
 ) -> Iterator[Slab]:
-    """Moments of `volume`, a slab at a time, equal to those of whole arrays but for the places of the windows.
+    """Moments of `volume`, one slab at a time, equal to those of whole arrays except for the places of the windows.
 
-    The image is cut into as many stripes as it takes to stay within `working_bytes`; windows between two stripes are
-    computed for both. In a stripe windows come in layers along the longest axis, and what a layer says beyond the start
-    of the next one is carried over. `classes` are those of the networks, background included. Every network also
-    predicts the mirror image of each window along the axes in `mirrored`. Whoever calls holds the ensemble's lock.
+    The image is cut into as many stripes as are needed to stay within `working_bytes`. Windows between two stripes are
+    computed for both. In a stripe, windows come in layers along the longest axis; a layer's sums beyond the start of
+    the next one are carried over. `classes` are those of the networks, background included. Every network also
+    predicts the mirror image of each window along the axes in `mirrored`. The caller must hold `ensemble.lock`.
 
     Raises:
         ImageError: the posterior has test-time augmentation, whose views need the whole image.
@@ -168,7 +168,7 @@ class _Dropout:
 
 
 class _Grid:
-    """Where windows lie in an image, and how its voxels and those of the stored image belong together."""
+    """Places of the windows in an image, and the mapping between its voxels and those of the stored image."""
 
     def __init__(self, ensemble: Ensemble, image_cxyz: Tensor, stored: Triple, overlap: float) -> None:
         self.ensemble, self.stored = ensemble, stored
@@ -189,7 +189,7 @@ class _Grid:
         self._neighbours = [None if n == wanted else _neighbours(n, wanted) for n, wanted in pairs]
 
     def stripes(self, classes: int, predictions: int, working_bytes: int) -> int:
-        """How many stripes keep a layer, its sums and what every prediction carries over within `working_bytes`."""
+        """Number of stripes that keep a layer, its sums and every prediction's carry-over within `working_bytes`."""
         starts = self.starts[self.along]
         step = max((b - a for a, b in pairwise(starts)), default=self.window[self.along])
         # A layer, its probabilities, their sum and spread, and what each prediction and the one at work carry over.
@@ -277,7 +277,7 @@ class _Layers:
         return finished[(slice(None), *self._crop())], rest
 
     def advance(self, number: int) -> None:
-        """The weights of the next layer begin with what this one leaves."""
+        """Start the weights of the next layer with the carry-over of this one."""
         assert self._weight is not None, "a layer has run"
         along, done = self.grid.along, self._done(number)
         self._weight_carried = self._weight.narrow(along, done, self.shape[along] - done).clone()
@@ -289,7 +289,7 @@ class _Layers:
         return self.shape[self.grid.along] if number + 1 == len(starts) else starts[number + 1] - starts[number]
 
     def _crop(self) -> list[slice]:
-        """What is not filling; across the stripe never holds any."""
+        """Slices of the stripe without padding; across the stripe there is never any."""
         grid = self.grid
         cuts = [slice(offset, offset + n) for offset, n in zip(grid.offset, grid.size, strict=True)]
         cuts[grid.across] = slice(None)
@@ -298,7 +298,7 @@ class _Layers:
         return cuts
 
     def _overlap(self, place: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where a window lies in the stripe, and which part of it does."""
+        """Slices of the stripe that a window covers, and the corresponding slices of the window."""
         inside, part = [], []
         for axis, (start, window) in enumerate(zip(place, self.grid.window, strict=True)):
             start -= self.left if axis == self.grid.across else 0
@@ -322,7 +322,7 @@ class _Layers:
 
 
 def _begin(values: Tensor, carried: Tensor | None, axis: int) -> Tensor:
-    """`values` with what the layer before left at their beginning."""
+    """`values` with the carry-over of the previous layer added at their beginning."""
     if carried is not None:
         values.narrow(axis, 0, carried.shape[axis]).copy_(carried)
     return values

@@ -51,9 +51,9 @@ def pick_streams(
 
 
 def allot(n: int, ratio: float, classes: Sequence[int], rng: np.random.Generator) -> dict[int, int]:
-    """How many of `n` each stream gives: floor(n ratio) spread evenly over the classes, the rest to `ALL`.
+    """Share of `n` per stream: floor(n ratio) spread evenly over the classes, the rest to `ALL`.
 
-    What does not divide evenly goes one each to classes in random order.
+    The remainder of the division goes, one each, to classes in random order.
     """
     of_classes = int(n * ratio) if classes else 0
     share, left = divmod(of_classes, len(classes)) if classes else (0, 0)

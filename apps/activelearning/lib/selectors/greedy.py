@@ -73,7 +73,7 @@ class BoxQueue:
         return start, float(self._grid[position])
 
     def block(self, boxes: Iterable[Box]) -> None:
-        """Take `boxes` out of what is free."""
+        """Remove `boxes` from the free positions."""
         forbid(self._work, self._size, self._stride, boxes)
 
 
@@ -87,9 +87,9 @@ def best_boxes(
 ) -> list[ScoredBox]:
     """Best boxes of `size`, best first, none overlapping another or a `taken` (start, size); touching is allowed.
 
-    `grid` (GX, GY, GZ) holds one score a position, position i starting at voxel i * stride (nnActive, section 4). Ties
-    go to the lowest flat index; NaN is never chosen; -inf is chosen last. Stops after `limit` boxes, or at the first
-    one that does not exceed `floor`.
+    `grid` (GX, GY, GZ) holds one score per position, position i starting at voxel i * stride (nnActive, section 4).
+    Ties go to the lowest flat index; NaN is never chosen; -inf is chosen last. Stops after `limit` boxes, or at the
+    first one that does not exceed `floor`.
     """
     queue, found = BoxQueue(grid, size, stride, taken), list[ScoredBox]()
     while limit is None or len(found) < limit:

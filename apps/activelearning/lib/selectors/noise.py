@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 
 def power(scores: ArrayLike, beta: float, rng: np.random.Generator) -> Array:
-    """log(score) + Gumbel(0, 1/beta), one draw a position; a score of zero or below gives -inf, NaN stays last as -inf.
+    """log(score) + Gumbel(0, 1/beta), one draw per position; NaN and scores of zero or below give -inf.
 
     The best k are then a sample without replacement with probability proportional to score^beta (Kirsch et al.,
     Stochastic batch acquisition; nnActive, section 4).
@@ -62,8 +62,9 @@ def exponential_schedule(rounds: int, first: float, last: float) -> Array:
 
 
 def sigmoid_schedule(rounds: int, first: float, last: float, temperature: float = 2.0) -> Array:
-    """first + (last - first) (s - min s)/(max s - min s), s = 1/(1 + exp(-x/temperature)), x even over [-6, 6].
+    """Schedule of a value over `rounds` rounds, from `first` to `last` along a sigmoid.
 
+    `first + (last - first) (s - min s)/(max s - min s)`, s = 1/(1 + exp(-x/temperature)), x even over [-6, 6].
     Temperature 2 is the smooth and 0.5 the sharp schedule of the ClaSP PE ablation.
     """
     if rounds < 2:

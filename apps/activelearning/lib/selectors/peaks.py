@@ -13,7 +13,7 @@ from scipy import ndimage, signal
 
 
 def slice_peaks(scores: ArrayLike, distance: int = 5) -> NDArray[np.intp]:
-    """Local maxima of one score a slice, at least `distance` slices apart, highest first.
+    """Local maxima of one score per slice, at least `distance` slices apart, highest first.
 
     Higher peaks win within `distance`, the later one among equals; the first and last slice are never peaks; a plateau
     counts at its middle, rounded down. Equal heights are listed by index.
@@ -21,7 +21,7 @@ def slice_peaks(scores: ArrayLike, distance: int = 5) -> NDArray[np.intp]:
     Shapes: scores (S,) -> (P,).
 
     Raises:
-        ValueError: a distance below one, or scores that are not one number a slice.
+        ValueError: a distance below one, or scores that are not one number per slice.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or np.isnan(values).any():

@@ -25,7 +25,7 @@ BACKGROUND = "background"
 
 @dataclass(frozen=True)
 class Hint:
-    """A voxel where somebody saw a class: `area` is "inside" or "border" of it."""
+    """A voxel where an annotator saw a class: `area` is "inside" or "border" of it."""
 
     image: str
     voxel: Triple
@@ -42,7 +42,7 @@ class Space:
     taken: list[Box] = field(default_factory=list)
 
     def is_free(self, box: Box) -> bool:
-        """Whether `box` touches no taken voxel."""
+        """Return whether `box` touches no taken voxel."""
         return not any(boxes_overlap(box, other) for other in self.taken)
 
 
@@ -90,7 +90,7 @@ def uniform_start(shape: Sequence[int], size: Sequence[int], rng: np.random.Gene
 def draw_uniform(space: Space, rng: np.random.Generator, trials: int = 600) -> Box | None:
     """Box uniform over the free positions of `space`, which may be None when there is no free one.
 
-    `trials` proposals are tried first; where they all fail, the free positions are listed and one of them is drawn.
+    `trials` random positions are tried first; if all fail, the free positions are listed and one of them is drawn.
     """
     for _ in range(trials):
         box = (uniform_start(space.shape, space.size, rng), space.size)

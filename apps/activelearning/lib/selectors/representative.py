@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Representativeness: equal shares of strata, clusters of features, distance to what is labelled (Burmeister 2022)."""
+"""Representativeness: equal shares of strata, clusters of features, distance to labelled units (Burmeister 2022)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OUTLIER = -1
 def reduced_features(features: ArrayLike, components: int = 10, published: bool = False) -> NDArray[np.float64]:
     """Features (N, D), scaled to [0, 1] each, on their first principal components, (N, min(components, N, D)).
 
-    `published` fits on the scaled features and projects the raw ones, which is what the paper's code does.
+    `published` fits on the scaled features and projects the raw ones, as in the paper's code.
     """
     raw = np.asarray(features, dtype=np.float64)
     low = raw.min(axis=0)

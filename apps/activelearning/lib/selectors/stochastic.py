@@ -33,7 +33,7 @@ def stochastic_batch(
     Shapes: scores (U,) -> (min(k, U),).
 
     Raises:
-        ValueError: k or groups below one, an unknown statistic, or scores that are not one finite number a unit.
+        ValueError: k or groups below one, an unknown statistic, or scores that are not one finite number per unit.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():

@@ -52,10 +52,10 @@ def strided_blocks(
 ) -> list[Block]:
     """Blocks whose annotated slices number at most `budget`, thick ones first, then ever thinner ones.
 
-    All slices of a block are free (one flag a slice and scan); with `avoid_pseudo`, blocks without pseudo labels come
-    first. Within a thickness blocks are shuffled, or ranked by the sum of `scores` over their
-    slices, highest first. Thickness two is left out, having nothing between its ends; single slices
-    use up what is left, an odd budget's last slice included, where published code stops with an error.
+    All slices of a block are free (one flag per slice and scan). With `avoid_pseudo`, blocks without pseudo labels
+    come first. Within a thickness blocks are shuffled, or ranked by the sum of `scores` over their slices, highest
+    first. Thickness two is left out, having nothing between its ends. Single slices use up the rest, including an odd
+    budget's last slice, where published code stops with an error.
 
     Raises:
         ValueError: a thickness below one.

@@ -27,13 +27,13 @@ def flqmi(
     """Greedy maximisation of facility-location mutual information; the chosen indices and the gain of each step.
 
     f(A) = sum_q max(0, max_{a in A} S_aq) + eta sum_{a in A} max(0, max_q S_aq), similarities clamped at zero as in the
-    published optimiser (USIM, section 3.3). "lazy" and "naive" give the same indices and gains; "stochastic" looks at
-    ceil(U / k ln(1 / 0.01)) random candidates a step and needs `rng`. Ties go to the lowest index.
+    published optimiser (USIM, section 3.3). "lazy" and "naive" give the same indices and gains; "stochastic" evaluates
+    ceil(U / k ln(1 / 0.01)) random candidates per step and needs `rng`. Ties go to the lowest index.
 
     Shapes: similarity (U, Q) of candidates to queries -> (min(k, U),) and (min(k, U),).
 
     Raises:
-        ValueError: similarities that are no finite matrix, a negative eta, an unknown optimiser, or no rng for one.
+        ValueError: similarities that are not a finite matrix, a negative eta, an unknown optimiser, or no rng for one.
     """
     matrix = np.ascontiguousarray(similarity, dtype=np.float32)
     if matrix.ndim != 2 or not np.isfinite(matrix).all():

@@ -20,8 +20,8 @@ Array = NDArray[np.float64]
 def class_weights(frequencies: ArrayLike, background: int | None = 0) -> Array:
     """w_c = 1 / f_c, 0 for the background, normalised to a sum of one (USIM, section 3.3).
 
-    `frequencies` (C,) sums over labelled images the share of their voxels labelled c. A class nobody has labelled yet
-    gets the largest weight among the others, where published code divides by zero.
+    `frequencies` (C,) sums over labelled images the share of their voxels labelled c. A class without labels gets the
+    largest weight among the others, where published code divides by zero.
 
     Raises:
         ValueError: frequencies that are negative or not finite.
@@ -137,11 +137,11 @@ def usim(
 ) -> UsimChoice:
     """A batch that is similar in gradient to a sample of the most uncertain candidates.
 
-    Weighted uncertainty u = sum_c w_c Var_c; |Q| by `query_set_size`; X_Q drawn with replacement with probability
-    u / sum u; similarity by cosine (`kind="c"`, the first `parameters` entries) or Fisher (`kind="f"`, `parameters`
-    entries drawn in proportion to F, which is taken over 200 draws from u / sum u); then `flqmi`, by default lazily
-    below 1,000 candidates and stochastically above. Candidates are worked on in the order of their mean variance.
-    `published` gives ALUNET's knee and Fisher diagonal (`kneedle`, `fisher_diagonal`).
+    Weighted uncertainty is u = sum_c w_c Var_c; |Q| is given by `query_set_size`. X_Q is drawn with replacement, with
+    probability u / sum u. Similarity is by cosine (`kind="c"`, the first `parameters` entries) or Fisher (`kind="f"`,
+    `parameters` entries drawn in proportion to F, which is taken over 200 draws from u / sum u). Then follows `flqmi`,
+    by default lazily below 1,000 candidates and stochastically above. Candidates are processed in the order of their
+    mean variance. `published` selects ALUNET's knee and Fisher diagonal (`kneedle`, `fisher_diagonal`).
 
     Shapes: variances (U, C), gradients (U, P), frequencies (C,).
 

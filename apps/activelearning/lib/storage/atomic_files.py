@@ -69,7 +69,7 @@ def write_atomic(target: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Writes `value` as JSON, whole or not at all."""
+    """Write `value` as JSON, whole or not at all."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     write_atomic(target, lambda stream: stream.write(text.encode()))
 

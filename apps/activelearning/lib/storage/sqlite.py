@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What every SQLite file of the studies folder has in common."""
+"""Settings that all SQLite files of the studies folder share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 
 
 def log_ahead(connection: sqlite3.Connection, seconds: float) -> None:
-    """Puts a file into WAL mode, which it stays in; of two processes that make it at once, one has to ask again.
+    """Set the WAL mode of a file, which persists; of two processes that create the file at once, one must retry.
 
     SQLite does not wait for a lock here, whatever the connection's timeout.
 

@@ -39,16 +39,16 @@ _NRRD_TYPES: dict[str, str] = nrrd.reader._TYPEMAP_NRRD2NUMPY
 
 
 class ImageError(PatchwiseError):
-    """A volume that cannot be used; the message names the file, what was found and what to do."""
+    """An unusable volume; the message names the file, the problem and the remedy."""
 
 
 def is_nifti(path: str | Path) -> bool:
-    """Whether a file is NIfTI by its name."""
+    """Return whether a file is NIfTI by its name."""
     return str(path).lower().endswith((".nii", ".nii.gz"))
 
 
 def check_volume_file(path: str | Path) -> int:
-    """Bytes of the voxels that a file declares, once it is clear that it holds them and that they are no absurd number.
+    """Bytes of the voxels that a file declares, after checks that it holds them and that their number is plausible.
 
     Reads a header and at most a block of voxels at a time, so it costs a few MB whatever the file claims.
 
@@ -65,7 +65,7 @@ def check_volume_file(path: str | Path) -> int:
 def open_nifti(path: str | Path) -> tuple[Any, NDArray[np.float64], int]:
     """Voxels of a NIfTI file, read as they are indexed, their affine, and the bytes that `check_volume_file` gives.
 
-    Extensions of the header are left unread: their size is whatever the file says.
+    Extensions of the header are left unread: the size that the file declares for them cannot be trusted.
 
     Raises:
         ImageError: as `check_volume_file`.

@@ -70,10 +70,10 @@ def load_image(path: str | Path) -> Volume:
 
 
 def check_image(path: str | Path, uploaded: bool = False) -> None:
-    """Reads an image as `load_image` does, but keeps none of it: the memory it takes does not grow with the file.
+    """Read an image as `load_image` does, but keep none of it: memory use does not grow with the file.
 
     Args:
-        uploaded: whether it comes from somebody who may mean harm; then what packs like no scan is refused as well.
+        uploaded: whether it comes from an untrusted client; then files that compress unlike a scan are refused as well.
 
     Raises:
         ImageError: as `load_image`, or a file that unpacks to far more than a scan of its size would.
@@ -128,7 +128,7 @@ def image_geometry(path: str | Path) -> tuple[Triple, NDArray[np.float64]]:
 
 
 def check_label_file(path: str | Path, like: Grid) -> None:
-    """Refuses a file, by its header alone, that is no label map of an image of this shape, affine and name.
+    """Refuse a file, by its header alone, that is not a label map of an image of this shape, affine and name.
 
     Raises:
         ImageError: unreadable, or on another grid.
@@ -137,7 +137,7 @@ def check_label_file(path: str | Path, like: Grid) -> None:
 
 
 def check_same_grid(label: Volume | _Source, shape: Triple, affine: NDArray[np.float64], image: str) -> None:
-    """Refuses a label map that does not lie on the grid of its image.
+    """Refuse a label map that does not lie on the grid of its image.
 
     Raises:
         ImageError: shapes differ, or affines differ by more than a thousandth of a millimetre.
@@ -156,7 +156,7 @@ def check_same_grid(label: Volume | _Source, shape: Triple, affine: NDArray[np.f
 
 
 def save_label(path: Path, array_xyz: NDArray[np.uint8], affine: NDArray[np.float64]) -> None:
-    """Writes a label map as NIfTI (uint8), whole or not at all."""
+    """Write a label map as NIfTI (uint8), whole or not at all."""
     with atomic_path(path) as temporary:
         image = nib.Nifti1Image(array_xyz, affine)
         image.header.set_data_dtype(np.uint8)

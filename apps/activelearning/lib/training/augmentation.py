@@ -23,12 +23,16 @@ from lib.regions import Triple
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly crops are changed; `none` of all is plain cropping.
+    """Strength of the changes to crops; `none` of all is plain cropping.
 
-    rotation in degrees (uniform, every axis), scale as e^U(-s, s), mirror axes flipped with probability 1/2,
-    brightness and contrast as factors e^U(-b, b), noise as the upper bound of a Gaussian's standard deviation in units
-    of the normalised image; spatial and intensity changes are applied with `probability` each. Slices across the axis
-    `flat` stay slices: crops are turned and scaled within them only (nnU-Net, for crops of few thick slices).
+    - rotation: in degrees (uniform, every axis).
+    - scale: as e^U(-s, s).
+    - mirror: axes, each flipped with probability 1/2.
+    - brightness, contrast: as factors e^U(-b, b).
+    - noise: the upper bound of a Gaussian's standard deviation in units of the normalised image.
+    - probability: of spatial and of intensity changes, each.
+    - flat: slices across this axis stay slices. Crops are turned and scaled within them only (nnU-Net, for crops of
+      few thick slices).
     """
 
     rotation: float = 15.0
@@ -42,7 +46,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Changes:
-    """What happens to each crop of a batch: offsets from its centre times matrix (B, 3, 3); gain, shift, noise (B,)."""
+    """Changes to each crop of a batch: offsets from its centre times matrix (B, 3, 3); gain, shift, noise (B,)."""
 
     matrix_bij: NDArray[np.float32]
     gain: NDArray[np.float32]
@@ -120,7 +124,7 @@ def changed(
 
 
 def _grid(patch: Triple, block: Sequence[int], matrix_bij: Tensor) -> Tensor:
-    """Where in its block each voxel of a crop comes from, as grid_sample wants it: (B, *patch, 3).
+    """Sampling grid of each crop in its block, in the format of grid_sample: (B, *patch, 3).
 
     In (z, y, x) order, with -1 and 1 at the outer borders of the outermost voxels.
     """

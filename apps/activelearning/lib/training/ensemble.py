@@ -50,8 +50,8 @@ class Job:
     """One training of an ensemble.
 
     `splits` names the cases of each member; `start` is the digest of a finished training whose weights members begin
-    with; row k of `sets` says which classes a voxel of value C + k may have (see `lib.training.loss`); `plan` is what
-    the bundle follows.
+    with. Row k of `sets` marks the classes that a voxel of value C + k may have (see `lib.training.loss`). `plan` is
+    the plan of the bundle.
     """
 
     bundle: Path
@@ -68,7 +68,7 @@ class Job:
     checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     def save(self, folder: Path, cases: Sequence[TrainingCase]) -> None:
-        """Writes the job and its cases; the text file last, so that it is only there when all is."""
+        """Write the job and its cases; the text file last, so that it only exists when everything else does."""
         folder.mkdir(parents=True, exist_ok=True)
         images = np.concatenate([case.image_cxyz.numpy().ravel() for case in cases])
         labels = np.concatenate([case.label_xyz.numpy().ravel() for case in cases])
@@ -146,7 +146,7 @@ def train_one(
 
 @dataclass(frozen=True)
 class Layout:
-    """How members share a machine: groups of processes, each group training one member at a time.
+    """Division of a machine among members: groups of processes, each group training one member at a time.
 
     `groups` holds the devices of each group; a group of several devices trains its member on all of them (DDP).
     `threads` are the CPU threads of the whole training.
@@ -238,7 +238,7 @@ class _Crew:
         self._failed: Exception | None = None
 
     def work(self, train: Callable[[int, int, Report], None], first: int | None = None) -> None:
-        """Takes members until none is left; a failure of anyone ends the work of all."""
+        """Train members until none is left; any failure ends the work of all groups."""
         try:
             member = self.next() if first is None else first
             while member is not None:
@@ -261,7 +261,7 @@ class _Crew:
             self._report(member, progress)
 
     def check(self) -> None:
-        """Raises what ended the work of another."""
+        """Raise the error that ended the work of another group."""
         if self._failed:
             raise self._failed
 
@@ -291,7 +291,7 @@ class _Group:
         ]
 
     def train(self, member: int, threads: int, report: Report) -> None:
-        """Has the processes train a member and passes on what the first of them says.
+        """Train a member on the processes and pass on the reports of the first of them.
 
         Raises:
             WorkerError: one of them ended before the member was done.

@@ -27,16 +27,16 @@ class PartialDiceCELoss(nn.Module):
 
     where F_w is the mean of -(1 - p_y)^gamma log p_y over annotated voxels (cross-entropy for gamma = 0). A crop
     without annotation adds nothing to the sums of batch Dice; a batch without any gives L = 0 and zero gradients. With
-    s = 0 a class that is absent from the annotated voxels contributes 0, as published.
+    s = 0, a class that is absent from the annotated voxels contributes 0, as published.
 
-    Where only some classes were drawn, a voxel is known to be one of a set S of classes (those that nobody drew, and
-    background). Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a
+    Where only some classes were drawn, a voxel is known to be one of a set S of classes: those that no annotator drew,
+    and background. Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a
     voxel without that class.
 
     Args:
         ignore: value of the target that means "not annotated".
         batch_dice: sums run over the whole batch (True) or over each sample, averaged afterwards.
-        smooth: s of the equation, 0 as published ("noSmooth").
+        smooth: s of the equation. Published with 0 ("noSmooth").
         dice_weight, ce_weight: factors of the two parts.
         gamma: exponent of the focal part; 0 is cross-entropy.
 

@@ -17,19 +17,19 @@ from lib.regions import Triple, triple
 
 
 class SpaceToDepth(nn.Module):
-    """Runs `network` at 1/factor of the resolution, with every block of voxels folded into channels.
+    """`network` at 1/factor of the resolution, with every block of voxels folded into channels.
 
-    (B, C, X, Y, Z) -> (B, C f, X/fx, Y/fy, Z/fz) with f = fx fy fz -> network -> (B, K f, ...) -> (B, K, X, Y, Z). No
-    voxel is lost, while the convolutions run over f times fewer positions. factor 1 is the network itself.
+    `(B, C, X, Y, Z) -> (B, C f, X/fx, Y/fy, Z/fz) -> network -> (B, K f, ...) -> (B, K, X, Y, Z)`, f = fx fy fz. No
+    voxel is lost, while the convolutions run over f times fewer positions. A factor of 1 is the network itself.
 
-    With `refine` R > 0 the network answers R channels a voxel instead of classes, and a thin stage at full resolution
-    looks at every voxel and its neighbours: s = a(conv(image)), h = a(unfolded + s), logits = out(a(conv(h))), where a
-    is instance norm and leaky ReLU. Borders gain most from it.
+    With `refine` R > 0 the network returns R channels per voxel instead of classes. A thin stage at full resolution
+    then reads every voxel and its neighbours: `s = a(conv(image))`, `h = a(unfolded + s)`, `logits = out(a(conv(h)))`,
+    where a is instance norm and leaky ReLU. Borders gain most from it.
 
     Args:
-        factor: (fx, fy, fz), or one number for all; sizes of the input must be multiples of it.
+        factor: (fx, fy, fz), or one number for all. Sizes of the input must be multiples of it.
         network: takes C f channels and returns K f, or R f with `refine`.
-        refine: channels of the stage at full resolution; 0 for none.
+        refine: channels of the stage at full resolution. With 0 there is none.
         classes: K, needed with `refine`.
         kernel: of the stage's convolutions; 1 along an axis keeps slices apart.
     """
@@ -89,7 +89,7 @@ def _activation(channels: int) -> nn.Module:
 
 
 class Slicewise(nn.Module):
-    """Puts every slice across `axis` (0, 1, 2) through a 2D network: (B, C, X, Y, Z) -> (B, K, X, Y, Z).
+    """Apply a 2D network to every slice across `axis` (0, 1, 2): (B, C, X, Y, Z) -> (B, K, X, Y, Z).
 
     Slices are folded into the batch, so crops of any thickness work.
     """

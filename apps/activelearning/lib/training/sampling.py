@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Where training crops lie: every crop holds an annotated voxel, uniformly placed inside of it."""
+"""Places of training crops: every crop holds an annotated voxel, uniformly placed inside of it."""
 
 from __future__ import annotations
 
@@ -88,11 +88,12 @@ def _thin(indices: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.in
 
 
 class RegionSampler:
-    """Draws crops: the case uniform among annotated ones, then a voxel of it, then the place of the voxel.
+    """Sampler of crops: the case uniform among annotated ones, then a voxel of it, then the place of the voxel.
 
-    A share `foreground` of each batch (nnU-Net rounds the same way: the last items of the batch) is centred on a voxel
-    of a class drawn uniformly among all classes, in a case drawn uniformly among those that hold it; nnU-Net draws the
-    case first, which starves a class that few cases have. The others hold a uniformly drawn annotated voxel.
+    A share `foreground` of each batch is centred on a foreground voxel (nnU-Net rounds the same way: the last items of
+    the batch). Its class is drawn uniformly among all classes, then its case uniformly among those that hold the class.
+    nnU-Net draws the case first, which starves a class that few cases have. The other crops hold a uniformly drawn
+    annotated voxel.
 
     Raises:
         ValueError: no case has an annotated voxel.
@@ -113,7 +114,7 @@ class RegionSampler:
         return [self._one(rng, self._wants_foreground(i, batch, rng)) for i in range(batch)]
 
     def _wants_foreground(self, index: int, batch: int, rng: np.random.Generator) -> bool:
-        """Expected share exactly `foreground`, also where batch * foreground is no whole number."""
+        """Return whether a crop is centred on foreground; the expected share is exactly `foreground` for any batch."""
         wanted = batch * self.foreground
         position = batch - 1 - index
         return position < int(wanted) or (position == int(wanted) and rng.random() < wanted % 1)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What annotations tell of structures that not every image holds: how small they are."""
+"""Smallest sizes, in the annotations, of structures that not every image holds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lib.prediction.postprocessing import NEIGHBOURS
 class SmallestStructures:
     """The smallest structure of every class that some image lacks, of labels that are shown one after the other.
 
-    A class is optional once an image that is annotated wholly lacks it: a lesion, a removed organ. There a false alarm
-    of a model is worth a rule, which would only do harm to what every image holds. A structure is a component (26
-    neighbours) of a class that no unlabelled voxel touches, so that all of it is known.
+    A class is optional as soon as a fully annotated image lacks it: a lesion, a removed organ. For such a class, a rule
+    against false positives is worthwhile; it would only harm the classes that every image holds. A structure is a
+    component (26 neighbours) of a class that no unlabelled voxel touches, so that all of it is known.
 
     Args:
         classes: name -> value in label maps.

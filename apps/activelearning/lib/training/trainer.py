@@ -41,7 +41,7 @@ CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: finished steps of all, and the loss of the last one."""
+    """Progress of a training: finished steps of all, and the loss of the last one."""
 
     step: int
     steps: int
@@ -106,7 +106,7 @@ class CropStream:
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as what `torch.save` keeps and `restore` takes."""
+        """Position of the stream, for `torch.save` and `restore`."""
         return {"rng": json.dumps(self.rng.bit_generator.state), "noise": self.noise.get_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class CropStream:
 
 
 def on_device(cases: Sequence[TrainingCase], device: torch.device) -> list[TrainingCase]:
-    """The cases in the memory of `device` where half of what is free there holds them, else where they are."""
+    """Return the cases on `device` if they fit into half of its free memory, else unchanged."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if sum(case.image_cxyz.nbytes + case.label_xyz.nbytes for case in cases) > free // 2:
@@ -132,7 +132,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def sound(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[object]:
-    """What a training in reduced precision needs around its network for gradients that can be trusted."""
+    """Context around the network for reliable gradients of a training in reduced precision."""
     return FullWhereShort() if half is not None and device.type == "cpu" else nullcontext()
 
 
@@ -290,7 +290,7 @@ class _Member:
         write_atomic(path, lambda stream: torch.save(state, stream))
 
     def load(self, path: Path | None) -> int:
-        """Takes up the state in `path`; how many steps it holds, 0 where there is none or it was cut short."""
+        """Resume from the state in `path`; return its number of steps, 0 if it is missing or incomplete."""
         if path is None or not zipfile.is_zipfile(path):
             return 0
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -58,7 +58,7 @@ def _listen(wanted: queue.Queue[tuple[int, int]]) -> None:
 
 
 def _speaker() -> Callable[[dict[str, Any]], None]:
-    """Writes lines of JSON to what was standard output; what libraries print there goes to the log from now on."""
+    """Return a writer of JSON lines to the original standard output; output of libraries then goes to the log."""
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -23,6 +23,12 @@ def test_parts_are_disjoint_complete_and_even() -> None:
     assert other_parts(SLOW[::-1], "1/4") == other_parts(SLOW, "1/4")
 
 
+def test_groups_reach_the_workers(request: pytest.FixtureRequest) -> None:
+    """Without the group in its id, every test would be sent to any worker, and servers would start on each."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@test_conftest.py")
+
+
 @pytest.mark.parametrize("part", ["4/4", "1", "a/4", "-1/4", "0/0"])
 def test_a_part_that_is_none_is_refused(part: str) -> None:
     with pytest.raises(pytest.UsageError, match="expected K/N"):

@@ -193,6 +193,7 @@ def test_hostile_members_leave_nothing(fetch, server, tmp_path, capsys, info, wo
         (b"no tar at all", "no complete tar"),
         (archive(top="Task04_Other"), "outside"),
     ],
+    ids=["missing", "unavailable", "no tar", "another task"],
 )
 def test_refusals_say_why(fetch, server, tmp_path, capsys, content, words):
     serve(server, content)

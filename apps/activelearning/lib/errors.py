@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 
-class PatchwiseError(ValueError):
+class PatchwiseError(Exception):
     """A request or a file that cannot be used: one sentence, and the HTTP status that belongs to it.
 
     The sentence names the expected value, the found value and the remedy. The server returns it with `status`; a

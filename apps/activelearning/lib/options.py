@@ -48,7 +48,7 @@ _Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9_.\-]+(:\d{1,5})?$"
 _Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
 
 
-class OptionError(PatchwiseError):
+class OptionError(PatchwiseError, ValueError):
     """An option of the app that cannot be used; one sentence an option."""
 
 

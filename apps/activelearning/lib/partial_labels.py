@@ -23,7 +23,7 @@ MAX_CLASS = 254
 LabelMap = NDArray[np.uint8]
 
 
-class LabelError(PatchwiseError):
+class LabelError(PatchwiseError, ValueError):
     """An unusable submitted label map; the message names the class or value and the remedy."""
 
 

@@ -222,6 +222,7 @@ def check_client_id(held: Any) -> None:
     """Ends a request with an id that is no text of a person or program, or that looks like one the server derives."""
     if held is None or held == "":
         return
+    _check_scalar(held, "the body")
     if not isinstance(held, str) or len(held) > 200 or not held.isprintable() or held != held.strip():
         refuse(f"client_id {held!r:.80} cannot be used; send up to 200 printable characters, or leave it out")
     if held.startswith(DERIVED):

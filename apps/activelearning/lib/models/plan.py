@@ -21,7 +21,7 @@ FLAT = 3
 Configuration = Literal["3d_fullres", "2d", "3d_anisotropic"]
 
 
-class PlanError(PatchwiseError):
+class PlanError(PatchwiseError, ValueError):
     """A plan that cannot be made or used; one sentence that names the file or the field."""
 
 

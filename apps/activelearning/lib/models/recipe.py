@@ -22,7 +22,7 @@ from lib.options import problems
 from lib.regions import Triple
 
 
-class RecipeError(PatchwiseError):
+class RecipeError(PatchwiseError, ValueError):
     """A bundle or a training option that cannot be used."""
 
 

@@ -15,7 +15,7 @@ from lib.errors import PatchwiseError
 from lib.selectors.steps import FeatureSelector
 
 
-class MethodError(PatchwiseError):
+class MethodError(PatchwiseError, ValueError):
     """A method, option or combination that does not exist or makes no sense, in one sentence."""
 
 

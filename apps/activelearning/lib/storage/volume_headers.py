@@ -38,7 +38,7 @@ _EITHER_ORDER = {348, 540, *(struct.unpack("<i", struct.pack(">i", size))[0] for
 _NRRD_TYPES: dict[str, str] = nrrd.reader._TYPEMAP_NRRD2NUMPY
 
 
-class ImageError(PatchwiseError):
+class ImageError(PatchwiseError, ValueError):
     """An unusable volume; the message names the file, the problem and the remedy."""
 
 

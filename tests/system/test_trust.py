@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from playwright.sync_api import Page
 
 from eval.runner.server import ServerProcess, free_port
-from tests.browser import Browser
+from tests.browser import Watched, started_browser
 from tests.lib.dicom.archive import Archive
 from tests.system.conftest import BUNDLE, ROOT, Client, Start, fill
 
@@ -112,7 +114,35 @@ def served(start_server: Start, tmp_path_factory: pytest.TempPathFactory, phanto
     return server, client, region["image"]
 
 
-def attack(browser: Browser, url: str, image: str) -> list[str]:
+class Visit(Watched):
+    """A page of a browser without a past."""
+
+    def __init__(self, page: Page) -> None:
+        super().__init__(page)
+        self._page = page
+
+    def open(self, url: str) -> None:
+        self._page.goto(url)
+
+    def run(self, script: str) -> Any:
+        return self._page.evaluate(script)
+
+    def wait(self, script: str) -> None:
+        # The pages' content policy forbids the evaluation that `wait_for_function` needs.
+        for _ in range(300):
+            if self.run(f"Boolean({script})"):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{script} did not come true")
+
+
+@contextmanager
+def visit() -> Iterator[Visit]:
+    with started_browser() as browser:
+        yield Visit(browser.new_page())
+
+
+def attack(browser: Visit, url: str, image: str) -> list[str]:
     script = ATTACK.replace("SERVER", json.dumps(url)).replace("IMAGE", image).replace("BUNDLE", BUNDLE)
     return browser.run(script)
 
@@ -134,7 +164,7 @@ def test_a_page_elsewhere_reads_and_changes_nothing(
 ) -> None:
     server, client, image = served
     before = state(client)
-    with Browser(tmp_path / "profile") as browser:
+    with visit() as browser:
         browser.open(f"http://{host}:{elsewhere}/index.html")
         for url in (server.url, f"http://localhost:{server.port}", f"http://[::1]:{server.port}"):
             assert attack(browser, url, image) == []
@@ -142,7 +172,7 @@ def test_a_page_elsewhere_reads_and_changes_nothing(
 
 
 def test_the_same_with_authentication(guarded: Any, elsewhere: int, tmp_path: Path, chromium: str) -> None:
-    with Browser(tmp_path / "profile") as browser:
+    with visit() as browser:
         browser.open(f"http://localhost:{elsewhere}/index.html")
         assert attack(browser, guarded.url, "phantom_000") == []
 
@@ -150,7 +180,7 @@ def test_the_same_with_authentication(guarded: Any, elsewhere: int, tmp_path: Pa
 def test_a_named_page_and_the_own_pages_go_on(served: Any, elsewhere: int, tmp_path: Path, chromium: str) -> None:
     server, _, image = served
     ask = "(async (url, how) => (await (await fetch(url, how)).text()).length)"
-    with Browser(tmp_path / "profile") as browser:
+    with visit() as browser:
         browser.open(f"http://named.localhost:{elsewhere}/index.html")
         assert browser.run(f"{ask}('{server.url}/datastore/image?image={image}')") > 1000
         put = '{"method": "PUT", "body": new URLSearchParams({info: "{}"}), "headers": {"Authorization": "x"}}'
@@ -273,7 +303,7 @@ def second(studies: Path, port: int | None = None, *more: str) -> subprocess.Com
 
 def test_the_log_needs_nothing_from_elsewhere(served: Any, tmp_path: Path, chromium: str) -> None:
     server, _, _ = served
-    with Browser(tmp_path / "profile") as browser:
+    with visit() as browser:
         for path in ("/logs/", "/logs/?refresh=3", "/", "/docs"):
             browser.open(server.url + path)
             assert browser.run("document.body.innerText.length") > 20
@@ -296,7 +326,7 @@ def test_the_same_on_a_pacs(archive: Archive, elsewhere: int, tmp_path: Path, ch
     server.studies = Address(archive.url)
     server.start()
     try:
-        with Browser(tmp_path / "profile") as browser:
+        with visit() as browser:
             browser.open(f"http://localhost:{elsewhere}/index.html")
             assert attack(browser, server.url, "1.2.3") == []
         for method in ("GET", "POST"):

@@ -68,11 +68,18 @@ def to_dicom(
 def to_nifti(slices: Sequence[Dataset], segmentation: Dataset | None) -> tuple[Any, Any, dict[str, int]]:
     """NIfTI image of a series, NIfTI label map (None without a segmentation), and the classes it names."""
     values_xyz, grid, _ = read_series(slices)
-    image = nib.Nifti1Image(values_xyz, grid.affine)
+    image = _nifti(values_xyz, grid.affine)
     if segmentation is None:
         return image, None, {}
     label_xyz, classes = read_segmentation(segmentation, grid)
-    return image, nib.Nifti1Image(label_xyz, grid.affine), classes
+    return image, _nifti(label_xyz, grid.affine), classes
+
+
+def _nifti(values_xyz: np.ndarray, affine: np.ndarray) -> Any:
+    """Image with sform and qform: where rounded positions shear the first a little, ITK takes the second."""
+    image = nib.Nifti1Image(values_xyz, affine)
+    image.set_qform(affine, code="scanner")
+    return image
 
 
 def folder_to_dicom(folder: Path, out: Path, modality: str | None = None) -> int:

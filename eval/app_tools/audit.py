@@ -154,7 +154,7 @@ def _check_label(
     from lib.partial_labels import LabelError
     from lib.storage.atomic_files import file_digest
     from lib.storage.volume_headers import ImageError
-    from lib.storage.volumes import EXTENSIONS, check_same_grid, image_geometry, load_label
+    from lib.storage.volumes import EXTENSIONS, check_same_grid, image_grid, load_label
 
     found.images += 1
     folder = annotations.merged
@@ -174,10 +174,10 @@ def _check_label(
     if verified.get(image) == made_of:
         return
     try:
-        shape, affine = image_geometry(source)
+        grid = image_grid(source, image)
         label = load_label(path)
-        check_same_grid(label, shape, affine, image)
-        rebuilt_xyz = annotations.rebuilt(image, shape)
+        check_same_grid(label, grid)
+        rebuilt_xyz = annotations.rebuilt(image, grid.shape)
     except (ImageError, LabelError) as error:
         found.wrong(path, f"it cannot be compared: {error}")
         return

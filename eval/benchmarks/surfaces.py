@@ -21,7 +21,8 @@ from scipy.ndimage import binary_dilation
 from eval.benchmarks import Row
 from eval.benchmarks.timing import ratio
 from eval.metrics.surfaces import Surfaces
-from eval.protocol.dataset import read_dataset, read_volume
+from eval.protocol.dataset import read_dataset
+from eval.protocol.volumes import read_volume
 
 Bools = NDArray[np.bool_]
 Pair = tuple[Bools, Bools]
@@ -87,7 +88,7 @@ def _real_hippocampi(rng: np.random.Generator) -> list[Pair]:
         return []
     pairs = []
     for case in read_dataset(folder).cases[:_CASES]:
-        label_xyz = read_volume(case.label)[0]
+        label_xyz = read_volume(case.label, placed=False).values_xyz
         pairs += [_disturbed(label_xyz == value, rng) for value in (1, 2)]
     return pairs
 

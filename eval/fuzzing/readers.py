@@ -29,11 +29,11 @@ from lib.dicom.segmentations import read_segmentation, referenced_series, write_
 from lib.dicom.series import series_grid
 from lib.errors import PatchwiseError
 from lib.regions import Region
-from lib.storage.volumes import check_image, check_label_file, image_geometry, load_image, load_label
+from lib.storage.volumes import Grid, check_image, check_label_file, image_geometry, load_image, load_label
 
 SHAPE = (5, 4, 3)
 CLASSES = {"anterior": 1, "posterior": 2}
-_GRID = (SHAPE, np.eye(4), "case")
+_GRID = Grid(SHAPE, np.eye(4), "case")
 READERS: dict[str, Callable[[Path], object]] = {
     "load_image": load_image,
     "load_label": load_label,

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from eval.errors import RefereeError
+from eval.protocol.volumes import check_openable, read_affine, read_volume
 
 BACKGROUND = "background"
 
@@ -98,57 +98,39 @@ def load_scan(case: Case, labels: dict[str, int]) -> Scan:
         RefereeError: unreadable file, not three axes, shapes or affines that differ, a label value that the dataset
             does not name, an image value that is NaN or infinite.
     """
-    image_xyz, image_affine = read_volume(case.image)
-    label_raw_xyz, label_affine = read_volume(case.label)
-    if image_xyz.shape != label_raw_xyz.shape:
+    check_openable(case.image)
+    image, label = read_volume(case.image), read_volume(case.label, placed=False)
+    if image.values_xyz.shape != label.values_xyz.shape:
         raise RefereeError(
-            f"{case.label} has shape {label_raw_xyz.shape} but its image {case.image.name} has {image_xyz.shape}; "
-            "both must lie on one grid"
+            f"{case.label} has shape {label.values_xyz.shape} but its image {case.image.name} has "
+            f"{image.values_xyz.shape}; both must lie on one grid"
         )
-    if not np.allclose(image_affine, label_affine, atol=1e-3):
+    if not image.shares_grid(label):
         raise RefereeError(f"{case.label} has another affine than its image {case.image.name}; resave it on that grid")
-    bad = np.count_nonzero(~np.isfinite(image_xyz))
+    bad = np.count_nonzero(~np.isfinite(image.values_xyz))
     if bad:
         raise RefereeError(f"{case.image} holds {bad} voxels that are NaN or infinite; repair or remove the case")
-    found = np.unique(label_raw_xyz)
+    found = np.unique(label.values_xyz)
     unknown = [float(v) for v in found if v not in labels.values()]
     if unknown:
         known = ", ".join(f"{value} {name}" for name, value in labels.items())
         raise RefereeError(f"{case.label} holds label value {unknown[0]:g}; dataset.json names only {known}")
-    spacing = nib.affines.voxel_sizes(image_affine)
-    return Scan(label_raw_xyz.astype(np.uint8), image_affine, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
+    return _scan(label.values_xyz, image.affine)
 
 
 def load_truth(case: Case) -> Scan:
-    """Ground truth of a case that was checked when the run began."""
-    label_xyz, affine = read_volume(case.label)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    return Scan(label_xyz.astype(np.uint8), affine, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
+    """Ground truth of a case that was checked when the run began, on the grid of its image."""
+    return _scan(read_volume(case.label, placed=False).values_xyz, read_affine(case.image))
 
 
-def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Values (X, Y, Z) and affine of one NIfTI file.
-
-    Raises:
-        RefereeError: missing, corrupt or truncated file, or another number of axes than three.
-    """
-    try:
-        volume = nib.load(path)
-        values_xyz = np.asarray(volume.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
-    except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RefereeError(f"{path} cannot be read as NIfTI ({reason}); replace the file or remove the case") from error
-    if values_xyz.ndim == 4 and values_xyz.shape[3] == 1:
-        values_xyz = values_xyz[..., 0]
-    if values_xyz.ndim != 3:
-        raise RefereeError(f"{path} has shape {values_xyz.shape}; a scan with three axes and one channel is needed")
-    affine = volume.affine  # type: ignore[attr-defined]
-    return values_xyz, np.asarray(affine, dtype=np.float64)
+def _scan(label_xyz: NDArray[np.float32], affine: NDArray[np.float64]) -> Scan:
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    return Scan(label_xyz.astype(np.uint8), affine, (float(x), float(y), float(z)))
 
 
 def content_digest(path: Path) -> str:
     """SHA-256 over shape and voxel values: equal for a copy that was renamed, recompressed or given a new header."""
-    values_xyz, _ = read_volume(path)
+    values_xyz = read_volume(path).values_xyz
     digest = hashlib.sha256(repr(values_xyz.shape).encode())
     digest.update(np.ascontiguousarray(values_xyz).tobytes())
     return digest.hexdigest()

@@ -92,7 +92,7 @@ def write_nnunet(
         image.parent.mkdir(exist_ok=True)
         if names is not None:
             stored = nib.load(case.image)
-            nib.save(nib.Nifti1Image(np.asanyarray(stored.dataobj), stored.affine), image)  # type: ignore[attr-defined]
+            nib.save(nib.Nifti1Image(np.asanyarray(stored.dataobj), truth.affine), image)  # type: ignore[attr-defined]
         elif case.image.name.endswith(_ENDING):
             place(case.image, image)
         else:

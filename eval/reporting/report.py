@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from eval.errors import RefereeError
 from eval.files import read_json, write_bytes, write_text
 from eval.metrics.cost import COSTS
-from eval.protocol.dataset import Dataset, read_dataset, read_volume
+from eval.protocol.dataset import Dataset, read_dataset
 from eval.protocol.guards import check_cells, check_same_origin, check_seeds, steps_of
 from eval.protocol.study import FULL_DATA, Study, load_study
+from eval.protocol.volumes import read_volume
 from eval.records.tables import read_table
 from eval.reporting.deidentify import (
     FOLDER,
@@ -263,8 +264,8 @@ def _pictures(folder: Path, queries: pd.DataFrame, name: Callable[[str], str]) -
 
 def _picture(row: Mapping[Any, Any], dataset: Dataset, study: Study, name: Callable[[str], str]) -> Picture:
     case = next(c for c in dataset.cases if c.id == str(row["image"]))
-    image_xyz, affine = read_volume(case.image)
-    label_xyz = read_volume(case.label)[0].astype(np.uint8)
+    image_xyz, affine, _ = read_volume(case.image)
+    label_xyz = read_volume(case.label, placed=False).values_xyz.astype(np.uint8)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     start, size = np.array([row[k] for k in "xyz"]), np.array([row[k] for k in ("dx", "dy", "dz")])
     # A slice is seen face on; a patch in the plane with the best resolution.

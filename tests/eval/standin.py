@@ -22,8 +22,8 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, Form, HTTPException, Request, Response, UploadFile
 
-from eval.protocol.dataset import read_volume
 from eval.protocol.oracle import from_nifti, to_nifti
+from eval.protocol.volumes import read_volume
 from eval.runner.server import free_port
 
 
@@ -156,7 +156,7 @@ class StandIn:
             content = self.sessions[session_id]
             path = self.studies / f"session_{session_id}.tmp.nii.gz"
             path.write_bytes(content)
-            image_xyz, affine = read_volume(path)
+            image_xyz, affine, _ = read_volume(path)
             path.unlink()
             bright = image_xyz > np.quantile(image_xyz, 0.9 + 0.002 * len(self.memory["answered"]))
             half = np.arange(image_xyz.shape[1])[None, :, None] < image_xyz.shape[1] // 2

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from eval.fuzzing.readers import SHAPE, fuzz_segmentations, fuzz_volumes, volumes
-from lib.storage.volumes import ImageError, check_image, image_geometry, load_image, load_label
+from lib.storage.volumes import Grid, ImageError, check_image, image_geometry, load_image, load_label
 
 
 def test_damaged_volumes_are_read_or_refused_in_a_sentence():
@@ -78,4 +78,4 @@ def test_a_label_of_another_grid_is_refused_before_its_voxels_are_read(tmp_path:
     header = nib.Nifti1Image(np.zeros((500, 500, 500), np.uint8), np.eye(4)).to_bytes()[:352]
     path.write_bytes(gzip.compress(header + bytes(2**20)) + bytes(2**20))
     with pytest.raises(ImageError, match=r"the label for case has shape \(500, 500, 500\), the image has \(5, 4, 3\)"):
-        load_label(path, like=(SHAPE, np.eye(4), "case"))
+        load_label(path, like=Grid(SHAPE, np.eye(4), "case"))

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from eval.__main__ import main
-from eval.protocol.dataset import read_dataset, read_volume
+from eval.protocol.dataset import read_dataset
 from eval.protocol.study import load_study
+from eval.protocol.volumes import read_volume
 from eval.reporting.figures import learning_curves
 from eval.reporting.summary import full_line, mean_curves, summarise
 from eval.runner.grid import plan

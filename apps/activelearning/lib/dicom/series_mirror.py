@@ -132,8 +132,11 @@ class SeriesMirror:
                 values_xyz, grid = read_series(files)
             facts = {**series.facts, INSTANCES: series.instances, FALLING: grid.falling}
             self.ledger.update_info(series.uid, facts)
+            image = nib.Nifti1Image(values_xyz, grid.affine)
+            # Rounded positions shear the sform a little; ITK then takes the qform, which has right angles.
+            image.set_qform(grid.affine, code="scanner")
             with atomic_path(self._path(series.uid)) as temporary:
-                nib.save(nib.Nifti1Image(values_xyz, grid.affine), temporary)
+                nib.save(image, temporary)
             self.refused.pop(series.uid, None)
             logger.info("fetched series %s: %s voxels", series.uid, values_xyz.shape)
 

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import bz2
-import io
 import math
 import re
 import struct
@@ -20,7 +19,6 @@ from typing import Any, BinaryIO, cast
 import nibabel as nib
 import nrrd
 import numpy as np
-from numpy.typing import NDArray
 
 from lib.errors import PatchwiseError
 
@@ -36,6 +34,20 @@ _META_IMAGE = re.compile(rb"^[ \t]*ElementDataFile[ \t]*=([^\r\n]*)", re.IGNOREC
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _EITHER_ORDER = {348, 540, *(struct.unpack("<i", struct.pack(">i", size))[0] for size in (348, 540))}
 _NRRD_TYPES: dict[str, str] = nrrd.reader._TYPEMAP_NRRD2NUMPY
+_META_TYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_LONG": "i8",
+    "MET_ULONG": "u8",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
 
 
 class ImageError(PatchwiseError, ValueError):
@@ -56,25 +68,11 @@ def check_volume_file(path: str | Path) -> int:
         ImageError: unreadable header, absurd sizes, more declared than the file can hold, voxels kept in another file.
     """
     if is_nifti(path):
-        return _check_nifti(Path(path))[1]
-    if Path(path).is_dir() or not str(path).lower().endswith(".nrrd"):
-        raise ImageError(f"{Path(path).name}: volumes are read from one .nii.gz, .nii or .nrrd file; convert it")
-    return _check_nrrd(Path(path))
-
-
-def open_nifti(path: str | Path) -> tuple[Any, NDArray[np.float64], int]:
-    """Voxels of a NIfTI file, read as they are indexed, their affine, and the bytes that `check_volume_file` gives.
-
-    Extensions of the header are left unread: the size that the file declares for them cannot be trusted.
-
-    Raises:
-        ImageError: as `check_volume_file`.
-    """
-    header, needed = _check_nifti(Path(path))
-    try:
-        return nib.arrayproxy.ArrayProxy(str(path), header, keep_file_open=True), header.get_best_affine(), needed
-    except Exception as error:
-        raise ImageError(f"{Path(path).name}: not readable as NIfTI ({_line(error)}); replace the file") from error
+        return check_nifti(Path(path))[1]
+    ending = Path(path).suffix.lower()
+    if Path(path).is_dir() or ending not in (".nrrd", ".mha"):
+        raise ImageError(f"{Path(path).name}: volumes are read from one .nii.gz, .nii, .nrrd or .mha file; convert it")
+    return (_check_nrrd if ending == ".nrrd" else _check_meta_image)(Path(path))
 
 
 def _header(path: Path) -> tuple[int, Any, bytes]:
@@ -94,10 +92,15 @@ def _header(path: Path) -> tuple[int, Any, bytes]:
     except FileNotFoundError:
         raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
     except Exception as error:
-        raise ImageError(f"{path.name}: not readable as NIfTI ({_line(error)}); replace the file") from error
+        raise ImageError(f"{path.name}: not readable as NIfTI ({one_line(error)}); replace the file") from error
 
 
-def _check_nifti(path: Path) -> tuple[Any, int]:
+def check_nifti(path: Path) -> tuple[Any, int]:
+    """Header of a NIfTI file and the bytes of voxels that it declares, after the checks of `check_volume_file`.
+
+    Raises:
+        ImageError: as `check_volume_file`.
+    """
     size, header, extended = _header(path)
     dim = [int(n) for n in header["dim"]]
     if not 1 <= dim[0] <= 7:
@@ -108,7 +111,7 @@ def _check_nifti(path: Path) -> tuple[Any, int]:
     try:
         kind = header.get_data_dtype()
     except Exception as error:
-        raise ImageError(f"{path.name}: not readable as NIfTI ({_line(error)}); replace the file") from error
+        raise ImageError(f"{path.name}: not readable as NIfTI ({one_line(error)}); replace the file") from error
     needed = _check_sizes(path, dim[1 : dim[0] + 1], kind)
     held = path.stat().st_size * (_MOST_PACKED if path.name.lower().endswith(".gz") else 1)
     if needed > held:
@@ -175,30 +178,105 @@ def _too_little(path: Path, needed: int) -> ImageError:
     )
 
 
+def split_nrrd(path: Path) -> tuple[bytes, bytes]:
+    """Header of an NRRD file, with the empty line that ends it, and the bytes behind it.
+
+    Raises:
+        ValueError: not an NRRD file.
+    """
+    content = path.read_bytes()
+    header = _nrrd_header(content)
+    return header, content[len(header) :]
+
+
+def packed_by_bzip2(path: Path) -> bool:
+    """Return whether a file is an NRRD file whose voxels are packed by bzip2."""
+    with open(path, "rb") as stream:
+        start = stream.read(_MOST_HEADER)
+    if not start.startswith(b"NRRD"):
+        return False
+    return _nrrd_fields(_nrrd_header(start)).get("encoding", "").lower() in ("bzip2", "bz2")
+
+
+def _nrrd_header(start: bytes) -> bytes:
+    ends = [start.find(blank) + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in start]
+    if not start.startswith(b"NRRD") or not ends:
+        raise ValueError("no NRRD header at its beginning")
+    return start[: min(ends)]
+
+
 def _check_nrrd(path: Path) -> int:
     try:
         with open(path, "rb") as stream:
-            start = stream.read(_MOST_HEADER)
-            ends = [start.find(blank) + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in start]
-            if not start.startswith(b"NRRD") or not ends:
-                raise ValueError("no NRRD header at its beginning")
-            check_nrrd_fields(path.name, start[: min(ends)])
-            fields = nrrd.read_header(io.BytesIO(start[: min(ends)]))
-            sizes, kind = [int(n) for n in fields["sizes"]], np.dtype(_NRRD_TYPES[fields["type"]])
-            encoding = str(fields["encoding"]).lower()
+            header = _nrrd_header(stream.read(_MOST_HEADER))
+            check_nrrd_fields(path.name, header)
+            fields = _nrrd_fields(header)
+            sizes, kind = [int(n) for n in fields["sizes"].split()], np.dtype(_NRRD_TYPES[fields["type"]])
+            encoding = fields["encoding"].lower()
     except FileNotFoundError:
         raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(f"{path.name}: not readable as NRRD ({_line(error)}); replace the file") from error
+        raise ImageError(f"{path.name}: not readable as NRRD ({one_line(error)}); replace the file") from error
     needed = _check_sizes(path, sizes, kind)
     inflate = {"raw": _as_is, "gzip": _gunzip, "gz": _gunzip, "bzip2": _bunzip, "bz2": _bunzip}.get(encoding)
     if inflate is None:
         raise ImageError(f"{path.name}: voxels are stored as {encoding[:20]!r}; store them as raw, gzip or bzip2")
     with open(path, "rb") as stream:
-        stream.seek(min(ends))
+        stream.seek(len(header))
         held = _count(path, inflate(stream), needed)
+    if held < needed:
+        raise _too_little(path, needed)
+    return needed
+
+
+def _nrrd_fields(header: bytes) -> dict[str, str]:
+    """The fields of an NRRD header by name in lower case; readers ignore case, and every other field is optional.
+
+    Raises:
+        ValueError: a field is there twice.
+    """
+    fields: dict[str, str] = {}
+    for line in header.decode("utf-8", "replace").splitlines()[1:]:
+        name, colon, value = line.partition(":")
+        name = " ".join(name.lower().split())
+        if not colon or value.startswith("=") or name.startswith("#"):
+            continue
+        if name in fields:
+            raise ValueError(f"the field {name!r} is there twice")
+        fields[name] = value.strip()
+    return fields
+
+
+def _check_meta_image(path: Path) -> int:
+    """Check a MetaImage; its voxels must be binary and follow the header."""
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(_MOST_HEADER)
+        meta = _META_IMAGE.search(start)
+        if meta is None:
+            raise ValueError("no MetaImage header at its beginning")
+        begin = start.find(b"\n", meta.end()) + 1
+        pairs = (line.partition("=") for line in start[:begin].decode("ascii").splitlines())
+        fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        sizes = [int(n) for n in fields["dimsize"].split()]
+        kind, channels = (
+            np.dtype(_META_TYPES[fields["elementtype"].upper()]),
+            int(fields.get("elementnumberofchannels", 1)),
+        )
+        packed = fields.get("compresseddata", "false").lower() in ("true", "t", "1")
+        binary = fields.get("binarydata", "true").lower() in ("true", "t", "1")
+    except FileNotFoundError:
+        raise ImageError(f"{path.name}: no such file; restore it or refresh the studies folder") from None
+    except Exception as error:
+        raise ImageError(f"{path.name}: not readable as MetaImage ({one_line(error)}); replace the file") from error
+    if fields["elementdatafile"].upper() != "LOCAL" or "headersize" in fields or not binary:
+        raise ImageError(f"{path.name}: a MetaImage whose voxels do not follow its header; store both in one file")
+    needed = _check_sizes(path, sizes, kind) * max(channels, 1)
+    with open(path, "rb") as stream:
+        stream.seek(begin)
+        held = _count(path, (_gunzip if packed else _as_is)(stream), needed)
     if held < needed:
         raise _too_little(path, needed)
     return needed
@@ -216,7 +294,7 @@ def _count(path: Path, blocks: Iterator[bytes], needed: int) -> int:
     except (zlib.error, OSError, EOFError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{path.name}: the voxels are damaged ({_line(error)}); replace the file") from error
+        raise ImageError(f"{path.name}: the voxels are damaged ({one_line(error)}); replace the file") from error
     return held
 
 
@@ -247,5 +325,6 @@ def _unpack(
             block = unpack(rest(), _BLOCK) if not ended() else b""
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the text of an error on one line, at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

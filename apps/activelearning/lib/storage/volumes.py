@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lib.regions import Triple
 from lib.storage.atomic_files import atomic_path
-from lib.storage.volume_headers import ImageError, check_volume_file, is_nifti, open_nifti
+from lib.storage.readers import open_volume
+from lib.storage.volume_headers import ImageError
 
 AFFINE_TOLERANCE_MM = 1e-3
 SLAB_VOXELS = 2**22
@@ -26,19 +27,29 @@ SLAB_VOXELS = 2**22
 LARGE_BYTES, MOST_PACKED = 2**28, 100
 _FLAT = 1e-12
 # File names a volume may have; where one id has several, the first of these counts.
-EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
+EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
-# Shape and affine of an image, and its name.
-Grid = tuple[Triple, NDArray[np.float64], str]
+
+class Grid(NamedTuple):
+    """Shape, affine and name of an image, and further affines that its header states."""
+
+    shape: Triple
+    affine: NDArray[np.float64]
+    name: str
+    stated: tuple[NDArray[np.float64], ...] = ()
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels (X, Y, Z) in the stored axis order, the 4 x 4 affine to RAS millimetres, and the file they came from."""
+    """Voxels (X, Y, Z) in the stored axis order, the 4 x 4 affine to RAS millimetres, and the file they came from.
+
+    `stated` are further affines that the header states (`lib.storage.readers`).
+    """
 
     array_xyz: NDArray[Any]
     affine: NDArray[np.float64]
     path: str
+    stated: tuple[NDArray[np.float64], ...] = ()
 
     @property
     def shape(self) -> Triple:
@@ -66,7 +77,7 @@ def load_image(path: str | Path) -> Volume:
             kept[...] = slab_xyz
         bad += int(kept.size - np.count_nonzero(np.isfinite(kept)))
     _refuse_bad(path, bad)
-    return Volume(array_xyz, source.affine, str(path))
+    return Volume(array_xyz, source.affine, str(path), source.stated)
 
 
 def check_image(path: str | Path, uploaded: bool = False) -> None:
@@ -102,9 +113,9 @@ def load_label(path: str | Path, like: Grid | None = None) -> Volume:
         ImageError: unreadable, not three-dimensional, on another grid than its image, or holding values that are not
             whole numbers from 0 to 255.
     """
-    source = _Source.of(path)
+    source = _Source.of(path, placed=False)
     if like is not None:
-        check_same_grid(source, *like)
+        check_same_grid(source, like)
     array_xyz = np.empty(source.shape, np.uint8, order="F")
     for start, slab_xyz in source.slabs():
         if slab_xyz.dtype != np.uint8:
@@ -114,7 +125,7 @@ def load_label(path: str | Path, like: Grid | None = None) -> Volume:
                 shown = ", ".join(f"{v:g}" for v in values[:8])
                 raise ImageError(f"{Path(path).name}: label values must be whole numbers from 0 to 255, found {shown}")
         array_xyz[..., start : start + slab_xyz.shape[2]] = slab_xyz
-    return Volume(array_xyz, source.affine, str(path))
+    return Volume(array_xyz, source.affine, str(path), source.stated)
 
 
 def image_geometry(path: str | Path) -> tuple[Triple, NDArray[np.float64]]:
@@ -127,28 +138,43 @@ def image_geometry(path: str | Path) -> tuple[Triple, NDArray[np.float64]]:
     return source.shape, source.affine
 
 
+def image_grid(path: str | Path, name: str) -> Grid:
+    """Grid of an image, for the labels of it, from the header alone.
+
+    Raises:
+        ImageError: as `image_geometry`.
+    """
+    source = _Source.of(path)
+    return Grid(source.shape, source.affine, name, source.stated)
+
+
 def check_label_file(path: str | Path, like: Grid) -> None:
     """Refuse a file, by its header alone, that is not a label map of an image of this shape, affine and name.
 
     Raises:
         ImageError: unreadable, or on another grid.
     """
-    check_same_grid(_Source.of(path), *like)
+    check_same_grid(_Source.of(path, placed=False), like)
 
 
-def check_same_grid(label: Volume | _Source, shape: Triple, affine: NDArray[np.float64], image: str) -> None:
+def check_same_grid(label: Volume | _Source, grid: Grid) -> None:
     """Refuse a label map that does not lie on the grid of its image.
+
+    A header may state several affines, of which readers take different ones. A label that shares one of them with its
+    image lies on the same voxels.
 
     Raises:
         ImageError: shapes differ, or affines differ by more than a thousandth of a millimetre.
     """
     name = Path(label.path).name
+    shape, affine, image, _ = grid
     if label.shape != shape:
         raise ImageError(
             f"{name}: the label for {image} has shape {label.shape}, the image has {shape}; "
             "export the label on the grid of the image"
         )
-    if not np.allclose(label.affine, affine, atol=AFFINE_TOLERANCE_MM):
+    ours, theirs = (affine, *grid.stated), (label.affine, *label.stated)
+    if not any(np.allclose(a, b, atol=AFFINE_TOLERANCE_MM) for a in ours for b in theirs):
         raise ImageError(
             f"{name}: the affine of the label for {image} differs from the image's by up to "
             f"{np.abs(label.affine - affine).max():.4g} mm; export the label on the grid of the image"
@@ -170,17 +196,17 @@ class _Source:
     path: str
     shape: Triple
     affine: NDArray[np.float64]
+    stated: tuple[NDArray[np.float64], ...]
     declared: int
     voxels: Any
 
     @classmethod
-    def of(cls, path: str | Path) -> _Source:
-        voxels, affine, declared = (open_nifti if is_nifti(path) else _read_with_monai)(path)
-        affine = np.asarray(affine, dtype=np.float64)
+    def of(cls, path: str | Path, placed: bool = True) -> _Source:
+        voxels, affine, stated, declared = open_volume(path, placed)
         shape = _three(voxels.shape, path)
         if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < _FLAT:
             raise ImageError(f"{Path(path).name}: its header gives the voxels no size or place; repair the affine")
-        return cls(str(path), shape, affine, declared, voxels)
+        return cls(str(path), shape, affine, stated, declared, voxels)
 
     def slabs(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """Index of the first slice and the values of some slices, one slab after the other.
@@ -206,18 +232,6 @@ def _refuse_bad(path: str | Path, bad: int) -> None:
         raise ImageError(
             f"{Path(path).name}: {bad} voxels are NaN or infinite; repair the image or take it out of the pool"
         )
-
-
-def _read_with_monai(path: str | Path) -> tuple[Any, NDArray[np.float64], int]:
-    from monai.transforms import LoadImage
-
-    declared = check_volume_file(path)
-    try:
-        image = LoadImage(image_only=True, ensure_channel_first=False)(str(path))
-        return np.asarray(image), np.asarray(image.affine), declared
-    except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        raise ImageError(f"{Path(path).name}: not readable as an image ({told}); replace the file") from error
 
 
 def _three(shape: tuple[int, ...], path: str | Path) -> Triple:

@@ -27,7 +27,7 @@ from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Answer
 from lib.regions import Triple, triple
 from lib.storage.atomic_files import atomic_path, file_digest, folded
-from lib.storage.volumes import EXTENSIONS, check_image, check_label_file, image_geometry
+from lib.storage.volumes import EXTENSIONS, check_image, check_label_file, image_geometry, image_grid
 from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.folder_listing import FolderListing, split_name
 from lib.studies.request_context import SAVED_ANSWER, current_client
@@ -58,7 +58,7 @@ class PartialLabelDatastore(Datastore):
         self._labels: dict[str, FolderListing] = {}
         self._lock = threading.Lock()
         self._digests = FileCache[str](ledger, ":sha256", file_digest, str)
-        self._geometries = FileCache[Geometry](ledger, ":geometry", _read_geometry, _parse_geometry)
+        self._geometries = FileCache[Geometry](ledger, ":grid", _read_geometry, _parse_geometry)
         self._readable: dict[str, Stamped] = {}
         for tag in (FINAL, DefaultLabelTag.ORIGINAL.value):
             (studies / "labels" / tag).mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ class PartialLabelDatastore(Datastore):
             SAVED_ANSWER.set(self.annotations.save(image_id, image, source, info))
         else:
             SAVED_ANSWER.set(None)
-            check_label_file(source, (*self.geometry(image_id), image_id))
+            check_label_file(source, image_grid(image, image_id))
             extension = next(e for e in EXTENSIONS if source.name.endswith(e))
             with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
                 shutil.copyfile(source, temporary)

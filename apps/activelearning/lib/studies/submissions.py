@@ -35,7 +35,7 @@ from lib.partial_labels import (
 from lib.regions import Region, Triple
 from lib.storage.atomic_files import atomic_path, file_digest
 from lib.storage.volume_headers import ImageError
-from lib.storage.volumes import EXTENSIONS, image_geometry, load_label
+from lib.storage.volumes import EXTENSIONS, Grid, image_geometry, image_grid, load_label
 from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.merged_labels import MergedLabels
 
@@ -79,8 +79,9 @@ class SubmissionStore:
             LabelError: an unknown class, value or query, or no open region of this client on the image.
             LeaseError: a named query that somebody else holds or has answered, or that nobody was asked.
         """
-        shape, affine = image_geometry(image)
-        label = load_label(submitted, like=(shape, affine, image_id))
+        grid = image_grid(image, image_id)
+        shape, affine = grid.shape, grid.affine
+        label = load_label(submitted, like=grid)
         check_label_info(info.get("label_info"))
         info = _settled(label.array_xyz, info)
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
@@ -92,7 +93,7 @@ class SubmissionStore:
         asked = self.ledger.asked(image_id)
         check_frame_segment(label.array_xyz, info.get("label_info"), [region for _, region in regions], asked)
         with self.labels.locked(image_id):
-            self._adopt(image_id, shape, affine)
+            self._adopt(image_id, grid)
             current_xyz = None if drawn is not None else self._current(image_id, shape)
             boxes = [region for _, region in regions]
             merged_xyz = None if current_xyz is None else merge(current_xyz, label_xyz, boxes)
@@ -284,14 +285,14 @@ class SubmissionStore:
             )
         return query.id, query.region
 
-    def _adopt(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> None:
+    def _adopt(self, image_id: str, grid: Grid) -> None:
         """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.answers.last(image_id):
             return
-        label = load_label(existing, like=(shape, affine, image_id))
+        label = load_label(existing, like=grid)
         check_values(label.array_xyz, self.classes)
-        self._record(image_id, existing, {"adopted": True}, None, [(None, Region(image_id, (0, 0, 0), shape))])
+        self._record(image_id, existing, {"adopted": True}, None, [(None, Region(image_id, (0, 0, 0), grid.shape))])
 
     def _record(
         self,

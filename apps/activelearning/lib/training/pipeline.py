@@ -20,7 +20,7 @@ from lib.models.recipe import Bundle, Recipe
 from lib.partial_labels import UNLABELLED, ClasswiseLabels, check_values, possible_classes
 from lib.pseudo_labels import fill_between
 from lib.regions import Triple
-from lib.storage.volumes import check_same_grid, load_image, load_label
+from lib.storage.volumes import Grid, check_same_grid, load_image, load_label
 from lib.training.ensemble import Job
 from lib.training.smallest_structures import SmallestStructures
 
@@ -101,7 +101,7 @@ class Training:
         structures: SmallestStructures,
     ) -> TrainingCase:
         volume, mask, recipe = load_image(image), load_label(label), self.recipe
-        check_same_grid(mask, volume.shape, volume.affine, name)
+        check_same_grid(mask, Grid(volume.shape, volume.affine, name, volume.stated))
         check_values(mask.array_xyz, self.classes)
         by_class = classwise(name, volume.shape)
         label_xyz = mask.array_xyz if by_class is None else by_class.encoded(codes)

@@ -154,7 +154,7 @@ def _check_label(
     from lib.partial_labels import LabelError
     from lib.storage.atomic_files import file_digest
     from lib.storage.volume_headers import ImageError
-    from lib.storage.volumes import EXTENSIONS, check_same_grid, image_grid, load_label
+    from lib.storage.volumes import EXTENSIONS, image_grid, load_label
 
     found.images += 1
     folder = annotations.merged
@@ -175,8 +175,7 @@ def _check_label(
         return
     try:
         grid = image_grid(source, image)
-        label = load_label(path)
-        check_same_grid(label, grid)
+        label = load_label(path, grid)
         rebuilt_xyz = annotations.rebuilt(image, grid.shape)
     except (ImageError, LabelError) as error:
         found.wrong(path, f"it cannot be compared: {error}")

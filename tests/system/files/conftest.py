@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
@@ -113,3 +114,29 @@ def serve(warm: WarmProcess) -> Iterator[Callable[..., Annotator]]:
     yield start
     for server in started:
         server.stop()
+
+
+def seg_nrrd(
+    path: Path,
+    layers: np.ndarray,
+    segments: list[tuple[str, int | None, int | None]],
+    affine: np.ndarray = AFFINE,
+    **more: str,
+) -> Path:
+    """A file as 3D Slicer saves a segmentation: (X, Y, Z) or (layers, X, Y, Z), and name, value, layer of segments."""
+    lps = np.diag([-1, -1, 1, 1]) @ affine
+    many, directions = layers.ndim == 4, lps[:3, :3].T
+    header: dict[str, Any] = {
+        "space": "left-posterior-superior",
+        "kinds": (["list"] if many else []) + ["domain"] * 3,
+        "space directions": np.vstack([[np.nan] * 3, directions]) if many else directions,
+        "space origin": lps[:3, 3],
+        "encoding": "gzip",
+    }
+    for place, (name, value, layer) in enumerate(segments):
+        header |= {f"Segment{place}_ID": f"Segment_{place + 1}", f"Segment{place}_Name": name}
+        header |= {} if value is None else {f"Segment{place}_LabelValue": str(value)}
+        header |= {} if layer is None else {f"Segment{place}_Layer": str(layer)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nrrd.write(str(path), layers, {**header, **more})
+    return path

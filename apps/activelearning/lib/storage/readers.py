@@ -56,12 +56,14 @@ class Opened(NamedTuple):
         affine: 4 x 4, from voxels to RAS millimetres, as ITK reads it.
         stated: further affines that the header states. A label on any of them has the voxels of the image.
         declared: bytes of voxels that the header declares.
+        components: values per voxel; where there are several they are the last axis.
     """
 
     voxels: Any
     affine: NDArray[np.float64]
     stated: tuple[NDArray[np.float64], ...]
     declared: int
+    components: int = 1
 
 
 def open_volume(path: str | Path, placed: bool = True) -> Opened:
@@ -141,17 +143,15 @@ def _open_with_itk(path: Path) -> Opened:
         voxels = _itk().GetArrayFromImage(image)
     except Exception as error:
         raise ImageError(f"{path.name}: not readable as an image ({one_line(error)}); replace the file") from error
-    components, axes = image.GetNumberOfComponentsPerPixel(), image.GetDimension()
+    axes = image.GetDimension()
     voxels = np.moveaxis(voxels, range(axes), range(axes)[::-1])
-    if components > 1:
-        raise ImageError(f"{path.name}: each voxel holds {components} values, expected one; store one channel per file")
     affine = _affine(reader)
     axes_xyz = affine[:3, :3] / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), np.finfo(float).tiny)
     if np.abs(axes_xyz.T @ axes_xyz - np.eye(3)).max() > MOST_SHEAR:
         raise ImageError(
             f"{path.name}: its axes are not at right angles; resample the volume to right angles and save it again"
         )
-    return Opened(voxels, affine, (), declared)
+    return Opened(voxels, affine, (), declared, image.GetNumberOfComponentsPerPixel())
 
 
 @contextmanager

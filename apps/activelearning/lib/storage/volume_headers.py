@@ -189,6 +189,19 @@ def split_nrrd(path: Path) -> tuple[bytes, bytes]:
     return header, content[len(header) :]
 
 
+def read_nrrd_header(path: Path) -> str:
+    """Header of an NRRD file as text.
+
+    Raises:
+        ImageError: no such header.
+    """
+    try:
+        with open(path, "rb") as stream:
+            return _nrrd_header(stream.read(_MOST_HEADER)).decode("utf-8", "replace")
+    except (ValueError, OSError) as error:
+        raise ImageError(f"{path.name}: not readable as NRRD ({one_line(error)}); replace the file") from error
+
+
 def packed_by_bzip2(path: Path) -> bool:
     """Return whether a file is an NRRD file whose voxels are packed by bzip2."""
     with open(path, "rb") as stream:

@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 
 from lib.regions import Triple
 from lib.storage.atomic_files import atomic_path
+from lib.storage.placement import Placement, place
 from lib.storage.readers import open_volume
+from lib.storage.segments import one_layer, read_segments
 from lib.storage.volume_headers import ImageError
 
-AFFINE_TOLERANCE_MM = 1e-3
+# Remainder of a whole number after the slope of a header, which has 24 bits: 255 x 2^-24, rounded up.
+ROUNDING = 2e-5
 SLAB_VOXELS = 2**22
 # Scans pack to a half or a tenth. What is larger than this, and packed better, is made to fill somebody's memory.
 LARGE_BYTES, MOST_PACKED = 2**28, 100
@@ -43,13 +46,16 @@ class Grid(NamedTuple):
 class Volume:
     """Voxels (X, Y, Z) in the stored axis order, the 4 x 4 affine to RAS millimetres, and the file they came from.
 
-    `stated` are further affines that the header states (`lib.storage.readers`).
+    `stated` are further affines that the header states (`lib.storage.readers`). Of a label map, `label_info` are the
+    names and values that its file states, and `moved` is whether its voxels were put into the axes of its image.
     """
 
     array_xyz: NDArray[Any]
     affine: NDArray[np.float64]
     path: str
     stated: tuple[NDArray[np.float64], ...] = ()
+    label_info: list[dict[str, Any]] | None = None
+    moved: bool = False
 
     @property
     def shape(self) -> Triple:
@@ -105,27 +111,54 @@ def check_image(path: str | Path, uploaded: bool = False) -> None:
 def load_label(path: str | Path, like: Grid | None = None) -> Volume:
     """A label map as uint8.
 
+    Axes that are flipped or permuted are put into those of the image. Segments of 3D Slicer become one label map
+    (`lib.storage.segments`), and their file may hold a part of the image or more than it.
+
     Args:
-        like: shape, affine and name of the image it belongs to; then its grid is compared before its voxels are read,
-            so that reading takes no more memory than the image's voxels.
+        like: grid of the image it belongs to; then it is compared before voxels of a NIfTI are read, so that reading
+            takes no more memory than the image's voxels.
 
     Raises:
         ImageError: unreadable, not three-dimensional, on another grid than its image, or holding values that are not
             whole numbers from 0 to 255.
     """
-    source = _Source.of(path, placed=False)
-    if like is not None:
-        check_same_grid(source, like)
+    source = _Source.of(path, placed=False, layers=True)
+    segments = read_segments(Path(path), source.components)
+    grid = Grid(*like) if like is not None else None
+    placement = _placement(source, grid, bool(segments)) if grid else None
+    info: list[dict[str, Any]] | None = None
+    if segments:
+        array_xyz, info = one_layer(np.asarray(source.voxels).reshape(*source.shape, -1), segments, Path(path).name)
+    elif source.components > 1:
+        raise source.many_values()
+    else:
+        array_xyz = _whole_numbers(source)
+    if grid is None or placement is None or placement.is_plain(grid.shape):
+        return Volume(array_xyz, source.affine, str(path), source.stated, info)
+    array_xyz, lost = placement.put(array_xyz, grid.shape)
+    if lost:
+        raise ImageError(
+            f"{Path(path).name}: {lost} voxels of its segments lie outside of {grid.name}; remove them and submit again"
+        )
+    return Volume(array_xyz, grid.affine, str(path), grid.stated, info, moved=True)
+
+
+def _whole_numbers(source: _Source) -> NDArray[np.uint8]:
     array_xyz = np.empty(source.shape, np.uint8, order="F")
     for start, slab_xyz in source.slabs():
         if slab_xyz.dtype != np.uint8:
             values = np.unique(slab_xyz)
-            whole = np.isfinite(values) & (values >= 0) & (values <= 255)
-            if not np.all(whole) or np.any(values != np.round(values)):
-                shown = ", ".join(f"{v:g}" for v in values[:8])
-                raise ImageError(f"{Path(path).name}: label values must be whole numbers from 0 to 255, found {shown}")
+            near = np.round(values)
+            if not np.all(np.isfinite(values)) or np.any(
+                (near < 0) | (near > 255) | (np.abs(values - near) > ROUNDING)
+            ):
+                shown = ", ".join(f"{v:.9g}" for v in values[:8])
+                raise ImageError(
+                    f"{Path(source.path).name}: label values must be whole numbers from 0 to 255, found {shown}"
+                )
+            slab_xyz = np.round(slab_xyz)
         array_xyz[..., start : start + slab_xyz.shape[2]] = slab_xyz
-    return Volume(array_xyz, source.affine, str(path), source.stated)
+    return array_xyz
 
 
 def image_geometry(path: str | Path) -> tuple[Triple, NDArray[np.float64]]:
@@ -154,31 +187,35 @@ def check_label_file(path: str | Path, like: Grid) -> None:
     Raises:
         ImageError: unreadable, or on another grid.
     """
-    check_same_grid(_Source.of(path, placed=False), like)
+    source = _Source.of(path, placed=False, layers=True)
+    _placement(source, Grid(*like), bool(read_segments(Path(path), source.components)))
 
 
-def check_same_grid(label: Volume | _Source, grid: Grid) -> None:
-    """Refuse a label map that does not lie on the grid of its image.
+def _placement(label: _Source, grid: Grid, parts: bool) -> Placement:
+    """Place of a label map on the grid of its image.
 
     A header may state several affines, of which readers take different ones. A label that shares one of them with its
     image lies on the same voxels.
 
+    Args:
+        parts: whether the label may hold a part of the image, or more than it.
+
     Raises:
         ImageError: shapes differ, or affines differ by more than a thousandth of a millimetre.
     """
-    name = Path(label.path).name
-    shape, affine, image, _ = grid
+    name, shape = Path(label.path).name, grid.shape
+    found = place((label.affine, *label.stated), label.shape, (grid.affine, *grid.stated))
+    if found is not None and (parts or found.covers(shape)):
+        return found
     if label.shape != shape:
         raise ImageError(
-            f"{name}: the label for {image} has shape {label.shape}, the image has {shape}; "
+            f"{name}: the label for {grid.name} has shape {label.shape}, the image has {shape}; "
             "export the label on the grid of the image"
         )
-    ours, theirs = (affine, *grid.stated), (label.affine, *label.stated)
-    if not any(np.allclose(a, b, atol=AFFINE_TOLERANCE_MM) for a in ours for b in theirs):
-        raise ImageError(
-            f"{name}: the affine of the label for {image} differs from the image's by up to "
-            f"{np.abs(label.affine - affine).max():.4g} mm; export the label on the grid of the image"
-        )
+    raise ImageError(
+        f"{name}: the affine of the label for {grid.name} differs from the image's by up to "
+        f"{np.abs(label.affine - grid.affine).max():.4g} mm; export the label on the grid of the image"
+    )
 
 
 def save_label(path: Path, array_xyz: NDArray[np.uint8], affine: NDArray[np.float64]) -> None:
@@ -199,14 +236,25 @@ class _Source:
     stated: tuple[NDArray[np.float64], ...]
     declared: int
     voxels: Any
+    components: int
 
     @classmethod
-    def of(cls, path: str | Path, placed: bool = True) -> _Source:
-        voxels, affine, stated, declared = open_volume(path, placed)
-        shape = _three(voxels.shape, path)
+    def of(cls, path: str | Path, placed: bool = True, layers: bool = False) -> _Source:
+        voxels, affine, stated, declared, components = open_volume(path, placed)
+        shape = _three(voxels.shape[: len(voxels.shape) - (components > 1)], path)
         if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < _FLAT:
             raise ImageError(f"{Path(path).name}: its header gives the voxels no size or place; repair the affine")
-        return cls(str(path), shape, affine, stated, declared, voxels)
+        source = cls(str(path), shape, affine, stated, declared, voxels, components)
+        if components > 1 and not layers:
+            raise source.many_values()
+        return source
+
+    def many_values(self) -> ImageError:
+        """The refusal of a file that holds several values per voxel."""
+        return ImageError(
+            f"{Path(self.path).name}: each voxel holds {self.components} values, expected one; store one channel per "
+            "file, and segments that overlap with their names in a .seg.nrrd"
+        )
 
     def slabs(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """Index of the first slice and the values of some slices, one slab after the other.

@@ -26,16 +26,16 @@ from lib.partial_labels import (
     LabelError,
     LabelMap,
     check_label_info,
-    check_values,
     merge,
     remap_by_name,
     settle_values,
     unlabelled,
 )
-from lib.regions import Region, Triple
+from lib.regions import Region, Triple, triple
 from lib.storage.atomic_files import atomic_path, file_digest
+from lib.storage.class_labels import load_classes
 from lib.storage.volume_headers import ImageError
-from lib.storage.volumes import EXTENSIONS, Grid, image_geometry, image_grid, load_label
+from lib.storage.volumes import EXTENSIONS, Grid, Volume, image_geometry, image_grid, load_label
 from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.merged_labels import MergedLabels
 
@@ -83,7 +83,7 @@ class SubmissionStore:
         shape, affine = grid.shape, grid.affine
         label = load_label(submitted, like=grid)
         check_label_info(info.get("label_info"))
-        info = _settled(label.array_xyz, info)
+        info = _settled(label, info, grid)
         label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
         drawn = self._drawn(info)
         if drawn is not None:
@@ -230,7 +230,8 @@ class SubmissionStore:
         path = self.state / "raw" / answer.raw
         if not path.is_file() or file_digest(path) != answer.raw_sha256:
             raise ImageError(f"{path.name}: the raw file of answer {answer.id} is missing or changed; restore a backup")
-        return remap_by_name(load_label(path).array_xyz, answer.info.get("label_info"), self.classes)
+        label = load_label(path, _grid_of(answer))
+        return remap_by_name(label.array_xyz, answer.info.get("label_info"), self.classes)
 
     def _agreements(
         self, label_xyz: LabelMap, drawn: Sequence[int] | None, client: str, regions: Sequence[Region]
@@ -290,9 +291,9 @@ class SubmissionStore:
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.answers.last(image_id):
             return
-        label = load_label(existing, like=grid)
-        check_values(label.array_xyz, self.classes)
-        self._record(image_id, existing, {"adopted": True}, None, [(None, Region(image_id, (0, 0, 0), grid.shape))])
+        load_classes(existing, self.classes, grid)
+        info = _settled(load_label(existing, grid), {"adopted": True}, grid)
+        self._record(image_id, existing, info, None, [(None, Region(image_id, (0, 0, 0), grid.shape))])
 
     def _record(
         self,
@@ -311,16 +312,30 @@ class SubmissionStore:
         return self.ledger.answers.record(image_id, raw, file_digest(target), info, client, regions, agreements)
 
 
-def _settled(label_xyz: LabelMap, info: Mapping[str, Any]) -> Mapping[str, Any]:
+def _settled(label: Volume, info: Mapping[str, Any], grid: Grid) -> Mapping[str, Any]:
     """`info` with the values that its segments have in the file, and what was sent where that differs.
 
-    Only of clients that name no region: these know nothing of this project, as 3D Slicer does.
+    Names in the file decide. Places in the list of segments count for clients that name no region: these know nothing
+    of this project, as 3D Slicer does. A file on other axes than its image is kept with the grid it was put on.
     """
     sent = info.get("label_info")
+    if label.moved:
+        info = {**info, "grid": {"shape": grid.shape, "affines": [a.tolist() for a in (grid.affine, *grid.stated)]}}
+    if label.label_info is not None:
+        return {**info, "label_info": label.label_info, **({"label_info_sent": sent} if sent is not None else {})}
     if info.get("queries") or info.get("whole"):
         return info
-    settled = settle_values(label_xyz, sent)
+    settled = settle_values(label.array_xyz, sent)
     return info if settled == sent else {**info, "label_info": settled, "label_info_sent": sent}
+
+
+def _grid_of(answer: Answer) -> Grid | None:
+    """Grid that the answer's file was put on; None where it had the axes of its image."""
+    kept = answer.info.get("grid")
+    if kept is None:
+        return None
+    affine, *stated = (np.array(one, dtype=np.float64) for one in kept["affines"])
+    return Grid(triple(kept["shape"]), affine, answer.image, tuple(stated))
 
 
 def _numbers(queries: Any) -> list[int]:

@@ -17,10 +17,11 @@ from lib.models.checkpoints import Model, ModelStore
 from lib.models.facts import ModelFacts
 from lib.models.preprocessing import TrainingCase, network_image, network_label
 from lib.models.recipe import Bundle, Recipe
-from lib.partial_labels import UNLABELLED, ClasswiseLabels, check_values, possible_classes
+from lib.partial_labels import UNLABELLED, ClasswiseLabels, possible_classes
 from lib.pseudo_labels import fill_between
 from lib.regions import Triple
-from lib.storage.volumes import Grid, check_same_grid, load_image, load_label
+from lib.storage.class_labels import load_classes
+from lib.storage.volumes import Grid, load_image
 from lib.training.ensemble import Job
 from lib.training.smallest_structures import SmallestStructures
 
@@ -100,14 +101,13 @@ class Training:
         codes: dict[int, int],
         structures: SmallestStructures,
     ) -> TrainingCase:
-        volume, mask, recipe = load_image(image), load_label(label), self.recipe
-        check_same_grid(mask, Grid(volume.shape, volume.affine, name, volume.stated))
-        check_values(mask.array_xyz, self.classes)
+        volume, recipe = load_image(image), self.recipe
+        mask_xyz = load_classes(label, self.classes, Grid(volume.shape, volume.affine, name, volume.stated))
         by_class = classwise(name, volume.shape)
-        label_xyz = mask.array_xyz if by_class is None else by_class.encoded(codes)
+        label_xyz = mask_xyz if by_class is None else by_class.encoded(codes)
         if by_class is None:
             # Where only some classes were drawn, a class that is missing may well be there.
-            structures.add(mask.array_xyz, volume.spacing)
+            structures.add(mask_xyz, volume.spacing)
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
         image_cxyz = network_image(volume, self.spacing, self.bundle.normalisation)

@@ -20,7 +20,7 @@ from eval.errors import RefereeError
 from eval.fuzzing.readers import EDITS, damaged, pack, shown, volumes
 from eval.fuzzing.tally import Tally, drive, resident_mib
 
-_HOSTILE = [
+HOSTILE = [
     *(
         "..",
         "../../etc/passwd",
@@ -56,7 +56,7 @@ _JUNK = st.recursive(
         st.integers(-(2**70), 2**70),
         st.integers(-3, 40),
         st.floats(),
-        st.sampled_from([*_HOSTILE, "random", "patch", "slice", "volume", "ensemble", "bald", "power", "whole", "ann"]),
+        st.sampled_from([*HOSTILE, "random", "patch", "slice", "volume", "ensemble", "bald", "power", "whole", "ann"]),
         st.text(max_size=12),
     ),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
@@ -199,7 +199,7 @@ def _steer(case: Any, rng: np.random.Generator, extras: dict[str, Any], known: M
             if name in known and draw < 0.5:
                 holder[name] = str(rng.choice(known[name]))
             elif draw < 0.7:
-                holder[name] = str(rng.choice(_HOSTILE))
+                holder[name] = str(rng.choice(HOSTILE))
     if isinstance(case.body, dict) and case.media_type == "application/json" and rng.random() < 0.8:
         case.body = {**case.body, **extras} if rng.random() < 0.3 else extras
     if case.path in _TASKS and case.method.upper() == "POST":
@@ -243,7 +243,7 @@ def fuzz_uploads(asker: Asker, wanted: int, number: int) -> Tally:
         content = damaged(valid[name], edits, packed_after=kind > 0)
         content = pack(name, content, valid[name], edits, whole=kind > 0)
         method, path, field, query = targets[target]
-        named = name if kind else data.draw(st.one_of(st.just(name), st.sampled_from(_HOSTILE)))
+        named = name if kind else data.draw(st.one_of(st.just(name), st.sampled_from(HOSTILE)))
         sent = {"params": json.dumps(extras)}
         example = {"request": f"{method} {path} {query}", "name": named, "params": sent["params"], **shown(content)}
         _ask(

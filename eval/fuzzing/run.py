@@ -5,9 +5,10 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Broken and hostile input at random: readers of files in this process, a server of its own over HTTP.
 
-Half of the cases go to the readers of volumes and segmentations, half to the server: its OpenAPI description, damaged
-uploads, and bodies of any bytes. A case has failed where the server answers 5xx or refuses without one sentence, where
-a reader raises anything but an error that speaks, and where either grows by more than 300 MiB.
+Half of the cases go to the readers of volumes and segmentations. The other half goes to the server: its OpenAPI
+description, damaged uploads, bodies of any bytes, and requests written byte by byte. A case has failed where the server
+answers 5xx or refuses without one sentence, where a reader raises anything but an error that speaks, and where either
+grows by more than 300 MiB. It has also failed where a foreign page is served.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from eval.benchmarks.rounds import phantoms
 from eval.fuzzing.http import Asker, fuzz_bodies, fuzz_openapi, fuzz_uploads
 from eval.fuzzing.readers import fuzz_segmentations, fuzz_volumes
 from eval.fuzzing.tally import Tally
+from eval.fuzzing.wire import fuzz_identifiers, fuzz_wire
 from eval.runner.server import ServerProcess
 
 IMAGES = 6
@@ -40,8 +42,9 @@ def fuzz(cases: int, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     tallies = [fuzz_volumes(cases * 3 // 10, seed), fuzz_segmentations(cases * 2 // 10, seed)]
     with tempfile.TemporaryDirectory() as name, served(Path(name)) as asker:
-        bodies, uploads = cases * 15 // 100, cases * 15 // 100
-        tallies += [fuzz_bodies(asker, bodies, seed), fuzz_uploads(asker, uploads, seed)]
+        tenth = cases // 10
+        tallies += [fuzz_bodies(asker, tenth, seed), fuzz_uploads(asker, tenth, seed)]
+        tallies += [fuzz_wire(asker, tenth, seed), fuzz_identifiers(asker, tenth // 2, seed)]
         tallies.append(fuzz_openapi(asker, cases - sum(tally.cases for tally in tallies), seed))
     return summary(tallies, seed, time.perf_counter() - began)
 

@@ -16,6 +16,7 @@ import pytest
 
 from eval.fuzzing.http import Asker, fuzz_bodies, fuzz_openapi, fuzz_uploads, send
 from eval.fuzzing.tally import Tally
+from eval.fuzzing.wire import exchange, fuzz_identifiers, fuzz_wire, parsed
 from tests.system.conftest import Start, fill
 
 
@@ -47,6 +48,33 @@ def test_bodies_of_any_bytes(asker: Asker) -> None:
 
 def test_damaged_uploads(asker: Asker) -> None:
     check(fuzz_uploads(asker, 150, 22), 150)
+
+
+def test_headers_lengths_origins_and_hosts(asker: Asker) -> None:
+    tally = fuzz_wire(asker, 400, 24)
+    assert tally.failures == []
+    assert tally.outcomes["4xx"] > 200
+    assert tally.outcomes["2xx"] > 10
+
+
+def test_identifiers(asker: Asker) -> None:
+    tally = fuzz_identifiers(asker, 200, 25)
+    assert tally.failures == []
+    assert tally.outcomes["2xx"] > 5
+
+
+def test_a_served_foreign_page_would_be_a_failure(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.fuzzing.wire._FOREIGN", ("http://{host}",))
+    tally = fuzz_wire(asker, 60, 26)
+    assert {failure["kind"] for failure in tally.failures} == {"served"}
+
+
+def test_bytes_are_sent_as_they_are(asker: Asker) -> None:
+    host = asker.url.removeprefix("http://").rstrip("/")
+    status, text = parsed(exchange(asker.url, f"GET /info/ HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()))
+    assert status == 200
+    assert '"strategies"' in text
+    assert parsed(exchange(asker.url, b"nonsense\r\n\r\n")) == (400, "Invalid HTTP request received.")
 
 
 def test_numbers_that_json_lacks_are_sent_and_refused(asker: Asker) -> None:

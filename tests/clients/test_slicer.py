@@ -325,6 +325,7 @@ def test_regions_as_markups_are_boxes_in_millimetres(
     assert (refused.status_code, refused.json()["detail"]) == (400, "format must be segment or markups, found 'stl'")
 
 
+@pytest.mark.slow
 def test_training_from_slicer_is_started_watched_stopped_and_used(
     server: ServerProcess, slicer: SlicerModule, studies: Path
 ) -> None:

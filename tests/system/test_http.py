@@ -89,8 +89,13 @@ def test_regions_are_new_inside_and_leased(trained: Client, studies: Path, metho
             assert np.all(cut == UNLABELLED)
 
 
+# One of each kind in every run; the others take their turn among the slow ones.
 @pytest.mark.parametrize(
-    "method", ["clasp_pe", "uss", "core_set", "badge", "usim_f", "stratified", "strided", "tta_jsd"]
+    "method",
+    [
+        *("clasp_pe", "core_set", "badge", "strided"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("uss", "usim_f", "stratified", "tta_jsd")),
+    ],
 )
 def test_methods_of_every_kind_work_live(trained: Client, method: str) -> None:
     """Score for the method's own posterior, then ask; what it holds is given back by a short lease."""

@@ -148,6 +148,7 @@ def check(client: Client, studies: Path, count: int) -> None:
     assert audit(studies).problems == []
 
 
+@pytest.mark.slow
 def test_eight_annotators_answer_every_region_once(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
     count = 64
     fill(tmp_path / "studies", phantoms, count=8)

@@ -66,6 +66,7 @@ def answer_batch(client: Client, method: str, who: str, early: str | None = None
     return done
 
 
+@pytest.mark.slow
 def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
     # A client set to a method that needs a model is handed a random batch first.
     first = answer_batch(client, "predictive_entropy", "ann")
@@ -101,6 +102,7 @@ def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
     assert client.http.get("/info/").json()["patchwise"]["rounds"] == {"step": "wait", "failure": None}
 
 
+@pytest.mark.slow
 def test_a_failed_training_is_told_and_annotation_goes_on(client: Client, studies: Path) -> None:
     planned = [client.ask("random", client_id="ben").json()["regions"][0] for _ in range(3)]
     for region in planned[:2]:

@@ -41,6 +41,7 @@ def start(studies: Path, *conf: str, **env: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_path: Path, phantoms: Path) -> None:
     fill(tmp_path / "studies", phantoms, 1)
     broken = tmp_path / "broken" / "torchvision"

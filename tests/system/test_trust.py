@@ -158,7 +158,9 @@ def state(client: Client) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.localhost"])
+@pytest.mark.parametrize(
+    "host", ["evil.localhost", *(pytest.param(name, marks=pytest.mark.slow) for name in ("127.0.0.1", "localhost"))]
+)
 def test_a_page_elsewhere_reads_and_changes_nothing(
     served: Any, elsewhere: int, tmp_path: Path, chromium: str, host: str
 ) -> None:
@@ -257,6 +259,7 @@ def test_both_doors_of_a_task_have_one_rule(served: Any, start_server: Start, tm
         client.http.delete("/train/")
 
 
+@pytest.mark.slow
 def test_a_second_server_a_sigterm_and_a_sigkill(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
     studies = tmp_path / "studies"
     fill(studies, phantoms, 2)
@@ -318,6 +321,7 @@ def archive() -> Iterator[Archive]:
     archive.stop()
 
 
+@pytest.mark.slow
 def test_the_same_on_a_pacs(archive: Archive, elsewhere: int, tmp_path: Path, chromium: str) -> None:
     (tmp_path / "pacs").mkdir()
     conf = {"models": BUNDLE, "labels": "anterior,posterior", "state": tmp_path / "state"}

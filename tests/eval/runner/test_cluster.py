@@ -57,6 +57,7 @@ def kill_worker_in_round_1(out, killed):
                 os.kill(killed[0], signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_lost_workers_cell_goes_on_elsewhere(write_study, stand_in, scheduler, tmp_path):
     path = write_study()
     start_run(load_study(path), tmp_path / "whole", Options(quiet=True))
@@ -72,6 +73,7 @@ def test_a_lost_workers_cell_goes_on_elsewhere(write_study, stand_in, scheduler,
     assert json.loads((out / "manifest.json").read_text())["finished"] is not None
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(write_study, stand_in, scheduler, tmp_path, capsys):
     path, out = write_study(), tmp_path / "out"
     start_run(load_study(path), tmp_path / "whole", Options(quiet=True))

@@ -51,6 +51,7 @@ def test_every_pool_label_is_sent_whole_and_measured(write_study, stand_in, tmp_
     assert line.get_ydata()[0] == full_line(rounds, "mean_dice") == full["mean_dice"]
 
 
+@pytest.mark.slow
 def test_a_study_may_have_the_line_only(write_study, stand_in, tmp_path):
     changes = {"methods": [], "rounds": 1, "starting_budget": None, "batch": None, "size": None, "full_data": True}
     study = load_study(write_study(seeds=[1, 2], **changes))

@@ -125,7 +125,13 @@ def test_ground_truth_never_reaches_the_server(write_study, stand_in, tmp_path):
         assert not (folder / "studies" / "labels").exists()
 
 
-@pytest.mark.parametrize("broken", ["query 2", "save 3", "train 2", "infer 4", "score 1", "session 2"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *("save 3", "train 2"),
+        *(pytest.param(step, marks=pytest.mark.slow) for step in ("query 2", "infer 4", "score 1", "session 2")),
+    ],
+)
 def test_resume_gives_the_numbers_of_an_uninterrupted_run(write_study, stand_in, tmp_path, monkeypatch, broken):
     study = load_study(write_study())
     start_run(study, tmp_path / "whole", QUIET)

@@ -113,6 +113,7 @@ def test_the_size_of_lesions_and_the_shifts_reach_the_segmentation(world, tmp_pa
     assert world.segmenter.ensemble().shifts == 2
 
 
+@pytest.mark.slow
 def test_a_training_killed_inside_a_member_goes_on_from_its_checkpoint(folders, tmp_path, monkeypatch):
     whole, stopped = (World(tmp_path / n, folders["hippocampus"], NAME) for n in ("whole", "stopped"))
     monkeypatch.setattr(pipeline_module, "Job", partial(pipeline_module.Job, checkpoint_seconds=0.0))

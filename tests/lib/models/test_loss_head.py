@@ -59,6 +59,7 @@ def test_taps_see_each_pass_and_leave_no_hooks():
     assert activations[0].shape[0] == 2
 
 
+@pytest.mark.slow
 def test_the_head_learns_which_crops_are_hard():
     rng = np.random.default_rng(0)
     torch.manual_seed(0)

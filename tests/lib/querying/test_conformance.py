@@ -169,6 +169,7 @@ def test_neither_the_order_of_the_pool_nor_of_calls_matters(name: str) -> None:
     assert ask(name, 2, pool(tuple(reversed(SHAPES)))) == first
 
 
+@pytest.mark.slow
 def test_another_process_picks_the_same() -> None:
     path = "import sys; sys.path[:0] = ['apps/activelearning', '.']\n"
     code = "import tests.lib.querying.test_conformance as t\n"

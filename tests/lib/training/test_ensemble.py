@@ -121,6 +121,7 @@ def test_a_member_starts_from_the_last_training(tmp_path):
         torch.testing.assert_close(value, weights_of(tuned, 0)[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported_and_its_member_goes_on_later(tmp_path, monkeypatch):
     whole, broken = make_job(tmp_path / "a", 2, steps=6), make_job(tmp_path / "b", 2, steps=6)
     run(whole, Layout((("cpu",),), threads=1), tmp_path / "a")

@@ -78,5 +78,5 @@ def test_places_that_others_write_to(bundles: Path, tmp_path: Path):
         trusted_bundle(bundles, "link", [])
     config = bundles / "mine" / "configs" / "network.json"
     config.chmod(0o666)
-    with pytest.raises(OptionError, match=r"network.json may be written by everybody, and bundles run code: chmod o-w"):
+    with pytest.raises(OptionError, match=r"network.json is writable by every user, and bundles run code: chmod o-w"):
         trusted_bundle(bundles, "mine", [])

@@ -166,7 +166,7 @@ def test_fields_of_a_plan_file_come_first(folders, tmp_path):
     world.train()
     plan = world.trainer.plans.current()
     assert (plan.patch, plan.batch, plan.features) == ((32, 32, 32), 4, (24, 48, 96))
-    assert plan.why["patch"] == "as own.yaml says"
+    assert plan.why["patch"] == "as in own.yaml"
     assert world.trainer.info()["recipe"]["batch"] == 4
     own.write_text("patch: [33, 32, 32]\n")
     with pytest.raises(PatchwiseError, match="multiple of"):

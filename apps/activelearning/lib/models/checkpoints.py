@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Trained ensembles on disk: whole or absent, found again by the digest of what they were trained on."""
+"""Trained ensembles on disk: whole or absent, and addressed by the digest of their training data and options."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Model:
 class ModelStore:
     """Checkpoints of one bundle: `<root>/<bundle>/<digest>/member_<i>.pt`, and `current.json` that names the newest.
 
-    A member that is on disk is complete, so a training that was killed goes on with the next one; `current.json`
-    changes only when all members are there.
+    A member on disk is complete, so an interrupted training continues with the next one. `current.json` changes only
+    when all members are complete.
     """
 
     def __init__(self, root: Path, bundle: str) -> None:
@@ -68,13 +68,13 @@ class ModelStore:
         return self.folder / digest[:16] / f"member_{member}.head.pt"
 
     def checkpoint_path(self, digest: str, member: int) -> Path:
-        """File that an unfinished member goes on from."""
+        """Checkpoint from which an unfinished member continues."""
         return self.folder / digest[:16] / f"member_{member}.unfinished.pt"
 
     def save_member(
         self, digest: str, member: int, weights: Mapping[str, Tensor], head: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Stores a finished member; its own file is written last, so that it is only there when all is."""
+        """Store a finished member; its own file is written last, so that it exists only if the others do."""
         if head is not None:
             write_atomic(self.head_path(digest, member), lambda stream: torch.save(dict(head), stream))
         write_atomic(self.member_path(digest, member), lambda stream: torch.save(dict(weights), stream))
@@ -112,9 +112,9 @@ class ModelStore:
         return Model(self.folder / facts.digest[:16], facts)
 
     def repair(self) -> str | None:
-        """Goes back to the newest whole training where the current one is damaged; what was done, in a sentence.
+        """Return to the newest intact training if the current one is damaged; return a sentence for the log.
 
-        For the start of a server: every checkpoint of the current training is read and compared with its digest.
+        For start-up recovery: every checkpoint of the current training is read and compared with its digest.
         """
         pointer = self.folder / "current.json"
         if not pointer.is_file():
@@ -146,17 +146,17 @@ def _tolerant(path: Path) -> dict[str, Any]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every checkpoint of a finished training is what was published."""
+    """Return whether every checkpoint of a finished training has its published digest."""
     files = _tolerant(folder / _FACTS).get("files")
     if files is None:
-        # Trained before digests were noted: what was cut short lacks the end of its archive.
+        # Trained before digests were recorded: a truncated file lacks the end of its archive.
         members = list(folder.glob("member_*.pt"))
         return bool(members) and all(zipfile.is_zipfile(path) for path in members)
     return all((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in files.items())
 
 
 def trained_bundle(model: Model | None, bundle: Bundle) -> Bundle:
-    """The bundle with the plan that `model` was trained by, whatever the plan is now."""
+    """The bundle with the plan of the training of `model`, which may differ from the present plan."""
     plan = model.facts.plan if model else None
     return bundle.planned(plan) if plan else bundle
 

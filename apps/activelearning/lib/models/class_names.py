@@ -38,10 +38,10 @@ def resolve_classes(
 
 
 def check_same_ids(classes: Mapping[str, int], known: Mapping[str, int] | None) -> None:
-    """Labels on disk hold ids: a class that answers exist for must keep its own. New ones may follow.
+    """Check that classes with answers keep their ids, which labels on disk hold. New classes may follow.
 
     Raises:
-        OptionError: a class of `known`, which the answers were given for, has another id or is gone.
+        OptionError: a class of `known`, the classes of the answers, has another id or is missing.
     """
     for name, value in (known or {}).items():
         if classes.get(name) != value:
@@ -75,5 +75,5 @@ def _checked(labels: Mapping[str, int], source: str) -> dict[str, int]:
     except (TypeError, ValueError):
         raise OptionError(f"{source}: class ids must be whole numbers, found {dict(labels)}") from None
     if sorted(classes.values()) != list(range(1, len(classes) + 1)) or not classes:
-        raise OptionError(f"{source}: class ids must be 1, 2, ..., one a class, found {classes}")
+        raise OptionError(f"{source}: class ids must be 1, 2, ..., one per class, found {classes}")
     return dict(sorted(classes.items(), key=lambda item: item[1]))

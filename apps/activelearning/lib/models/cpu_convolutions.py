@@ -42,8 +42,8 @@ class FullWhereShort(TorchFunctionMode):
     """Inside of the block, convolutions whose kernel is longer than its image along an axis run in full precision.
 
     oneDNN's gradient of their bfloat16 weights reads and writes outside of its memory on CPUs with AVX-512 BF16 but
-    without AMX (seen with torch 2.13 on AMD Zen 4: NaN, wrong values, a corrupted heap). The bottom of a network that
-    sees small crops is such an image, and costs next to nothing in either precision. For use under autocast on a CPU.
+    without AMX (seen with torch 2.13 on AMD Zen 4: NaN, wrong values, a corrupted heap). The lowest level of a network
+    with small crops is such an image, and its cost is negligible in either precision. For use under autocast on a CPU.
     """
 
     def __torch_function__(

@@ -14,30 +14,25 @@ from lib.models.recipe import Recipe
 
 
 class ModelFacts(BaseModel):
-    """One finished training. Fields with a default are absent from files of earlier versions.
-
-    Args:
-        digest: of everything the training depended on; the name of its folder starts with it.
-        round: round of the training.
-        bundle: name of the bundle.
-        members: networks of the ensemble.
-        classes: class name -> id.
-        recipe: see `Recipe`.
-        spacing: spacing in mm that the networks work at; None for the spacing of each image.
-        plan: the plan that the networks were built by; None for the network of the bundle.
-        start: digest and members of the training whose weights these began with; None for fresh weights.
-        smallest_mm3: smallest annotated structure of every optional class, in mm^3.
-    """
+    """One finished training. Fields with a default are absent from files of earlier versions."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     digest: str
+    """Digest of all inputs of the training; the name of its folder starts with it."""
     round: int
     bundle: str
+    """Name of the bundle."""
     members: int = Field(ge=1)
+    """Number of networks of the ensemble."""
     classes: dict[str, int]
+    """Class name -> id."""
     recipe: Recipe
     spacing: tuple[float, float, float] | None = None
+    """Spacing in mm of the input of the networks; None for the spacing of each image."""
     plan: Plan | None = None
+    """Plan that the networks follow; None for the network of the bundle."""
     start: tuple[str, int] | None = None
+    """Digest and members of the training that provided the initial weights; None for fresh weights."""
     smallest_mm3: dict[str, float] = Field(default_factory=dict)
+    """Smallest annotated structure of every optional class, in mm^3."""

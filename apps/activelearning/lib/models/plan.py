@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Plans: how the images of one pool are prepared and what network they get; decided once, written as YAML."""
+"""Plans: preprocessing and network for the images of one pool; made once, written as YAML."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class PlanError(PatchwiseError, ValueError):
 
 
 class Normalisation(BaseModel):
-    """How grey values become network input.
+    """Normalisation of intensities for the network.
 
-    zscore: (x - mean) / std of each image after clipping it to its own 0.5th and 99.5th percentile.
-    ct: (clip(x, low, high) - mean) / std with numbers of the whole pool.
+    zscore: (x - mean) / std of each image, clipped to its own 0.5th and 99.5th percentiles.
+    ct: (clip(x, low, high) - mean) / std with statistics of the whole pool.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,9 +53,9 @@ class Plan(BaseModel):
 
     configuration: Configuration = Field(description="whole 3D crops, slices, or 3D with in-plane first levels")
     axis: int = Field(ge=0, le=2, description="axis that slices lie across: the coarsest one")
-    spacing: tuple[float, float, float] = Field(description="mm a voxel of the network's input; 0: each image's own")
+    spacing: tuple[float, float, float] = Field(description="mm per voxel of the network's input; 0: each image's own")
     patch: Triple = Field(description="voxels of a crop at that spacing")
-    batch: int = Field(ge=1, le=1024, description="crops a step")
+    batch: int = Field(ge=1, le=1024, description="crops per step")
     foreground: float = Field(default=1 / 3, ge=0, le=1, description="share of crops centred on a class")
     mirror: tuple[int, ...] = Field(default=(), description="axes mirrored in training and in segmentations")
     effort: float = Field(default=1.0, gt=0, le=100, description="times the steps of the recipe")
@@ -63,11 +63,11 @@ class Plan(BaseModel):
     kernels: tuple[Triple, ...] = Field(min_length=3, description="size of the convolutions of each level")
     strides: tuple[Triple, ...] = Field(min_length=3, description="step into each level; the first is 1")
     features: tuple[int, ...] = Field(min_length=3, description="channels of each level")
-    normalisation: Normalisation = Field(default=Normalisation(), description="grey values")
-    device: Literal["cpu", "cuda"] = Field(description="what the plan was made for")
+    normalisation: Normalisation = Field(default=Normalisation(), description="normalisation of intensities")
+    device: Literal["cpu", "cuda"] = Field(description="device that the plan was made for")
     memory_gib: float = Field(gt=0, description="memory budget in GiB")
     estimate_gib: float = Field(default=0.0, ge=0, description="estimated memory of a training step in GiB")
-    why: dict[str, str] = Field(default_factory=dict, description="one sentence a decision")
+    why: dict[str, str] = Field(default_factory=dict, description="one sentence per decision")
 
     @model_validator(mode="after")
     def _fits(self) -> Plan:
@@ -89,7 +89,7 @@ class Plan(BaseModel):
 
     @property
     def divisor(self) -> Triple:
-        """What sizes of an input must be multiples of: the folding factor times the product of the strides."""
+        """Divisor of the input size per axis: the folding factor times the product of the strides."""
         found = (f * math.prod(s[a] for s in self.strides) for a, f in enumerate(self.factor))
         return cast(Triple, tuple(found))
 
@@ -129,7 +129,7 @@ def checked(fields: dict[str, Any], source: object) -> Plan:
     """A plan of these fields.
 
     Raises:
-        PlanError: what does not fit, with `source` in front.
+        PlanError: the fields that are wrong, after `source`.
     """
     try:
         return Plan.model_validate(fields)

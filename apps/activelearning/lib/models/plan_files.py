@@ -17,7 +17,7 @@ from lib.storage.atomic_files import write_atomic
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Writes a plan as YAML, whole or not at all."""
+    """Write a plan as YAML, atomically."""
     text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=120, default_flow_style=None)
     write_atomic(path, lambda stream: stream.write(text.encode()))
 

@@ -26,7 +26,7 @@ def autocast_type(device: torch.device, precision: str = "native") -> torch.dtyp
 
 
 def check_device(name: str) -> None:
-    """Ends a start on a device that this machine lacks.
+    """Check that this machine has the device.
 
     Raises:
         PatchwiseError: no such GPU, or torch cannot use it.

@@ -21,7 +21,7 @@ from lib.partial_labels import UNLABELLED
 from lib.regions import Triple
 from lib.storage.volumes import Volume
 
-# Spacings closer than this (as a ratio) are not worth an interpolation.
+# Spacings whose ratio is closer to 1 than this are not resampled.
 SAME_SPACING = 0.02
 
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Network recipes: what a folder of `bundles` says, and what a request may change."""
+"""Network recipes: the content of a folder of `bundles`, and the options that a request may change."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _PLANNED = ("factor", "kernels", "strides", "features", "axis")
 
 
 class Recipe(BaseModel):
-    """How one ensemble member is trained. Values of the bundle, overridden by the /train request."""
+    """Training options of one ensemble member: values of the bundle, overridden by the /train request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     patch: tuple[int, int, int] = Field(description="crop in voxels at the network's spacing")
-    batch: int = Field(ge=1, le=1024, description="crops a step")
-    steps: int = Field(ge=1, le=10_000_000, description="optimiser steps a member")
+    batch: int = Field(ge=1, le=1024, description="crops per step")
+    steps: int = Field(ge=1, le=10_000_000, description="optimiser steps per member")
     learning_rate: float = Field(gt=0, le=10, description="peak learning rate of AdamW")
     weight_decay: float = Field(ge=0, le=10, description="decoupled weight decay")
     warmup: float = Field(ge=0, lt=1, description="share of the steps with rising learning rate")
@@ -51,16 +51,16 @@ class Recipe(BaseModel):
         default=1,
         ge=1,
         le=16,
-        description="predictions, a voxel apart, that segmentations of an image that is seen whole average",
+        description="predictions, shifted by one voxel each, whose mean segments an image of one window",
     )
     confidence: float = Field(
-        default=0.0, ge=0, le=1, description="mean probability that a component of a segmentation needs; 0: none"
+        default=0.0, ge=0, le=1, description="least mean probability of a component of a segmentation; 0: no limit"
     )
     smallest: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="size that a component of a class which some images lack needs, times the smallest annotated one",
+        description="least size of a component of an optional class, relative to the smallest annotated one",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
     learning_loss: float = Field(default=0.0, ge=0, le=1000, description="weight of the head that predicts losses")
@@ -112,7 +112,7 @@ class Bundle:
 
     @property
     def configuration(self) -> Configuration:
-        """What kind of plan the network takes."""
+        """Kind of plan that fits the network."""
         wanted = self._config.get("configuration", "3d_fullres")
         if wanted not in get_args(Configuration):
             known = ", ".join(get_args(Configuration))
@@ -127,8 +127,8 @@ class Bundle:
     def planned(self, plan: Plan) -> Bundle:
         """This bundle with the plan's network, crops, batch, spacing and normalisation.
 
-        Of the network only what network.json names is decided by a plan; a network of fixed shape takes crops of the
-        plan's size, rounded up to its own divisor.
+        A plan decides only those fields of the network that network.json has. A network of fixed shape takes crops of
+        the plan's size, rounded up to its own divisor.
         """
         made = copy.copy(self)
         decided = plan.model_dump(mode="json")
@@ -144,7 +144,7 @@ class Bundle:
 
     @property
     def recipes(self) -> dict[str, dict[str, Any]]:
-        """Names of the recipes and what each changes in the bundle's own, which is called `default` and comes first."""
+        """Names of the recipes and their changes to the bundle's own recipe, which is `default` and comes first."""
         return {"default": {}, **self._config.get("recipes", {})}
 
     def recipe(self, overrides: dict[str, Any]) -> Recipe:
@@ -171,9 +171,9 @@ class Bundle:
 
     @property
     def divisor(self) -> Triple:
-        """What sizes of an input must be multiples of: the folding factor times the product of the strides.
+        """Divisor of the input size per axis: the folding factor times the product of the strides.
 
-        A network without strides in network.json names it as `divisor`.
+        A network without strides in network.json has it as `divisor`.
         """
         if "divisor" in self._config:
             return cast(Triple, tuple(int(d) for d in self._config["divisor"]))
@@ -185,11 +185,11 @@ class Bundle:
     def layers(self, what: str) -> list[str]:
         """Names of the network's parts that serve as `bottleneck`, `bottleneck_weights`, `last_decoder` or `decoder`.
 
-        A name may hold `{up}` and `{down}`, which stand for each step up and each level between the first and the
-        lowest, and `{last}` and `{lowest}`, the last step up and the lowest level: how many there are follows the plan.
+        A name may contain `{up}` and `{down}`: each step up, and each level between the first and the lowest. `{last}`
+        and `{lowest}` are the last step up and the lowest level. Their numbers follow from the plan.
 
         Raises:
-            RecipeError: the bundle names none, so methods on features or gradients cannot work with it.
+            RecipeError: the bundle has none, so methods that need features or gradients cannot use it.
         """
         found = self._config.get("layers", {}).get(what)
         if not found:
@@ -218,7 +218,7 @@ class Bundle:
         return network
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides which network comes out and what it is fed; part of a training's digest."""
+        """Options that determine the network and its input; part of a training's digest."""
         fed = self.plan.model_dump(mode="json", include={"spacing", "normalisation"}) if self.plan else {}
         return {key: value for key, value in self._config.items() if key not in ("recipe", "recipes")} | {
             "name": self.name,
@@ -227,7 +227,7 @@ class Bundle:
 
 
 def _groups(names: list[str], each: dict[str, range]) -> list[tuple[str, range, list[str]]]:
-    """Runs of names with the same placeholder; a name without one stands for itself, once."""
+    """Groups of consecutive names with the same placeholder; a name without one is a group of its own."""
     found: list[tuple[str, range, list[str]]] = []
     for name in names:
         key = next((k for k in each if k in name), "")

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Where bundles may come from: their configuration can import and call anything, so it is read like code."""
+"""Trusted places of bundles: their configuration can import and call anything, so it is treated as code."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 
 
 def trusted_bundle(folder: Path, name: str, written: Iterable[Path]) -> Path:
-    """The folder of a bundle that the operator named, unless somebody else may have put it there.
+    """Folder of the bundle that the operator named, if only the operator can have written it.
 
     Args:
-        folder: that holds the bundles.
+        folder: parent folder of the bundles.
         written: folders that requests write into.
 
     Raises:
-        OptionError: a name that is a path or leads out of `folder`, a place that requests write into, or files that
-            every user of the machine may change.
+        OptionError: the name is a path or leads out of `folder`, requests write into the place, or every user of the
+            machine may change the files.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise OptionError(f"--conf models {name[:80]!r}: name a folder of {folder}; --conf bundles names another place")
@@ -37,7 +37,7 @@ def trusted_bundle(folder: Path, name: str, written: Iterable[Path]) -> Path:
         if found == place.resolve() or place.resolve() in found.parents:
             raise OptionError(f"bundle {name} lies in {place}, where requests write to; bundles run code, move it")
     for path in (found, *found.glob("configs"), *found.glob("configs/*.json")):
-        # A missing bundle is for its reader to tell.
+        # The reader of the bundle reports a missing one.
         if path.exists() and path.stat().st_mode & stat.S_IWOTH:
-            raise OptionError(f"{path} may be written by everybody, and bundles run code: chmod o-w {path}")
+            raise OptionError(f"{path} is writable by every user, and bundles run code: chmod o-w {path}")
     return found

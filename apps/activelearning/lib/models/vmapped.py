@@ -18,8 +18,8 @@ from torch.func import functional_call, stack_module_state
 def stacked(networks: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     """f(images (B, 1, X, Y, Z)) -> logits (B, M C, X, Y, Z) of all M networks, those of the first network first.
 
-    Their weights are stacked and the pass is mapped over them, so M convolutions become one with M groups. A CPU
-    gains nothing from it.
+    Their weights are stacked and the pass is mapped over them, so M convolutions become one with M groups. It is not
+    faster on a CPU.
 
     Raises:
         RuntimeError: from the returned function, for networks whose operations cannot be mapped.

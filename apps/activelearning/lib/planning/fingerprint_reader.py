@@ -26,11 +26,11 @@ from lib.storage.volumes import Volume, image_geometry, load_image, load_label
 
 logger = logging.getLogger(__name__)
 
-# Images whose grey values are looked at; sizes and spacings come from the headers of all.
+# Images whose intensities are read; sizes and spacings come from the headers of all.
 SAMPLED_IMAGES = 24
 # Voxels remembered an image for the percentiles of the whole pool.
 SAMPLED_VOXELS = 10_000
-# Fewer annotated foreground voxels than this say too little about a tail.
+# With fewer annotated foreground voxels, the percentiles of a tail are unreliable.
 ENOUGH_FOREGROUND = 1_000
 # Air is -1000 Hounsfield units, padding of CT scanners lower; nothing in a body is above 4000 but metal.
 AIR, METAL = -700.0, 4000.0

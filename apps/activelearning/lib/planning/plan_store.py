@@ -26,14 +26,15 @@ class PlanStore:
     """Store of a bundle's plan, and the bundle that follows it.
 
     `--conf plan bundle` keeps the bundle as in its folder. `auto` follows `<state>/plan_<bundle>.yaml`, which the
-    first training writes. A file name does the same and gives the file's fields, all or a few, precedence.
+    first training writes. A file name works like `auto`, but the fields of
+    that file, all or a few, take precedence.
 
     Args:
         bundle: as in its folder.
-        options: the app's; plan, memory, spacing and device are used here.
+        options: options of the app.
         state: folder `.patchwise` of the studies folder.
         classes: names of the classes, without background.
-        data: folder whose dataset.json may name the modality. Default: the folder of `state`.
+        data: folder whose dataset.json may contain the modality. Default: parent of `state`.
 
     Raises:
         PlanError: the file that the option names cannot be read.
@@ -70,7 +71,7 @@ class PlanStore:
         return self._read[1]
 
     def ensure(self, images: Mapping[str, Path], labels: Mapping[str, Path], replan: bool = False) -> Bundle:
-        """The planned bundle; where there is no plan yet, or with `replan`, it is made from the images.
+        """The planned bundle; without a plan, or with `replan`, the plan is made from the images.
 
         Raises:
             PlanError: no image can be read.
@@ -95,5 +96,5 @@ class PlanStore:
     def _with_fields(self, plan: Plan) -> Plan:
         if not self.fields:
             return plan
-        why = {**plan.why, **dict.fromkeys(self.fields, f"as {Path(self.options.plan).name} says")}
+        why = {**plan.why, **dict.fromkeys(self.fields, f"as in {Path(self.options.plan).name}")}
         return checked({**plan.model_dump(), "why": why, **self.fields}, self.options.plan)

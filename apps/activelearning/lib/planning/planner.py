@@ -64,7 +64,7 @@ class Rules:
 
 
 # CPU: the recipe measured on hippocampi (two crops of 40 x 48 x 40 folded by two, 24-48-96 channels); no crop is
-# costlier than a quarter above that, so a step stays below a second on one core.
+# a quarter more expensive than that, so a step takes less than a second on one core.
 RULES = {
     "cuda": Rules(first=32, largest=(320, 512)),
     "cpu": Rules(first=24, largest=(192, 192), fold=2, batch=2, positions=12_000, cover=0.95, thickness=8),
@@ -73,7 +73,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory a training step may take, in GiB, and on what."""
+    """Memory of a training step in GiB, and its device."""
 
     device: Literal["cpu", "cuda"]
     memory_gib: float
@@ -92,7 +92,8 @@ def make_plan(
     Args:
         classes: outputs of the network, background included.
         spacing: mm the network works at; None decides by `target_spacing`.
-        sided: whether classes tell left from right (`names_sides`), so that a mirror image would be labelled wrongly.
+        sided: whether classes distinguish left and right (`names_sides`), so that the labels of a mirror image would be
+            wrong.
 
     Source: Isensee et al. 2021, online methods (rule-based parameters), where Rules do not say otherwise.
     """

@@ -45,7 +45,7 @@ def ladder(
 
     Args:
         levels: at most this many.
-        flat: (axis, n): the first n levels neither halve nor look along this axis, whatever its spacing.
+        flat: (axis, n): the first n levels have stride 1 and kernel 1 along this axis, for any spacing.
 
     Source: Isensee et al. 2021, online methods, "Architecture topology"; `flat`: Chlebus et al. 2022, section II-A.
     """

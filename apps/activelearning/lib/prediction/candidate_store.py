@@ -29,11 +29,11 @@ CREATE TABLE IF NOT EXISTS summaries (
 
 
 class SummaryFile:
-    """Keeps what each image offers to a query; losing it costs time, never a result.
+    """Store of the candidates of each image; if it is lost, they are computed again.
 
     Args:
         path: the SQLite file, in the folder of the model's moments, so that both are removed together.
-        digests: digests of the pool's files; a summary of other content, or of an image that left, is not found.
+        digests: digests of the pool's files; summaries of other content or of removed images are ignored.
     """
 
     def __init__(self, path: Path, digests: Mapping[str, str]) -> None:
@@ -42,7 +42,7 @@ class SummaryFile:
 
     @cached_property
     def _connection(self) -> sqlite3.Connection:
-        """One connection for the life of this object, which is that of a request."""
+        """One connection per object, which exists for one request."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Closed by whichever thread lets go of this object last.
         connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Hand-made descriptors of regions: what a first batch is spread over when there is no model yet."""
+"""Hand-crafted descriptors of regions, over which a first batch is spread while there is no model."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def load_ensemble(store: ModelStore, model: Model, bundle: Bundle, device: torch
     networks: list[nn.Module] = []
     heads: list[LossHead] = []
     for member in range(model.facts.members):
-        # Dropout layers hold no weights and do nothing in evaluation; they are there for posteriors that ask.
+        # Dropout layers hold no weights and do nothing in evaluation; posteriors with Monte Carlo dropout need them.
         network = bundle.network(len(model.facts.classes), QUERY_DROPOUT, recipe.deep_supervision)
         path = store.member_path(model.digest, member)
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True))

@@ -26,10 +26,10 @@ _Box = tuple[slice, slice, slice]
 
 
 def save_slabs(slabs: Iterable[Slab], loss_xyz: Array | None, stream: BinaryIO) -> None:
-    """Write slabs as they come, each class by itself.
+    """Write slabs as they are computed, each class separately.
 
     Sums of probabilities and spread are kept in half precision: a mean is off by at most 2^-11 of itself. Both
-    entropies are kept in single precision, so that their difference (BALD) is what it is in memory.
+    entropies are kept in single precision, so that their difference (BALD) equals the one in memory.
     """
     boxes = []
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as archive:
@@ -48,15 +48,15 @@ def save_slabs(slabs: Iterable[Slab], loss_xyz: Array | None, stream: BinaryIO) 
 
 
 def has_slabs(path: Path) -> bool:
-    """Whether moments were cached in slabs."""
+    """Return whether moments were cached in slabs."""
     with zipfile.ZipFile(path) as archive:
         return _INDEX in archive.namelist()
 
 
 class ArchivedMoments:
-    """Moments that stay on disk (`lib.uncertainty.PosteriorMoments`): a map is made slab by slab.
+    """Moments that stay on disk (`lib.uncertainty.PosteriorMoments`): a map is computed slab by slab.
 
-    No more than one slab of every class is in memory, and of what is asked class by class one map.
+    Memory holds at most one slab of every class, and one whole map for values that are read per class.
 
     Args:
         path: an archive of `save_slabs`.

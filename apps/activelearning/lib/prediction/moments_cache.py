@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Cached moments: one posterior pass a round, shared by every uncertainty, unit and selector."""
+"""Cached moments: one posterior pass per round, shared by every uncertainty, unit and selector."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lib.uncertainty import Moments, PosteriorMoments
 logger = logging.getLogger(__name__)
 
 QUERY_OVERLAP = 0.25
-# What older versions of this app cached is computed anew.
+# Moments in the format of older versions are computed again.
 _FORMAT = 2
 
 _Write = Callable[[BinaryIO], None]
@@ -66,7 +66,7 @@ class MomentsCache:
         return [image for image, digest in digests.items() if _name(digest, spec) not in cached]
 
     def summaries(self, model: Model, digests: Mapping[str, str]) -> SummaryFile:
-        """Where candidates made of this model's moments are kept."""
+        """Store of the candidates that were computed from this model's moments."""
         return SummaryFile(self.root / model.digest[:16] / "summaries.sqlite", digests)
 
     def load(self, model: Model, image: str, spec: PosteriorSpec = DEEP_ENSEMBLE) -> PosteriorMoments:
@@ -89,17 +89,17 @@ class MomentsCache:
         report: Callable[[int, int], None],
         spec: PosteriorSpec = DEEP_ENSEMBLE,
     ) -> int:
-        """Computes what is missing and removes the moments of older models; how many images were computed.
+        """Compute missing moments and remove those of older models; return the number of computed images.
 
-        Each image is read once, and files of one content count as one. Files appear whole, so a scorer that was killed
-        goes on with the next image.
+        Each image is read once, and files of equal content count as one. Files appear whole, so an interrupted scoring
+        continues with the next image.
         """
         missing = list({digests[image]: image for image in self.missing(model, digests, spec)}.values())
         loaded = ensemble() if missing else None
         for done, image in enumerate(tqdm(missing, desc="scoring", unit="image", mininterval=5, disable=None), start=1):
             assert loaded is not None, "an ensemble is loaded whenever an image is missing"
             volume = load_image(self.path_of(image))
-            # Dropout and views follow from the image alone, whatever the order in which the pool is scored.
+            # Dropout and views depend on the image only, not on the order in which the pool is scored.
             seed = int(digests[image][:8], 16)
             with loaded.lock:
                 write_atomic(
@@ -123,7 +123,7 @@ def _name(digest: str, spec: PosteriorSpec) -> str:
 
 
 def _writer(ensemble: Ensemble, volume: Volume, spec: PosteriorSpec, seed: int, classes: int) -> _Write:
-    """What writes an image's moments to a file: at once, or slab by slab where they would fill the memory."""
+    """Writer of an image's moments: in one piece, or slab by slab if they would fill the memory."""
     loss = ensemble.learning_loss(volume)
     if is_large(1 + classes, volume.shape):
         slabs = streamed_moments(ensemble, volume, QUERY_OVERLAP, spec, seed, 1 + classes)

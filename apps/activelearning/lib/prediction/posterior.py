@@ -158,13 +158,14 @@ class Ensemble:
             probs = torch.softmax(to_grid(logits, shape), dim=0)
             plain = probs if plain is None else plain
             if kept is not None:
-                # What a view did not hold says nothing, so there it repeats the prediction of the image itself.
+                # Voxels outside of a view have no prediction of it, so the prediction of the image itself is repeated
+                # there.
                 seen = to_grid(kept[None].float(), shape)[0] > 0.5
                 probs = torch.where(seen, probs, plain)
             yield probs
 
     def mean(self, volume: Volume, overlap: float = 0.5, mirrored: bool = True) -> NDArray[np.float32]:
-        """Mean of the members' probabilities (C, X, Y, Z), over shifts and, if asked for, mirror images."""
+        """Mean of the members' probabilities (C, X, Y, Z), over shifts and, if requested, mirror images."""
         image = network_image(volume, self.spacing, self.normalisation).to(self.device)
         chosen = [identity(), *(flip(axis) for axis in self.mirrored if mirrored)]
         moves = self._moves(image.shape[1:])

@@ -28,15 +28,16 @@ def label_map(
         1/|K| sum_{v in K} p_c(v) >= confidence    and    |K| >= smallest[c],
 
     otherwise its voxels go to the most probable class that they were not taken from, and are checked again with the
-    component that they join. Background is always kept, so this ends.
+    component that they join. Background is always kept, so the procedure ends.
 
-    Crops that are drawn around a class show it far more often than images do, so the model expects it everywhere. Where
-    it is absent, such false positives are small and uncertain; where it is present, components are large and certain.
+    Crops are centred on classes, so a class is more frequent in crops than in images, and the model predicts it too
+    often. In images without the class, such false positives are small and uncertain; otherwise components are large and
+    certain.
 
     Args:
         probs_cxyz: (C, X, Y, Z), background first.
-        confidence: mean probability that a component needs; 0 for none.
-        smallest: voxels that a component of a class needs; classes that are not in it need none.
+        confidence: least mean probability of a component; 0 for no limit.
+        smallest: least number of voxels of a component per class; other classes have no limit.
     """
     label_xyz = np.asarray(probs_cxyz.argmax(axis=0)).astype(np.uint8)
     return without_doubted(label_xyz, probs_cxyz, confidence, smallest or {})
@@ -48,9 +49,9 @@ def without_doubted(
     confidence: float,
     smallest: Mapping[int, float],
 ) -> NDArray[np.uint8]:
-    """`label_map` from the most probable classes on: `label_xyz` (X, Y, Z) is changed in place and handed back.
+    """`label_map` from the most probable classes on: `label_xyz` (X, Y, Z) is changed in place and returned.
 
-    `probs_cxyz` may lie on disk: one class after the other is read, and all classes only of doubted voxels.
+    `probs_cxyz` may be on disk: classes are read one at a time, and all of them only at doubtful voxels.
     """
     looked_at = {c for c in range(1, len(probs_cxyz)) if confidence > 0 or smallest.get(c, 0) > 1}
     refused: dict[int, NDArray[np.bool_]] = {}

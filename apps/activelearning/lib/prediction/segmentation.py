@@ -63,7 +63,8 @@ def segment(
             mean_cxyz = moments.mean
             label_xyz[here] = mean_cxyz.argmax(axis=0)
             if ruled:
-                # Mapped anew for every slab: what was written through a mapping counts as memory until it is gone.
+                # Mapped anew for every slab: pages written through a mapping count as memory until the mapping is
+                # closed.
                 _mapped(file, probs_shape)[(slice(None), *here)] = mean_cxyz
         if ruled:
             without_doubted(label_xyz, _mapped(file, probs_shape), ensemble.confidence, smallest)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Posteriors of images too large for one array a class: stripes across, layers of windows along the longest axis."""
+"""Posteriors of images too large for one array per class: stripes across, layers of windows along the longest axis."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from lib.storage.volume_headers import ImageError
 from lib.storage.volumes import Volume
 from lib.uncertainty import Moments, RunningMoments
 
-# Above this, sums of an image and what they are made of would take several times as much memory.
+# Above this, sums of an image and their terms would need several times as much memory.
 LARGE_BYTES = 1 << 28
-# What logits, probabilities, sums and what is carried over from layer to layer may take together.
+# Limit of logits, probabilities, sums and the carry-over between layers together.
 WORKING_BYTES = 3 << 30
 _FLOAT = 4
 _SIGMA = 0.125  # of the Gaussian that weights a window, as a share of its size: MONAI's default
@@ -192,7 +192,7 @@ class _Grid:
         """Number of stripes that keep a layer, its sums and every prediction's carry-over within `working_bytes`."""
         starts = self.starts[self.along]
         step = max((b - a for a, b in pairwise(starts)), default=self.window[self.along])
-        # A layer, its probabilities, their sum and spread, and what each prediction and the one at work carry over.
+        # A layer, its probabilities, their sum and spread, and the carry-over of each prediction and the present one.
         rest = self.window[self.along] - step + 1
         slices = self.window[self.along] + 3 * step + rest * (1 + predictions)
         a_slice = _FLOAT * classes * max(math.prod(self.size), math.prod(self.stored)) // self.size[self.along]

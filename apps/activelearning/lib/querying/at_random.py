@@ -92,7 +92,7 @@ def select_precomputed(ask: Ask, pool: Sequence[PoolImage]) -> list[Pick]:
     """
     images = {i.id: i for i in pool}
     if not ask.regions:
-        raise MethodError(f"{ask.method.name} needs the regions to ask for and the request has none: send regions")
+        raise MethodError(f"{ask.method.name} needs a list of regions and the request has none: send regions")
     chosen: list[Region] = []
     for given in list(ask.regions)[: ask.n]:
         try:

@@ -67,7 +67,7 @@ def select_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
     """Greedy, power and softrank selection over the pool, in the order of image ids.
 
     Score = mean of the uncertainty over the unit; utility = score, or log score + Gumbel noise drawn at every position
-    (nnActive, section 4). At most `n_per_image` candidates an image; equal utilities keep the order of images.
+    (nnActive, section 4). At most `n_per_image` candidates per image; equal utilities keep the order of images.
     Evidence with a `summaries` store gives the same picks without reading the maps of images that cannot win.
     """
     if ask.method.selector == "softrank":
@@ -78,7 +78,7 @@ def select_scored(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
 
 
 def _wider(ask: Ask) -> Ask:
-    """`ask` for so many more regions that its last step has alternatives, from one image too."""
+    """Copy of `ask` with enough additional regions that its last step has alternatives, even within one image."""
     return replace(ask, n=ask.n + ALTERNATIVES)
 
 
@@ -112,7 +112,7 @@ def _select_softrank(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) ->
 
 
 def summarise(ask: Ask, image: PoolImage, evidence: Evidence) -> ImageCandidates:
-    """What `image` offers to `ask`, for a store of summaries."""
+    """Summary of the candidates of `image` for `ask`, for a store of summaries."""
     candidates = image_candidates(ask, image, evidence, ask.per_image)
     if not image.taken:
         ceiling = candidates[0].utility if candidates else -np.inf
@@ -129,8 +129,8 @@ def image_candidates(
 ) -> list[Candidate]:
     """Best free units of one image, best first, at most `limit`, none of them at or below the utility `floor`.
 
-    Noise is drawn for every position from the image's own generator, so that what an image offers depends on nothing
-    but the seed, the round, the method and its maps.
+    Noise is drawn for every position from the image's own generator. The candidates of an image therefore depend only
+    on the seed, the round, the method and its maps.
     """
     moments = moments_of(image, evidence)
     size, stride = ask.box_size(image), ask.stride
@@ -151,7 +151,7 @@ def score_map(ask: Ask, moments: PosteriorMoments) -> NDArray[np.float32]:
 
 
 def utility_of(ask: Ask, grid: NDArray[np.float32], image: PoolImage) -> NDArray[np.floating[Any]]:
-    """What the selection ranks by: the scores themselves, or the scores with power noise."""
+    """Utilities that the selection ranks by: the scores themselves, or the scores with power noise."""
     if ask.method.selector == "power":
         return power(grid, float(ask.option("beta")), ask.rng("noise", image.id))
     return grid
@@ -160,8 +160,8 @@ def utility_of(ask: Ask, grid: NDArray[np.float32], image: PoolImage) -> NDArray
 def select_classes(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
     """Class-stratified selection: streams U_c = uncertainty * mean_c for every foreground class and one for all.
 
-    Beta follows the schedule over rounds (round 1 asks with its first value). What a class lacks is filled from the
-    other streams and told in the reason (ClaSP PE; nnActive, section 4).
+    Beta follows the schedule over rounds (round 1 uses its first value). If a class has too few candidates, the other
+    streams fill its quota, and the reason records the shortage (ClaSP PE; nnActive, section 4).
     """
     ratio, names = float(ask.option("ratio")), {value: name for name, value in ask.labels.items()}
     streams = _pool_streams(ask, pool, evidence, ratio, limited=True)
@@ -197,7 +197,7 @@ def _stream_steps(
 def _pool_streams(
     ask: Ask, pool: Sequence[PoolImage], evidence: Evidence, ratio: float, limited: bool
 ) -> dict[int, list[tuple[float, Candidate]]]:
-    """The best of every stream over the pool, n or more; not `limited`, one image may give a whole batch to each."""
+    """The best of every stream over the pool, n or more; unless `limited`, one image may fill a whole batch."""
     background = ask.labels.get(BACKGROUND, 0)
     classes = [c for c in range(moments_of(pool[0], evidence).shape[0]) if c != background]
     limits = image_limits(ask.per_image, ratio, classes)
@@ -208,7 +208,7 @@ def _pool_streams(
         found = _streams(ask, image, moments_of(image, evidence), limits)
         return [replace(c, reason={**c.reason, "stream": s}) for s, own in found.items() for c in own]
 
-    # Noise, order and schedule depend on seed and round, so what is remembered is good for one round only.
+    # Noise, order and schedule depend on seed and round, so these candidates are valid for one round only.
     key = f"{summary_key(ask)}/{ask.seed}/{ask.round}/{ask.rounds_total}/{ask.n}/{limited}"
     streams: dict[int, list[tuple[float, Candidate]]] = {stream: [] for stream in limits}
     for image_offers in remembered(key, pool, getattr(evidence, "summaries", None), offers):
@@ -223,7 +223,7 @@ def _streams(
     ask: Ask, image: PoolImage, moments: PosteriorMoments, limits: Mapping[int, int]
 ) -> dict[int, list[Candidate]]:
     size, stride, score = ask.box_size(image), ask.stride, score_map(ask, moments)
-    # A map a class would be too much of a large image at once.
+    # One map per class of a large image would not fit into memory, so each is reduced to its grid of units.
     grids = {s: unit_grid(score if s == ALL else score * moments.mean_of(s), size, stride) for s in limits}
     utilities: dict[int, NDArray[np.floating[Any]]] = dict(grids)
     if ask.option("schedule") != "none":

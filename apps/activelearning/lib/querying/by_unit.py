@@ -148,7 +148,7 @@ def _block_steps(
     scores: Mapping[str, NDArray[np.floating[Any]]] | None,
     blocks: Sequence[Block],
 ) -> list[Step]:
-    """A step for each annotated slice: the sum of scores of its block, against free blocks of the same thickness."""
+    """Steps per annotated slice: the sum of scores of its block, compared with free blocks of the same thickness."""
     left, found = {scan: flags.copy() for scan, flags in free.items()}, list[Step]()
     for block in blocks:
         left[block.scan][block.bottom : block.top + 1] = False
@@ -265,7 +265,7 @@ def _spread(taken: Taken, rest: NDArray[np.intp], units: int) -> NDArray[np.floa
 
 
 def _by_image(units: Units) -> list[tuple[PoolImage, list[tuple[Triple, Triple]]]]:
-    """Runs of units of one image, in order."""
+    """Groups of consecutive units of the same image, in order."""
     found: list[tuple[PoolImage, list[tuple[Triple, Triple]]]] = []
     for image, start, size in units:
         if not found or found[-1][0].id != image.id:

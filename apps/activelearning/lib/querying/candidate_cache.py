@@ -3,14 +3,14 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Candidate summaries: what an image can offer a query, kept so that a pool is chosen from without reading its maps.
+"""Candidate summaries: the best boxes per image, cached so that a selection need not read every uncertainty map.
 
-An image's summary holds its best boxes and their utilities under the boxes that were taken when it was made, and the
-highest utility of any position whatsoever, its ceiling. Noise of the noisy methods is drawn for every position when a
-summary is made, from a generator keyed by seed, round, method and image, so a summary is exact for them too: asking
-again in the same round meets the same noise. When an image's first candidates have been taken since, the rest of them
-is still exact. After any other change its ceiling still bounds what the image can offer, so its maps are read again
-only if that bound could win.
+A summary holds the best boxes of an image and their utilities, given the boxes that were taken at that time. It also
+holds the ceiling: the highest utility of any position of the image. Noisy methods draw their noise for every position
+from a generator keyed by seed, round, method and image, so a summary is exact for them too: a repeated query in the
+same round has the same noise. If only the first candidates have been taken since, the remaining ones are still exact.
+After any other change the ceiling still bounds the utilities of the image, so its maps are read again only if that
+bound could win.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ImageCandidates:
 
 @runtime_checkable
 class SummaryStore(Protocol):
-    """Where summaries are kept, by key and image, for as long as the moments they were made of."""
+    """Store of summaries by key and image; they are valid as long as the moments that they were computed from."""
 
     def heads(self, key: str) -> Mapping[str, Head]:
         """Heads of every image that has a summary under `key`."""
@@ -99,9 +99,9 @@ def taken_digest(taken: Sequence[Box]) -> str:
 def best_of_pool(
     ask: Ask, pool: Sequence[PoolImage], store: SummaryStore, summarise: Callable[[PoolImage], ImageCandidates], n: int
 ) -> list[Candidate]:
-    """The `n` best candidates of the pool, exactly as if every image had been looked at; `pool` in order of ids.
+    """The `n` best candidates of the pool, exactly as if every image had been read; `pool` in order of ids.
 
-    Images are visited by the bound on what they offer, and no more once no bound can reach the n best found. Missing
+    Images are visited in descending order of their bounds, until no bound reaches the n best found. Missing
     summaries are made by `summarise`; outdated ones only when their ceiling can win.
     """
     key = summary_key(ask)
@@ -135,7 +135,7 @@ def best_of_pool(
 def _remaining(summary: ImageCandidates, taken: Sequence[Box]) -> tuple[Candidate, ...] | None:
     """Candidates left when the first few of them have been taken since, None when anything else has changed.
 
-    Greedy selection goes on from its first picks as if it had never stopped, so what is left is exact.
+    Greedy selection continues from its first picks as if it had not been interrupted, so the remaining ones are exact.
     """
     before, now = set(summary.taken), set(taken)
     since = now - before
@@ -148,9 +148,9 @@ def _remaining(summary: ImageCandidates, taken: Sequence[Box]) -> tuple[Candidat
 def remembered(
     key: str, pool: Sequence[PoolImage], store: object, offers: Callable[[PoolImage], Sequence[Candidate]]
 ) -> Iterator[Sequence[Candidate]]:
-    """What every image offers, in the order of `pool`; made by `offers` only where boxes were taken since, or never.
+    """Candidates of every image, in the order of `pool`; `offers` computes those that are missing or outdated.
 
-    For selectors whose choice needs candidates of every image. Without a store everything is made anew.
+    For selectors whose choice needs candidates of every image. Without a store, all of them are computed.
     """
     if not isinstance(store, SummaryStore):
         yield from map(offers, pool)

@@ -83,7 +83,7 @@ class Selector:
 
 @dataclass(frozen=True)
 class QueryMethod:
-    """posterior x uncertainty x unit x selector, with the values of its options."""
+    """Combination of posterior, uncertainty, unit and selector, with the values of its options."""
 
     name: str
     posterior: str | None

@@ -33,7 +33,7 @@ REQUEST_KEYS = frozenset(
         "whole"
     }
 )  # fmt: skip
-"""Keys of a request that belong to the server, the engine or MONAI Label's clients, and are no option of a method."""
+"""Keys of a request that belong to the server, the engine or MONAI Label's clients and are not options of a method."""
 
 _OVERRIDES = ("posterior", "uncertainty", "unit")
 
@@ -164,7 +164,7 @@ def _complete(method: QueryMethod, given: Mapping[str, Any]) -> QueryMethod:
 
 
 def _cost(needs: Iterable[str]) -> str:
-    """Dearest thing needed: none, posterior (one pass a member), features, or gradients (a backward pass a unit)."""
+    """Highest cost: none, posterior (one pass per member), features, or gradients (one backward pass per unit)."""
     for need in ("gradients", "features"):
         if need in needs:
             return need

@@ -65,16 +65,16 @@ SELECTORS: dict[str, Selector] = {
             ),
             "beta": replace(_BETA, help="strength of the score against the noise in the first round"),
             "beta_last": Option(100.0, "float", 1e-3, 1e6, help="the same in the last round of the plan"),
-            "planned_rounds": Option(5, "int", 1, 1000, help="rounds of the plan, unless the request says so"),
+            "planned_rounds": Option(5, "int", 1, 1000, help="planned number of rounds, unless the request has one"),
         },
     ),
     "stochastic_batch": Selector(
         "random groups of units, of which the most uncertain one is taken whole",
         options={
-            "groups": Option(0, "int", 0, 1_000_000, help="groups looked at; 0 for as many as the pool holds"),
+            "groups": Option(0, "int", 0, 1_000_000, help="groups compared; 0 for as many as the pool holds"),
             "resample": Option(False, "bool", help="draw each group from the whole pool"),
-            "statistic": Option("mean", "str", choices=("mean", "sum", "max"), help="worth of a group"),
-            "keep_last": Option(False, "bool", help="look at the shorter last group too"),
+            "statistic": Option("mean", "str", choices=("mean", "sum", "max"), help="score of a group"),
+            "keep_last": Option(False, "bool", help="include the shorter last group"),
         },
     ),
     "peaks": Selector(
@@ -90,7 +90,7 @@ SELECTORS: dict[str, Selector] = {
     "stratified": Selector(
         "units spread evenly over the images",
         scored=False,
-        options={"equal": Option("fraction", "str", choices=("fraction", "count"), help="what is evened out")},
+        options={"equal": Option("fraction", "str", choices=("fraction", "count"), help="quantity to equalise")},
     ),
     "strided": Selector(
         "outer slices of random blocks",
@@ -111,7 +111,7 @@ SELECTORS: dict[str, Selector] = {
         steps=cluster_steps,
     ),
     "distance": Selector(
-        "largest mean distance to what is labelled",
+        "largest mean distance to the labelled regions",
         scored=False,
         needs=_FEATURES,
         options={"components": _COMPONENTS},

@@ -50,7 +50,8 @@ _STAGES: dict[str, _Stage] = {
     "precomputed": lambda ask, pool, evidence: select_precomputed(ask, pool),
 }
 
-# Selectors whose candidates are kept per image (`lib.querying.candidate_cache`), so that a second query skips images.
+# Selectors whose candidates are kept per image (`lib.querying.candidate_cache`), so that a second query skips images
+# that cannot win.
 SUMMARISED = frozenset({"greedy", "power", "softrank", "class_stratified"})
 
 
@@ -72,13 +73,13 @@ def select(
     rounds_total: int | None = None,
     utilities: bool = False,
 ) -> list[Pick]:
-    """The `n` regions that `method` asks for next, best first, none overlapping another or a taken box.
+    """The `n` regions that `method` selects next, best first, without overlap with each other or a taken box.
 
-    Depends on nothing but its arguments; the order of `pool` does not matter. `size` is a patch in voxels (clipped to
-    the image), `axis` what a slice lies across, `labels` the class values by name, `round_` the round asked for (0 is
-    the starting budget), `rounds_total` the planned number of rounds, for schedules. With `utilities` each reason tells
-    under "step" the utility of the pick at its greedy step, the best candidates of that step that were not taken, and
-    how many were left; the picks are the same.
+    The result depends only on the arguments, not on the order of `pool`. `size` is a patch in voxels (clipped to the
+    image), `axis` what a slice lies across, `labels` the class values by name, `round_` the round of the query (0
+    is the starting budget), `rounds_total` the planned number of rounds, for schedules. With `utilities`, "step" of
+    each reason records the utility of the pick at its greedy step, the best candidates of that step that were not
+    taken, and the number left. The picks are the same.
 
     Raises:
         MethodError: the method cannot work with this request (no model, no hints, no size, a prediction off the grid of
@@ -105,7 +106,7 @@ def _check(ask: Ask, images: Sequence[PoolImage], evidence: Evidence | None) -> 
     if min(ask.stride) < 1 or (ask.size is not None and min(ask.size) < 1):
         raise MethodError(f"size and stride must be one voxel or more, found {ask.size} and {ask.stride}")
     if ask.method.unit == "patch" and ask.size is None and ask.method.selector != "precomputed":
-        raise MethodError(f"{ask.method.name} asks for patches: give their size in voxels or millimetres")
+        raise MethodError(f"{ask.method.name} selects patches: set their size in voxels or millimetres")
     if "features" in ask.method.needs and ask.method.posterior is None and evidence is None:
         raise MethodError(f"{ask.method.name} needs features of the images and there are none: use random")
     if ask.method.posterior is not None and evidence is None:
@@ -118,6 +119,6 @@ def _check(ask: Ask, images: Sequence[PoolImage], evidence: Evidence | None) -> 
 
 
 def _limited_by(ask: Ask, picks: Sequence[Pick]) -> str:
-    """Why fewer are left, where it is the limit an image that keeps free positions from being used."""
+    """Reason for a shortage that the limit per image causes, although free positions are left."""
     reached = ask.n_per_image is not None and max(Counter(p.image for p in picks).values(), default=0) >= ask.per_image
     return f" with at most {ask.n_per_image} an image" if reached else ""

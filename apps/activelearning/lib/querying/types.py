@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a query asks and answers: the pool, the evidence about its images, the request, the picks."""
+"""Types of a query: the pool, the evidence about its images, the request and the picks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lib.selectors.steps import Selection, indices_of
 from lib.uncertainty import PosteriorMoments
 from lib.units import unit_size
 
-ALTERNATIVES = 5  # candidates told of a step besides its pick
+ALTERNATIVES = 5  # candidates recorded per step besides its pick
 
 
 @dataclass(frozen=True)
 class PoolImage:
-    """An image of the pool: id, shape in voxels, spacing in mm, and the boxes asked, answered or leased already."""
+    """An image of the pool: id, shape in voxels, spacing in mm, and the boxes already queried, answered or leased."""
 
     id: str
     shape: Triple
@@ -34,12 +34,12 @@ class PoolImage:
     taken: tuple[Box, ...] = ()
 
     def is_free(self, box: Box) -> bool:
-        """Whether `box` meets none of the taken boxes."""
+        """Return whether `box` overlaps none of the taken boxes."""
         return not any(boxes_overlap(box, other) for other in self.taken)
 
 
 class Evidence(Protocol):
-    """What the model says about an image; read lazily, one image at a time."""
+    """Predictions of the model per image; read lazily, one image at a time."""
 
     def moments(self, image: str) -> PosteriorMoments:
         """Moments of the posterior on the grid of the stored image."""
@@ -48,10 +48,10 @@ class Evidence(Protocol):
 
 @runtime_checkable
 class FeatureEvidence(Protocol):
-    """What methods that need "features" read besides."""
+    """Additional evidence of methods that need "features"."""
 
     def features(self, image: str, boxes: Sequence[Box]) -> NDArray[np.floating[Any]]:
-        """One feature vector a box, (N, D); what they are made of is the same for all images."""
+        """One feature vector per box, (N, D), computed alike for all images."""
         ...
 
     def labelled_features(self) -> NDArray[np.floating[Any]]:
@@ -61,10 +61,10 @@ class FeatureEvidence(Protocol):
 
 @runtime_checkable
 class GradientEvidence(Protocol):
-    """What methods that need "gradients" read besides."""
+    """Additional evidence of methods that need "gradients"."""
 
     def gradients(self, image: str, boxes: Sequence[Box], layer: str) -> NDArray[np.floating[Any]]:
-        """One gradient a box, (N, P), of the pseudo-label log likelihood with respect to the weights of `layer`."""
+        """One gradient per box, (N, P), of the pseudo-label log likelihood with respect to the weights of `layer`."""
         ...
 
     def class_frequencies(self) -> NDArray[np.floating[Any]]:
@@ -91,7 +91,7 @@ class Pick:
 
 
 class PoolExhausted(Exception):  # noqa: N818  a state of the pool, not a fault
-    """Fewer regions are left than were asked for; `picks` holds those that are."""
+    """Fewer regions are left than the request asks for; `picks` holds them."""
 
     def __init__(self, asked: int, picks: Sequence[Pick], hint: str = "") -> None:
         super().__init__(f"pool exhausted: asked {asked}, {len(picks)} left{hint}")
@@ -100,7 +100,7 @@ class PoolExhausted(Exception):  # noqa: N818  a state of the pool, not a fault
 
 @dataclass(frozen=True)
 class Ask:
-    """One query: the method, how many regions, of what size, and everything the draw depends on."""
+    """One query: the method, the number and size of the regions, and all inputs of the random draw."""
 
     method: QueryMethod
     n: int
@@ -135,10 +135,10 @@ class Ask:
 
 
 def with_features(evidence: Evidence, ask: Ask) -> FeatureEvidence:
-    """`evidence`, known to offer features.
+    """Return `evidence` if it offers features.
 
     Raises:
-        MethodError: it offers none.
+        MethodError: it does not.
     """
     if not isinstance(evidence, FeatureEvidence):
         raise MethodError(f"{ask.method.name} needs features of the network and this model offers none: use power_pe")
@@ -146,10 +146,10 @@ def with_features(evidence: Evidence, ask: Ask) -> FeatureEvidence:
 
 
 def with_gradients(evidence: Evidence, ask: Ask) -> GradientEvidence:
-    """`evidence`, known to offer gradients.
+    """Return `evidence` if it offers gradients.
 
     Raises:
-        MethodError: it offers none.
+        MethodError: it does not.
     """
     if not isinstance(evidence, GradientEvidence):
         raise MethodError(f"{ask.method.name} needs gradients of the network and this model offers none: use power_pe")
@@ -173,7 +173,7 @@ Step = dict[str, Any]
 
 
 def step(utility: float | None, others: Iterable[Candidate] = (), left: int | None = None) -> Step:
-    """The record of a step, JSON-able; a utility that is not finite is None."""
+    """JSON-serialisable record of a step; a utility that is not finite is None."""
     told = [
         {"image": c.image, "start": list(c.start), "size": list(c.size), "utility": _finite(c.utility)} for c in others
     ]
@@ -230,9 +230,9 @@ def picks_from(
     runner_up: Candidate | None = None,
     steps: Callable[[], Sequence[Step]] | None = None,
 ) -> list[Pick]:
-    """Picks in the order of `chosen`, each with its rank and a JSON-able reason.
+    """Picks in the order of `chosen`, each with its rank and a JSON-serialisable reason.
 
-    `steps` is called when the query asks for utilities; without it (nothing was ranked) they are told to be unknown.
+    `steps` is called when the query asks for utilities; without it (nothing was ranked) they are recorded as unknown.
     """
     found = []
     records = [step(None)] * len(chosen) if steps is None or not ask.utilities else steps()
@@ -255,7 +255,7 @@ def picks_from(
 
 
 def class_shares(moments: PosteriorMoments, box: Box, labels: Mapping[str, int]) -> dict[str, float]:
-    """Share of the voxels of `box` predicted to be each class, by name where `labels` knows it; zeros left out."""
+    """Share of the voxels of `box` predicted to be each class, by name if `labels` has one; zeros are left out."""
     names = {0: "background"} | {value: name for name, value in labels.items()}
     cut = triple(a + d for a, d in zip(*box, strict=True))
     slices = (slice(box[0][0], cut[0]), slice(box[0][1], cut[1]), slice(box[0][2], cut[2]))

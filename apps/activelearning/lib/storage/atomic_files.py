@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Durable files: whatever is written appears whole or not at all."""
+"""Durable files: a file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def folded(name: str) -> str:
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `target` that replaces it (fsync, rename, fsync of the folder) on success.
+    """Yield a temporary path beside `target` that replaces it (fsync, rename, fsync of the folder) on success.
 
     The temporary name keeps the suffixes of the target, since writers choose their format by them. On an error the
-    temporary file is removed and `target` stays what it was.
+    temporary file is removed and `target` is unchanged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=f"-{target.name}", dir=target.parent)
@@ -49,7 +49,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, hours: float) -> int:
-    """Removes what writers that were killed left below `folder` more than `hours` ago; how many files."""
+    """Remove temporary files of killed writers below `folder` older than `hours`; return their number."""
     old, removed = time.time() - 3600 * hours, 0
     for path in folder.rglob(f"{UNFINISHED}*"):
         try:
@@ -63,7 +63,7 @@ def remove_unfinished(folder: Path, hours: float) -> int:
 
 
 def write_atomic(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(stream)` on a temporary file that then replaces `target`."""
+    """Call `write(stream)` on a temporary file that then replaces `target`."""
     with atomic_path(target) as temporary, open(temporary, "wb") as stream:
         write(stream)
 
@@ -75,7 +75,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file, or None when there is no such file."""
+    """Content of a JSON file, or None if the file does not exist."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -15,11 +15,11 @@ from lib.storage.volumes import Grid, load_label
 
 
 def load_classes(path: str | Path, classes: Mapping[str, int], like: Grid | None = None) -> LabelMap:
-    """Label map in class ids; names that the file states decide, else its values are class ids.
+    """Label map in class ids, by the names in the file; without names, its values are class ids.
 
     Raises:
         ImageError: as `load_label`.
-        LabelError: values or segments that the project does not know.
+        LabelError: values or segments that are not classes of the project.
     """
     label = load_label(path, like)
     try:

@@ -19,13 +19,13 @@ AFFINE_TOLERANCE_MM = 1e-3
 
 
 class Placement(NamedTuple):
-    """Where the voxels of a label lie in its image.
+    """Position of a label in its image. All fields are per axis of the image.
 
     Args:
-        axes: axis of the label that lies along each axis of the image.
-        flipped: whether it runs the other way, per axis of the image.
-        start: voxel of the image at which the label begins, per axis of the image; it may be outside.
-        size: extent of the label, per axis of the image.
+        axes: parallel axis of the label.
+        flipped: whether that axis has the opposite direction.
+        start: first voxel of the label, possibly outside of the image.
+        size: extent of the label in voxels.
     """
 
     axes: Triple

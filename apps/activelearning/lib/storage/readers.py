@@ -3,16 +3,16 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Which library reads what: the one place where a file becomes a grid and voxels.
+"""Readers of volume files: the library per format for the grid and for the voxels.
 
 | format | grid | voxels |
 | --- | --- | --- |
-| NIfTI | ITK, from the header alone | nibabel, as they are indexed |
+| NIfTI | ITK, from the header alone | nibabel, in index order |
 | NRRD, MetaImage (`.mha`) | ITK | ITK |
 
-3D Slicer reads every one of them by ITK. Readers disagree about a NIfTI whose qform, sform, scale or units contradict
-each other. A frame is drawn and a label is placed on the client's grid, so the grid is ITK's. nibabel keeps the voxels
-of a NIfTI: it reads them slab by slab and leaves the extensions of a header alone.
+3D Slicer reads all of them with ITK. Readers disagree about a NIfTI whose qform, sform, scale or units contradict
+each other. Frames and labels lie on the client's grid, so the grid is ITK's. nibabel reads the voxels of a NIfTI, since
+it can read slabs and ignores the extensions of a header.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _open_nifti(path: Path, placed: bool) -> Opened:
 def _nifti_affine(path: Path, header: Any) -> NDArray[np.float64]:
     """Affine that ITK finds in a NIfTI header.
 
-    ITK is given a copy of the header alone. It cannot meet extensions or a size of a hostile file there, and it reads
-    NIfTI-2 by the rules of NIfTI-1, which is the only one that it knows.
+    ITK reads a copy of the header only, without the extensions and the size of a hostile file. NIfTI-2 is converted to
+    NIfTI-1, the only version that ITK supports.
     """
     first = nib.Nifti1Header(endianness=header.endianness)
     try:
@@ -196,6 +196,6 @@ def _itk() -> Any:
     import SimpleITK
 
     itk: Any = SimpleITK
-    # Its warnings name a temporary file; what matters of them is an error here.
+    # Its warnings contain the name of a temporary file; the relevant ones are errors here.
     itk.ProcessObject.SetGlobalWarningDisplay(False)
     return itk

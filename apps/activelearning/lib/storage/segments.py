@@ -130,7 +130,7 @@ def _check(name: str, segments: Sequence[Segment], layers: int) -> None:
         if other.lower() != segment.name.lower():
             raise ImageError(
                 f"{name}: segments {other} and {segment.name} share the value {segment.value} in layer "
-                f"{segment.layer}, so their voxels cannot be told apart; export it again"
+                f"{segment.layer}, so their voxels cannot be distinguished; export it again"
             )
 
 

@@ -14,10 +14,10 @@ import time
 def log_ahead(connection: sqlite3.Connection, seconds: float) -> None:
     """Set the WAL mode of a file, which persists; of two processes that create the file at once, one must retry.
 
-    SQLite does not wait for a lock here, whatever the connection's timeout.
+    SQLite does not wait for a lock here, regardless of the connection's timeout.
 
     Raises:
-        sqlite3.OperationalError: it was locked for all of `seconds`, or is read-only.
+        sqlite3.OperationalError: the file stayed locked for `seconds`, or is read-only.
     """
     deadline = time.monotonic() + seconds
     while True:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Volume files looked at before they are read: what a header promises must be possible, and must fit into memory."""
+"""Checks of volume files before they are read: the size in a header must be possible and fit into memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from lib.errors import PatchwiseError
 
-# Far above any scan (512 x 512 x 600 has 157 million voxels); what a header may make this app allocate.
+# Far above any scan (512 x 512 x 600 has 157 million voxels); the most voxels that the app allocates for a header.
 MOST_VOXELS = 600_000_000
 MOST_IN_SLICE = 2**24
 # DEFLATE packs at most 1032 bytes into one.
@@ -62,7 +62,7 @@ def is_nifti(path: str | Path) -> bool:
 def check_volume_file(path: str | Path) -> int:
     """Bytes of the voxels that a file declares, after checks that it holds them and that their number is plausible.
 
-    Reads a header and at most a block of voxels at a time, so it costs a few MB whatever the file claims.
+    Reads a header and at most a block of voxels at a time, so it needs a few MB, independent of the declared size.
 
     Raises:
         ImageError: unreadable header, absurd sizes, more declared than the file can hold, voxels kept in another file.
@@ -120,7 +120,7 @@ def check_nifti(path: Path) -> tuple[Any, int]:
 
 
 def check_nrrd_fields(name: str, header: bytes) -> None:
-    """Refuses a header that names other files or skips bytes, in any spelling that a reader may take for it.
+    """Refuse a header that refers to other files or skips bytes, in any spelling that a reader may accept.
 
     Teem and ITK ignore the case of a field's name; readers differ in blanks, and in whether `:=` makes a field.
 
@@ -135,7 +135,7 @@ def check_nrrd_fields(name: str, header: bytes) -> None:
 
 
 def check_self_contained(path: Path) -> None:
-    """Refuses a file, whatever its name, whose format may keep voxels in another file that a reader would follow.
+    """Refuse a file of any name whose voxels may be in another file that a reader would open.
 
     Raises:
         ImageError: an NRRD header with a data file, a MetaImage header that is not LOCAL, half of a NIfTI pair.
@@ -332,7 +332,7 @@ def _unpack(
     while packed and not ended():
         packed = rest() or stream.read(_BLOCK)
         block = unpack(packed, _BLOCK)
-        # What bzip2 holds back comes without new input.
+        # bzip2 returns its remaining output without new input.
         while block:
             yield block
             block = unpack(rest(), _BLOCK) if not ended() else b""

@@ -26,7 +26,7 @@ from lib.storage.volume_headers import ImageError
 # Remainder of a whole number after the slope of a header, which has 24 bits: 255 x 2^-24, rounded up.
 ROUNDING = 2e-5
 SLAB_VOXELS = 2**22
-# Scans pack to a half or a tenth. What is larger than this, and packed better, is made to fill somebody's memory.
+# Scans compress to between a half and a tenth. Larger and better compressed files are made to exhaust memory.
 LARGE_BYTES, MOST_PACKED = 2**28, 100
 _FLAT = 1e-12
 # File names a volume may have; where one id has several, the first of these counts.
@@ -64,7 +64,7 @@ class Volume:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Millimetres a voxel along each stored axis."""
+        """Millimetres per voxel along each stored axis."""
         x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(x), float(y), float(z)
 
@@ -219,7 +219,7 @@ def _placement(label: _Source, grid: Grid, parts: bool) -> Placement:
 
 
 def save_label(path: Path, array_xyz: NDArray[np.uint8], affine: NDArray[np.float64]) -> None:
-    """Write a label map as NIfTI (uint8), whole or not at all."""
+    """Write a label map as NIfTI (uint8), atomically."""
     with atomic_path(path) as temporary:
         image = nib.Nifti1Image(array_xyz, affine)
         image.header.set_data_dtype(np.uint8)

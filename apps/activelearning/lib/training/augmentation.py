@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Crops with augmentation, cut out of cases that live in memory; a whole batch is changed at once, on its device."""
+"""Crops with augmentation, from cases in memory; a whole batch is transformed at once, on its device."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def _within(angles: NDArray[np.float64], scale: float, axis: int) -> NDArray[np.
 def changed(
     blocks_bcxyz: Tensor, labels_bxyz: Tensor, patch: Triple, changes: Changes, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The middle `patch` of each block under its changes: one interpolation for the whole batch, then intensities.
+    """The middle `patch` of each block after augmentation: one interpolation for the whole batch, then intensities.
 
-    Blocks are crops with `changes.margin(patch)` more on either side, so that nothing is padded that the image has. A
-    warp that turns every annotated voxel out of a crop is dropped for the plain crop (decided on the device, without
-    waiting for it): a crop without annotation would teach nothing.
+    Blocks are crops with an additional `changes.margin(patch)` on either side, so that only voxels outside of the image
+    are padded. If a warp moves every annotated voxel out of a crop, the plain crop is used instead, since a crop
+    without annotation does not contribute to the loss. The device decides this without a synchronisation.
 
     Shapes: blocks (B, C, *block), labels (B, *block) uint8 -> (B, C, *patch), (B, *patch); on the blocks' device.
     """

@@ -49,8 +49,8 @@ class WorkerError(RuntimeError):
 class Job:
     """One training of an ensemble.
 
-    `splits` names the cases of each member; `start` is the digest of a finished training whose weights members begin
-    with. Row k of `sets` marks the classes that a voxel of value C + k may have (see `lib.training.loss`). `plan` is
+    `splits` holds the cases of each member; `start` is the digest of a finished training that provides the initial
+    weights. Row k of `sets` marks the classes that a voxel of value C + k may have (see `lib.training.loss`). `plan` is
     the plan of the bundle.
     """
 
@@ -108,7 +108,7 @@ def train_one(
     report: Callable[[Progress], None],
     replica: Replica | None = None,
 ) -> None:
-    """Trains one member of a job and stores it; goes on from its checkpoint if an earlier process left one."""
+    """Train one member of a job and store it; continue from its checkpoint if an earlier process left one."""
     bundle, recipe = Bundle(job.bundle), job.recipe
     if job.plan:
         bundle = bundle.planned(Plan.model_validate(job.plan))
@@ -157,11 +157,11 @@ class Layout:
 
     @classmethod
     def of(cls, members: int, devices: Sequence[str], threads: int, workers: int) -> Layout:
-        """At most `workers` processes a device, no more groups than members; spare devices join a group.
+        """Limit to `workers` processes per device and one group per member; spare devices join a group.
 
         Args:
             members: members of the whole training, also those that are done already.
-            devices: what may be used, e.g. ("cpu",) or ("cuda:0", "cuda:1").
+            devices: permitted devices, e.g. ("cpu",) or ("cuda:0", "cuda:1").
         """
         slots = [device for _ in range(workers) for device in devices]
         if members >= len(devices):
@@ -174,8 +174,8 @@ class Layout:
         return sum(len(group) for group in self.groups)
 
     def threads_of(self, member: int, members: int) -> int:
-        """CPU threads of one member. They follow from the numbers alone: another number sums in another order, so a
-        training that was stopped must give each member what it had before.
+        """CPU threads of one member, a function of the arguments only. The order of floating-point sums depends on the
+        number of threads, so a resumed training must use the same number for each member.
         """
         side_by_side = len(self.groups)
         rest = members % side_by_side
@@ -187,7 +187,7 @@ class Layout:
 def train_members(
     job: Job, cases: Sequence[TrainingCase], pending: Sequence[int], layout: Layout, folder: Path, report: Report
 ) -> None:
-    """Trains the `pending` members of a job; where the layout has more than one group, the others work in `folder`.
+    """Train the `pending` members of a job; where the layout has more than one group, the others work in `folder`.
 
     This process is the first group (unless that has several devices), so its first step does not wait for another
     process to start.
@@ -228,7 +228,7 @@ def _train_here(
 
 
 class _Crew:
-    """The members still to do, and those who take them one by one."""
+    """The members still to train, and the workers that take them one by one."""
 
     def __init__(self, job: Job, pending: list[int], layout: Layout, report: Report) -> None:
         self.members = len(job.splits)
@@ -302,7 +302,7 @@ class _Group:
                 process.stdin.write(f"{member} {threads}\n")
                 process.stdin.flush()
             except BrokenPipeError:
-                pass  # it has ended, and so will what the first one says
+                pass  # it has ended, so the stream of the first one ends too
         speaker = self.processes[0].stdout
         assert speaker is not None
         for line in speaker:

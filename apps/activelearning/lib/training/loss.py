@@ -26,11 +26,11 @@ class PartialDiceCELoss(nn.Module):
         L = F_w - mean_c (2 sum w p_c y_c + s) / max(sum w y_c + sum w p_c + s, 1e-8),    c over foreground classes,
 
     where F_w is the mean of -(1 - p_y)^gamma log p_y over annotated voxels (cross-entropy for gamma = 0). A crop
-    without annotation adds nothing to the sums of batch Dice; a batch without any gives L = 0 and zero gradients. With
+    without annotation adds 0 to the sums of batch Dice; for a batch without any, L = 0 and the gradients are zero. With
     s = 0, a class that is absent from the annotated voxels contributes 0, as published.
 
-    Where only some classes were drawn, a voxel is known to be one of a set S of classes: those that no annotator drew,
-    and background. Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a
+    If only some classes were annotated, a voxel belongs to a set S of classes: those that were not annotated, and
+    background. Then p_y is the sum of p over S, and the voxel counts in the Dice of every class outside of S, as a
     voxel without that class.
 
     Args:
@@ -40,8 +40,8 @@ class PartialDiceCELoss(nn.Module):
         dice_weight, ce_weight: factors of the two parts.
         gamma: exponent of the focal part; 0 is cross-entropy.
 
-    Shapes: logits (B, C, ...), target (B, ...) or (B, 1, ...), whole numbers; `sets` (K, C) bool: row k says which
-    classes a voxel of value C + k may have.
+    Shapes: logits (B, C, ...), target (B, ...) or (B, 1, ...), whole numbers; `sets` (K, C) bool: row k marks the
+        classes that a voxel of value C + k may have.
 
     Source: nnActive (Lueth et al. 2025), appendix on partial annotation; nnU-Net's ignore label; focal part: Lin et al.
     2017, equation 5; sets: the marginal loss of Shi et al. 2021, equation 3.
@@ -137,8 +137,8 @@ class DeepSupervisionLoss(nn.Module):
         return torch.stack(losses).sum()
 
 
-# What a recipe can name. The weighted soft Dice of the slice-sampling paper (Chlebus et al. 2022, section on training)
-# is 1 - Dice over the annotated voxels of the mini-batch: the Dice part alone, up to the constant 1.
+# Losses that a recipe can name. The weighted soft Dice of the slice-sampling paper (Chlebus et al. 2022, section on
+# training) is 1 - Dice over the annotated voxels of the mini-batch: the Dice part alone, up to the constant 1.
 LOSSES: dict[str, Callable[[], PartialDiceCELoss]] = {
     "dice_ce": PartialDiceCELoss,
     "focal": lambda: PartialDiceCELoss(dice_weight=0.0, gamma=5.0),

@@ -17,7 +17,7 @@ from lib.training.loss import PartialDiceCELoss
 def pair_loss(predicted: Tensor, target: Tensor, margin: float = 1.0) -> Tensor:
     """Mean over the pairs (i, B - 1 - i) of max(0, margin - sign (p_i - p_j)), sign +1 where t_i > t_j, else -1.
 
-    The published configuration has margin 0, Yoo & Kweon have 1. Targets carry no gradient.
+    The published configuration has margin 0, Yoo & Kweon have 1. Targets are detached from the graph.
 
     Raises:
         ValueError: an odd number of samples, which leaves one without a partner.

@@ -152,13 +152,13 @@ class _Level(nn.Module):
 
 
 class AnisotropicUNet(nn.Module):
-    """U-net for thick slices: levels whose kernel is 1 along `axis` look in-plane, the others by separable 3D kernels.
+    """U-net for thick slices: in-plane kernels where a plan's kernel is 1 along `axis`, else separable 3D kernels.
 
-    Max pooling down, transposed convolutions up, batch norm and ReLU, dropout at each level of the decoder, which is
-    what Monte Carlo dropout samples. Differs from the paper in padding: convolutions keep the size.
+    Max pooling down, transposed convolutions up, batch norm and ReLU, and dropout at each level of the decoder, which
+    Monte Carlo dropout samples. Unlike in the paper, convolutions are padded and keep the size.
 
     Args:
-        kernels, strides: of each level, as plans have them.
+        kernels, strides: per level, as in a plan.
         features: channels of each level.
         dropout: rate in the decoder; None is 0.
         norm: MONAI's name of the normalisation.

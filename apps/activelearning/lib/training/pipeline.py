@@ -48,28 +48,23 @@ class CaseSet:
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that fixes one training but its images.
-
-    Args:
-        bundle: the bundle as the plan in force has it.
-        store: where the training is published.
-        classes: class name -> id.
-        recipe: see `Recipe`.
-        spacing: spacing in mm that the network works at; None for the spacing of each image.
-        members: networks of the ensemble.
-        seed, round: of the training.
-        start: digest and members of the training whose weights this one begins with; None for fresh weights.
-    """
+    """Inputs of one training except its images."""
 
     bundle: Bundle
+    """Bundle with the present plan."""
     store: ModelStore
+    """Store that publishes the training."""
     classes: dict[str, int]
+    """Class name -> id."""
     recipe: Recipe
     spacing: tuple[float, float, float] | None
+    """Spacing in mm of the network's input; None for the spacing of each image."""
     members: int
+    """Number of networks of the ensemble."""
     seed: int
     round: int
     start: tuple[str, int] | None = None
+    """Digest and members of the training that provides the initial weights; None for fresh weights."""
 
     def build_cases(
         self,
@@ -106,7 +101,7 @@ class Training:
         by_class = classwise(name, volume.shape)
         label_xyz = mask_xyz if by_class is None else by_class.encoded(codes)
         if by_class is None:
-            # Where only some classes were drawn, a class that is missing may well be there.
+            # If only some classes were annotated, a missing class may still be present.
             structures.add(mask_xyz, volume.spacing)
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
@@ -151,11 +146,11 @@ class Training:
 def training_splits(
     classes_by_case: Mapping[str, frozenset[int]], members: int, folds: int, rng: np.random.Generator
 ) -> list[list[str]]:
-    """Cases each of `members` members trains on: all but fold i modulo `folds`.
+    """Training cases of each of `members` members: all but fold i modulo `folds`.
 
-    Cases are dealt to folds class by class, the rarest class first, so that a class found in two cases or more is in
+    Cases are assigned to folds class by class, the rarest class first, so that a class found in two cases or more is in
     every training split. With one fold, or fewer cases than two, every member trains on all cases. A split that would
-    lose a class (it occurs in one case only) or all cases keeps everything instead.
+    lose a class (which occurs in one case only) or all cases keeps all cases instead.
 
     Source: nnActive specification, section 7 (ensemble): folds over annotated images, rare classes spread first.
     """

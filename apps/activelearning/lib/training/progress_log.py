@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 class ProgressLog:
     """Progress of every member of a training; `report` writes it to `path` and the log.
 
-    Time left = time so far / share done so far * share left, over the steps of this process: what an earlier process
-    did before it was stopped tells nothing about the speed of this one.
+    Time left = time so far / share done so far * share left, over the steps of this process: the speed of an earlier
+    process does not count.
     """
 
     def __init__(self, members: int, done: Iterable[int], path: Path) -> None:
         self.members = members
         self.path = path
         self.shares = dict.fromkeys(done, 1.0)
-        self.first = dict(self.shares)  # share of each member when this process first heard of it
+        self.first = dict(self.shares)  # share of each member at its first report to this process
         self.begun = time.monotonic()
         self.started = time.time()
 
@@ -58,6 +58,6 @@ class ProgressLog:
         write_json(self.path, state)
 
     def _seconds_left(self, fraction: float) -> float | None:
-        """None until there is something to tell the speed from."""
+        """None until the speed can be estimated."""
         gained = sum(share - self.first[member] for member, share in self.shares.items()) / self.members
         return (time.monotonic() - self.begun) * (1 - fraction) / gained if gained > 0 else None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lib.partial_labels import UNLABELLED
 from lib.regions import Triple
 
-# Voxels remembered a case and class. More would not change the distribution of crops, only memory.
+# Voxels kept per case and class. More would need memory without a change of the distribution of crops.
 REMEMBERED_VOXELS = 1 << 18
 
 
@@ -92,7 +92,7 @@ class RegionSampler:
 
     A share `foreground` of each batch is centred on a foreground voxel (nnU-Net rounds the same way: the last items of
     the batch). Its class is drawn uniformly among all classes, then its case uniformly among those that hold the class.
-    nnU-Net draws the case first, which starves a class that few cases have. The other crops hold a uniformly drawn
+    nnU-Net draws the case first, so a class of few cases is rarely drawn. The other crops hold a uniformly drawn
     annotated voxel.
 
     Raises:

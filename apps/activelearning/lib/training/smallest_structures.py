@@ -18,11 +18,11 @@ from lib.prediction.postprocessing import NEIGHBOURS
 
 
 class SmallestStructures:
-    """The smallest structure of every class that some image lacks, of labels that are shown one after the other.
+    """Smallest structure of every class that is absent from some image; labels are added one at a time.
 
-    A class is optional as soon as a fully annotated image lacks it: a lesion, a removed organ. For such a class, a rule
-    against false positives is worthwhile; it would only harm the classes that every image holds. A structure is a
-    component (26 neighbours) of a class that no unlabelled voxel touches, so that all of it is known.
+    A class is optional if it is absent from a fully annotated image, such as a lesion or a removed organ. A rule
+    against false positives helps such classes, but harms those that every image contains. A structure is a component
+    (26 neighbours) of a class that no unlabelled voxel touches, so its extent is fully annotated.
 
     Args:
         classes: name -> value in label maps.
@@ -34,7 +34,7 @@ class SmallestStructures:
         self._smallest_mm3: dict[str, float] = {}
 
     def add(self, label_xyz: LabelMap, spacing: Sequence[float]) -> None:
-        """Looks at the label map (X, Y, Z) of one image with voxels of `spacing` mm."""
+        """Add the label map (X, Y, Z) of one image with voxels of `spacing` mm."""
         boxes = ndimage.find_objects(np.where(label_xyz == UNLABELLED, 0, label_xyz).astype(np.uint8))
         whole = not (label_xyz == UNLABELLED).any()
         for name, value in self.classes.items():

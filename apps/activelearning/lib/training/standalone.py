@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Training and inference on a decathlon-style folder without a server: what `python -m monai.bundle run` starts."""
+"""Training and inference on a decathlon-style folder without a server, for `python -m monai.bundle run`."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ logger = logging.getLogger(__name__)
 
 
 class FolderTraining:
-    """Trains one bundle on the images that dataset.json lists under "training"; 255 in a label map is not annotated.
+    """Train one bundle on the images that dataset.json lists under "training"; 255 in a label map is not annotated.
 
-    Writes `<output_dir>/plan_<bundle>.yaml` and `<output_dir>/<bundle>/`, the checkpoints as the server keeps them.
+    Write `<output_dir>/plan_<bundle>.yaml` and `<output_dir>/<bundle>/`, the checkpoints in the server's layout.
 
     Args:
         bundle_root: folder of the bundle.
         dataset_dir: decathlon-style folder.
-        output_dir: where plan and checkpoints go.
-        recipe: options of the recipe that differ from network.json's, e.g. {"steps": 20000}.
-        members: networks of the ensemble, each on all cases.
-        plan, memory, device: as the server's options of these names.
+        output_dir: folder of plan and checkpoints.
+        recipe: options that override network.json, e.g. {"steps": 20000}.
+        members: networks of the ensemble.
+        plan, memory, device: see the server's options.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FolderTraining:
         self.options = AppOptions(plan=plan, memory=memory, device=device)
 
     def run(self) -> Path:
-        """Trains and stores the ensemble; answers its folder.
+        """Train and store the ensemble; return its folder.
 
         Raises:
             ValueError: a file or option that cannot be used, in one sentence.
@@ -90,7 +90,7 @@ class FolderTraining:
 
 
 class FolderInference:
-    """Segments images of a decathlon-style folder with a trained bundle: `<output_dir>/<id>.nii.gz`, class ids.
+    """Segment images of a decathlon-style folder with a trained bundle: `<output_dir>/<id>.nii.gz`, class ids.
 
     Args:
         model_dir: the `output_dir` of the training.
@@ -114,10 +114,10 @@ class FolderInference:
         self.device = choose_device(device)
 
     def run(self) -> list[Path]:
-        """Writes a label map on the grid of each image; answers the files.
+        """Write a label map on the grid of each image; return the files.
 
         Raises:
-            ValueError: nothing was trained there, or an image cannot be read.
+            ValueError: there is no finished training, or an image cannot be read.
         """
         model = self.store.current()
         if model is None:

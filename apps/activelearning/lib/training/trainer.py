@@ -137,7 +137,7 @@ def sound(device: torch.device, half: torch.dtype | None) -> AbstractContextMana
 
 
 class TrainingDivergedError(ValueError):
-    """The loss of a training is no number any more."""
+    """The loss of a training is not finite."""
 
 
 def train_member(
@@ -154,19 +154,19 @@ def train_member(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     replica: Replica | None = None,
 ) -> dict[str, Tensor]:
-    """Trains `network` in place from the weights it has and returns its last weights, on the CPU.
+    """Train `network` in place from its present weights and return its last weights, on the CPU.
 
     AdamW with warm-up and poly decay, gradients clipped, the recipe's loss over annotated voxels. The last weights are
-    kept: choosing by validation Dice would spend labels that an active-learning study pretends not to have. With
-    `ema` in the recipe they are averaged, weights w_t = d w_(t-1) + (1 - d) v_t with d = min(ema, (1 + t) / (10 + t)).
-    A `head` on the activations of `taps` learns to rank the samples of a batch by their loss, in place.
+    kept: selection by validation Dice would use labels that are not annotated in an active-learning study. With `ema`
+    in the recipe they are averaged: w_t = d w_(t-1) + (1 - d) v_t with d = min(ema, (1 + t) / (10 + t)). A `head` on
+    the activations of `taps` learns to rank the samples of a batch by their loss, in place.
 
-    A training that finds its `checkpoint` goes on from there and ends in the same weights as one that was never
-    stopped (on a CPU, with the same number of threads). The file is written every `checkpoint_seconds`.
+    A training with a `checkpoint` resumes from it and ends with the same weights as an uninterrupted one (on a CPU,
+    with the same number of threads). The file is written every `checkpoint_seconds`.
 
     Raises:
         ValueError: no annotated voxel in any case.
-        TrainingDivergedError: the loss is infinite or no number; looked at whenever progress is reported.
+        TrainingDivergedError: the loss is infinite or NaN; checked at every report of progress.
     """
     member = _Member(network, cases, recipe, seed, device, head, taps, sets, replica or Replica())
     begun = member.load(checkpoint)
@@ -192,8 +192,8 @@ def train_member(
 def _finite(value: float, done: int, recipe: Recipe) -> float:
     if not math.isfinite(value):
         raise TrainingDivergedError(
-            f"the loss after step {done} of {recipe.steps} is {value}, so the training was stopped; look for images "
-            f"with wild values, or ask for a learning_rate below {recipe.learning_rate:g} or precision: full"
+            f"the loss after step {done} of {recipe.steps} is {value}, so the training was stopped; check the images "
+            f"for extreme values, or use a learning_rate below {recipe.learning_rate:g} or precision: full"
         )
     return value
 

@@ -27,7 +27,7 @@ from lib.training.trainer import Progress, Replica
 
 
 def main(folder: Path, device: torch.device, replica: Replica, port: int) -> None:
-    """Serves members of the job in `folder` until there is no more input."""
+    """Train members of the job in `folder` until the input ends."""
     say = _speaker()
     wanted: queue.Queue[tuple[int, int]] = queue.Queue()
     threading.Thread(target=_listen, args=(wanted,), daemon=True).start()

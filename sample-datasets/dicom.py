@@ -23,7 +23,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import SegmentationStorage
 
 HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:  # loaded by path from elsewhere: this folder's name is no module name
+if HERE not in sys.path:  # loaded by path from elsewhere: this folder's name is not a module name
     sys.path.append(HERE)
 
 from dicom_parts.names import digest  # noqa: E402
@@ -55,7 +55,7 @@ def to_dicom(
         if not np.allclose(affine, label_affine, atol=_AFFINE_MM):
             raise DicomError(f"{label} has another affine than its image {image.name}; resave it on that grid")
         if not np.isin(label_xyz, np.arange(256)).all():
-            raise DicomError(f"{label} holds values that are no class ids (0 to 255); check that it is a label map")
+            raise DicomError(f"{label} holds values that are not class ids (0 to 255); check that it is a label map")
         label_xyz = label_xyz.astype(np.uint8)
         key = f"{key}/{digest(np.ascontiguousarray(label_xyz).tobytes())}"
         files[out / "seg.dcm"] = write_segmentation(label_xyz, classes, slices, key)

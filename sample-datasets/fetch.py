@@ -148,10 +148,12 @@ def unpack(archive: Path, folder: Path) -> None:
             for member in tar:
                 _place(tar, member, beside, folder.name)
         if not (beside / folder.name / "dataset.json").is_file():
-            raise FetchError(f"{archive.name} holds no {folder.name}/dataset.json; it is no task of the decathlon")
+            raise FetchError(f"{archive.name} holds no {folder.name}/dataset.json; it is not a task of the decathlon")
         (beside / folder.name).rename(folder)
     except (tarfile.TarError, EOFError) as error:
-        raise FetchError(f"{archive.name} is no complete tar file ({error}); remove it and fetch it again") from error
+        raise FetchError(
+            f"{archive.name} is not a complete tar file ({error}); remove it and fetch it again"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HERE = str(Path(__file__).resolve().parent)
-if HERE not in sys.path:  # loaded by path from elsewhere: this folder's name is no module name
+if HERE not in sys.path:  # loaded by path from elsewhere: this folder's name is not a module name
     sys.path.append(HERE)
 
 from phantom.acquisition import MIXED, ORIENTATIONS, Knobs, Phantom  # noqa: E402

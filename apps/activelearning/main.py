@@ -105,7 +105,7 @@ class PatchwiseApp(MONAILabelApp):
         self.ledger = QueryLedger(state / "ledger.sqlite", idle_minutes=self.options.idle_minutes)
         if self.ledger.answers.images(withdrawn=True):
             check_same_ids(self.classes, self.ledger.get_meta("classes"))
-        # Whoever checks the labels later has to know what their values meant.
+        # A later check of the labels needs the meaning of their values.
         if self.ledger.get_meta("classes") != self.classes:
             self.ledger.set_meta("classes", self.classes)
         self.clients = Clients()
@@ -129,7 +129,7 @@ class PatchwiseApp(MONAILabelApp):
             version="0.1.0",
             labels=list(self.classes),
         )
-        # Upstream would start a scoring process after every request; scoring is asked for, here.
+        # Upstream would start a scoring process after every request; here, scoring is requested explicitly.
         self._auto_update_scoring = False
 
     def init_datastore(self) -> Datastore:
@@ -251,7 +251,7 @@ class PatchwiseApp(MONAILabelApp):
         return {**answer, "path": self.store.get_image_uri(answer["id"])}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Keeps the image's id, which upstream replaces by its path; whoever infers on an image works on it."""
+        """Keep the image's id, which upstream replaces by its path; inference on an image counts as work on it."""
         image, client = request.get("image"), self.clients.identify(request)
         if isinstance(image, str):
             self.ledger.leases.touch(client, image, opening=True)
@@ -259,7 +259,7 @@ class PatchwiseApp(MONAILabelApp):
         return result
 
     def opened(self, image: str) -> None:
-        """Notes a download of an image by whoever holds a region there; it names no client, but has an address."""
+        """Record a download of an image by a holder of a region there; the request has an address, but no client id."""
         for client in self.clients.here():
             if self.ledger.leases.touch(client, image, opening=True):
                 return
@@ -272,7 +272,7 @@ class PatchwiseApp(MONAILabelApp):
         return self._run("scoring", super().scoring, request)
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """What the client is told about its submission."""
+        """Response to the client about its submission."""
         number = saved_answer()
         answer = None if number is None else self.ledger.answers.get(number)
         if answer is None:
@@ -299,10 +299,10 @@ class PatchwiseApp(MONAILabelApp):
         )
 
     def _in_turn(self, name: str, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """While rounds run themselves, who asks singly gets what the round has planned, whatever the client is set to.
+        """In automatic mode, serve single-region requests from the planned batch, regardless of the client's method.
 
-        Before the first training that is a random batch; while a new model's batch is being prepared, what was planned
-        with the last one.
+        Before the first training that is a random batch; while a new model's batch is being prepared, it is the batch
+        planned with the last one.
         """
         if self.rounds is None or request.get("batch"):
             return name, request
@@ -316,7 +316,7 @@ class PatchwiseApp(MONAILabelApp):
         return name, request
 
     def _auto_rounds(self) -> AutoRounds | None:
-        """Rounds that run themselves, where they are wanted."""
+        """Automatic rounds, if the option is on."""
         if not self.options.auto_rounds:
             return None
         bundle, trainer = next(iter(self.trainers.items()))
@@ -335,7 +335,7 @@ class PatchwiseApp(MONAILabelApp):
         )
 
     def _supervise(self) -> None:
-        """What the progress page shows, and the thread that works while nobody waits."""
+        """Create the data of the progress page and the background thread."""
         self.measures = Counts(self.root / STATE_FOLDER / "measures.sqlite", self.store, self.proposals)
         self.progress = Snapshot(
             self.store,
@@ -352,7 +352,7 @@ class PatchwiseApp(MONAILabelApp):
         self.background = Ticker([*ticks, self.measures.catch_up, self.progress.refresh])
 
     def _run(self, what: Kind, work: Any, request: dict[str, Any]) -> dict[str, Any]:
-        """Runs a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""
+        """Run a task; in a child process a refusal ends with one sentence and exit code 2, not a traceback."""
         try:
             result: dict[str, Any] = work(request)
         except PatchwiseError as refused:
@@ -373,10 +373,10 @@ def _is_remote(studies: str) -> bool:
 
 
 def _root(studies: str, options: AppOptions) -> Path:
-    """The studies folder, or the folder that stands for a DICOMweb server.
+    """The studies folder, or the state folder of a DICOMweb server.
 
     Raises:
-        OptionError: no such folder, or one for state where the studies folder keeps its own.
+        OptionError: no such folder, or a state folder although the studies folder has its own.
     """
     if _is_remote(studies):
         return state_folder(studies, options.state)

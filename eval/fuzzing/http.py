@@ -214,7 +214,7 @@ def _steer(case: Any, rng: np.random.Generator, extras: dict[str, Any], known: M
 def fuzz_uploads(asker: Asker, wanted: int, number: int) -> Tally:
     """Damaged volumes as labels, images, sessions and inputs of a model."""
     tally, valid, images = Tally("uploads"), volumes(), asker.known["image"]
-    for name, content in valid.items():  # what the server imports when it is first needed is no file's doing
+    for name, content in valid.items():  # what the server imports when it is first needed is not caused by the file
         packed = pack(name, content, content, [], whole=True)
         asker.http.put(
             "/datastore/image", params={"image": "fuzzed"}, files={"file": (name, packed)}

@@ -104,7 +104,7 @@ def fuzz_volumes(wanted: int, number: int) -> Tally:
     cases = st.tuples(st.sampled_from(sorted(valid)), st.sampled_from(sorted(READERS)), EDITS, st.integers(0, 3))
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in valid.items():  # what is imported when it is first needed is no file's doing
+        for name, content in valid.items():  # what is imported when it is first needed is not caused by the file
             path = Path(folder) / name
             path.write_bytes(pack(name, content, content, [], whole=True))
             load_image(path)

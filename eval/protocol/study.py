@@ -149,7 +149,7 @@ class Study(_Part):
             raise ValueError("methods need a starting_budget and a batch; add both")
         unknown = sorted({m for methods in self.factors.values() for m in methods} - set(labels))
         if unknown:
-            raise ValueError(f"factors name {unknown[0]}, which is no method of the study; its methods are {labels}")
+            raise ValueError(f"factors name {unknown[0]}, which is not a method of the study; its methods are {labels}")
         if labels and self.unit == "patch" and (self.size is None or min(self.size) < 1):
             raise ValueError("unit patch needs size: three whole numbers of voxels")
         return self

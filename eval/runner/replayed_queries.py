@@ -34,7 +34,7 @@ def read_loop(path: Path) -> list[dict[str, Any]]:
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefereeError(
-            f"{path} is no loop file of nnActive with patches of file, coords and size ({error!r}); check the path"
+            f"{path} is not a loop file of nnActive with patches of file, coords and size ({error!r}); check the path"
         ) from error
 
 

@@ -182,7 +182,7 @@ def test_a_renamed_or_extra_segment_with_voxels_is_refused_in_a_sentence(
         slicer.submit()
     # Slicer shows this text in its error window.
     assert "Status: 400" in refused.value.msg
-    assert f"({name}) are no class of this project; known classes are anterior, posterior" in refused.value.msg
+    assert f"({name}) are not classes of this project; known classes are anterior, posterior" in refused.value.msg
     assert not stored(studies, image)
 
 

@@ -274,7 +274,7 @@ def test_every_segment_without_a_class_is_named_with_what_to_do():
     with pytest.raises(LabelError) as refused:
         remap_by_name(submitted, info, CLASSES)
     assert str(refused.value) == (
-        "segments 1 (tumour), 2 (cyst) are no class of this project; known classes are anterior, posterior: "
+        "segments 1 (tumour), 2 (cyst) are not classes of this project; known classes are anterior, posterior: "
         "rename or remove the segments and submit again"
     )
     with pytest.raises(LabelError) as refused:

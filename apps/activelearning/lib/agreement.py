@@ -19,9 +19,9 @@ from lib.partial_labels import UNLABELLED, LabelMap
 def class_agreement(
     mine_xyz: LabelMap, other_xyz: LabelMap, classes: Mapping[str, int]
 ) -> dict[str, tuple[float | None, int, int]]:
-    """Dice = 2 |A and B| / (|A| + |B|) and the voxels of A and B of every class, where both people labelled.
+    """Dice = 2 |A and B| / (|A| + |B|) and the voxels of A and B of every class, where both annotators labelled.
 
-    None where neither drew the class: two people who both see nothing have not been compared on it.
+    None if neither drew the class, since its absence in both readings is not a comparison.
     """
     found: dict[str, tuple[float | None, int, int]] = {}
     for name, (shared, a, b) in zip(classes, class_overlaps(mine_xyz, other_xyz, classes).tolist(), strict=True):

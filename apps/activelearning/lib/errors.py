@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Errors whose text is written for the person who made the request, and how a request is refused."""
+"""Errors with a text for the sender of the request, and the refusal of requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 
 class PatchwiseError(Exception):
-    """A request or a file that cannot be used: one sentence, and the HTTP status that belongs to it.
+    """A request or a file that cannot be used: one sentence, and its HTTP status.
 
     The sentence names the expected value, the found value and the remedy. The server returns it with `status`; a
     command ends with exit code 2.

@@ -40,8 +40,8 @@ def check_frame_segment(
 ) -> None:
     """Refuse voxels that were painted into the frame's segment by mistake.
 
-    Clients export the frame with everything else, and its voxels are read as background. Where `answered` regions hold
-    voxels of it outside the frames of the regions `asked` about, the annotator drew with the wrong segment.
+    Clients export the frame too, and its voxels are read as background. If `answered` regions contain voxels of it
+    outside of the frames of the regions `asked`, the annotator drew with the wrong segment.
 
     Raises:
         LabelError: with the number of these voxels.

@@ -73,19 +73,22 @@ class AppOptions(BaseModel):
         description="'auto' plans from the pool, 'bundle' does not, or a YAML file of a plan",
     )
     memory: float | None = Field(
-        default=None, gt=0, le=100_000, description="GiB a training step may take, for the plan; default: measured"
+        default=None, gt=0, le=100_000, description="memory of a training step in GiB, for the plan; default: measured"
     )
     methods: Annotated[list[str] | None, BeforeValidator(_names)] = Field(
-        default=None, description="query methods the clients list: 'all' or names; every method works by name"
+        default=None, description="query methods that clients list: 'all' or names; every method works by name"
     )
-    members: int = Field(default=5, ge=1, le=50, description="ensemble members a training makes")
-    batch: int = Field(default=20, ge=1, le=10_000, description="regions chosen at a time for clients that ask singly")
+    members: int = Field(default=5, ge=1, le=50, description="ensemble members per training")
+    batch: int = Field(default=20, ge=1, le=10_000, description="regions per batch for single-region requests")
     size: Annotated[list[int], BeforeValidator(_numbers)] = Field(
-        default=[32, 32, 32], min_length=3, max_length=3, description="patch in voxels when a request names none"
+        default=[32, 32, 32], min_length=3, max_length=3, description="patch in voxels if a request has none"
     )
-    lease_minutes: float = Field(default=60, gt=0, le=100_000, description="how long a region is kept for a client")
+    lease_minutes: float = Field(default=60, gt=0, le=100_000, description="minutes for which a client holds a region")
     double_share: float = Field(
-        default=0, ge=0, le=1, description="share of the regions that two annotators get, to measure their agreement"
+        default=0,
+        ge=0,
+        le=1,
+        description="share of the regions with a second reading, to measure inter-rater agreement",
     )
     idle_minutes: float = Field(
         default=5, gt=0, le=1000, description="longest time between two requests of a client that counts as work"
@@ -93,38 +96,36 @@ class AppOptions(BaseModel):
     forwarded_header: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9-]+$",
-        description="header in which a trusted proxy tells a client's address, e.g. X-Forwarded-For; default: none",
+        description="header in which a trusted proxy sends a client's address, e.g. X-Forwarded-For; default: none",
     )
     upload_mib: int = Field(
-        default=2048, ge=1, le=1_000_000, description="MiB of an upload at most, and of an unpacked ZIP archive"
+        default=2048, ge=1, le=1_000_000, description="limit of an upload and of an unpacked ZIP archive in MiB"
     )
     origins: Annotated[list[_Origin], BeforeValidator(_names)] = Field(
         default=[],
         description="origins of other web pages that may use the server, e.g. https://ohif.example.org; default: none",
     )
     hosts: Annotated[list[_Host], BeforeValidator(_names)] = Field(
-        default=[], description="names of the server beside localhost, its addresses and the machine's own name"
+        default=[], description="additional names of the server, beside localhost, its addresses and the machine's name"
     )
     body_idle_seconds: float = Field(
-        default=30, ge=0.1, le=3600, description="longest pause of a client that sends a request or reads an answer"
+        default=30, ge=0.1, le=3600, description="longest pause of a client that sends a request or reads a response"
     )
-    body_seconds: float = Field(
-        default=3600, ge=1, le=100_000, description="longest time that a request may take to arrive"
-    )
+    body_seconds: float = Field(default=3600, ge=1, le=100_000, description="longest time of receiving a request")
     state: Path | None = Field(
         default=None,
-        description="folder for copies and all state when --studies is a DICOMweb server; default: in the user's cache",
+        description="folder for copies and all state if --studies is a DICOMweb server; default: in the user's cache",
     )
-    poll_seconds: float = Field(default=3, ge=0.5, le=3600, description="time between two looks at a DICOMweb server")
+    poll_seconds: float = Field(default=3, ge=0.5, le=3600, description="time between two queries of a DICOMweb server")
     store_segmentations: bool = Field(
         default=True, description="store saved labels on the DICOMweb server too, as DICOM segmentations"
     )
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where networks run")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="device of the networks")
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of a training; 0 leaves it to torch")
     workers: int = Field(
         default=0, ge=0, le=64, description="members trained side by side on a device; 0: one per CPU thread, 4 per GPU"
     )
-    keep_moments: int = Field(default=1, ge=1, le=1000, description="rounds whose cached moments stay on disk")
+    keep_moments: int = Field(default=1, ge=1, le=1000, description="rounds for which cached moments stay on disk")
     auto_rounds: bool = Field(
         default=False, description="whether an answered batch starts training, scoring and the choice of the next batch"
     )
@@ -132,20 +133,20 @@ class AppOptions(BaseModel):
         default=None, description="query method of the batches that auto_rounds chooses; default: the first one listed"
     )
     auto_train: Annotated[dict[str, Any], BeforeValidator(_object)] = Field(
-        default={}, description="what auto_rounds asks trainings for, a JSON object as POST /train/{bundle} takes it"
+        default={}, description="request of auto_rounds for a training, a JSON object as for POST /train/{bundle}"
     )
     budget_minutes: float | None = Field(
-        default=None, gt=0, description="minutes of annotation there are; the progress page shows how many are used"
+        default=None, gt=0, description="annotation budget in minutes; the progress page shows the used share"
     )
     stop_gain: float = Field(
-        default=0.005, gt=0, lt=1, description="gain in Dice that makes another batch worth its minutes"
+        default=0.005, gt=0, lt=1, description="least gain in Dice for which another batch is recommended"
     )
     stop_batches: int = Field(
         default=3, ge=2, le=1000, description="batches that must be measured before the page advises to stop"
     )
 
 
-# What MONAI Label itself puts into an app's configuration.
+# Keys that MONAI Label itself adds to an app's configuration.
 _UPSTREAM_KEYS = frozenset({"server_mode", "use_pretrained_model", "auto_update_scoring"})
 
 

@@ -28,7 +28,7 @@ class LabelError(PatchwiseError, ValueError):
 
 
 def unlabelled(shape: Sequence[int]) -> LabelMap:
-    """A label map in which nothing is annotated, in the memory order of NIfTI files."""
+    """A label map without annotation, in the memory order of NIfTI files."""
     return np.full(tuple(shape), UNLABELLED, dtype=np.uint8, order="F")
 
 
@@ -68,10 +68,10 @@ def remap_by_name(
 ) -> LabelMap:
     """Values of a client's export turned into class ids by the names in `label_info`.
 
-    A client numbers the segments it exports 1, 2, ... in the order of its scene, so only names identify a class. Each
-    entry of `label_info` is `{"name": ..., "idx": ...}`: `idx` is the value in the file. Names compare without case.
-    Segments whose name is not a class are refused when they hold voxels, so that nothing is dropped silently. Entries
-    for helper segments (`background`, `query_region`) are read as background.
+    A client numbers exported segments 1, 2, ... in the order of its scene, so only names identify a class. Each
+    entry of `label_info` is `{"name": ..., "idx": ...}`: `idx` is the value in the file. Names compare without case. A
+    segment with voxels whose name is not a class is refused, so that no voxel is dropped silently. Entries for helper
+    segments (`background`, `query_region`) are read as background.
 
     Without `label_info` the values are taken as class ids.
 
@@ -94,7 +94,7 @@ def remap_by_name(
     if missing:
         listed = ", ".join(f"{v} ({names.get(v, 'without a name')})" for v in missing)
         raise LabelError(
-            f"segments {listed} are no class of this project; known classes are {', '.join(classes)}: "
+            f"segments {listed} are not classes of this project; known classes are {', '.join(classes)}: "
             "rename or remove the segments and submit again"
         )
     if all(meaning[v] == v for v in present):
@@ -118,9 +118,9 @@ def check_label_info(label_info: Any) -> None:
 def settle_values(label_xyz: LabelMap, label_info: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """`label_info` with the values that the segments have in the file.
 
-    3D Slicer leaves some segments out of an export (`background`, scribbles); its `idx` counts them, the values in the
-    file do not. Such a list rises and has gaps. Where the values in the file fit its `idx` it is taken as it is, where
-    they only fit the places in the list it is numbered by these.
+    3D Slicer leaves some segments out of an export (`background`, scribbles): its `idx` counts them, the values in the
+    file do not. Such a list rises and has gaps. If the values in the file match `idx`, the list is used unchanged; if
+    they only match the positions in the list, it is renumbered by these.
 
     Raises:
         LabelError: both fit and give a voxel different names.
@@ -165,7 +165,7 @@ def _names_by_value(label_info: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 def merge(current_xyz: LabelMap, answer_xyz: LabelMap, regions: Sequence[Region]) -> LabelMap:
     """`current` with the voxels of `regions` replaced by those of `answer`; nothing outside of them changes.
 
-    UNLABELLED voxels of the answer leave what was there: a client cannot take back a label by leaving it out.
+    UNLABELLED voxels of the answer do not change `current`: a client cannot remove a label by leaving it out.
 
     Raises:
         LabelError: shapes differ or a region does not lie inside.
@@ -182,14 +182,14 @@ def merge(current_xyz: LabelMap, answer_xyz: LabelMap, regions: Sequence[Region]
 
 
 class ClasswiseLabels:
-    """A merged label map that also remembers which classes were looked for where some were not.
+    """A merged label map with the set of excluded classes per voxel, for answers that annotate only some classes.
 
-    An annotator may draw only some classes. Of a voxel left empty it is then known that none of these is there, but not
-    which of the others is: it stays UNLABELLED, and bit i of `absent_xyz` says that class i + 1 was ruled out. Once all
-    classes were, it is background. The newest statement about a voxel and class holds.
+    An empty voxel of such an answer belongs to none of the annotated classes, but possibly to another one. It stays
+    UNLABELLED, and bit i of `absent_xyz` excludes class i + 1. If all classes are excluded, it is background. The
+    newest answer for a voxel and class takes precedence.
 
     Args:
-        shape: of the image.
+        shape: shape of the image.
         classes: number of classes without background, 1 to 63.
     """
 
@@ -229,10 +229,10 @@ class ClasswiseLabels:
         return np.where((self.label_xyz == UNLABELLED) & (self.absent_xyz == self.all), BACKGROUND, self.label_xyz)
 
     def encoded(self, codes: dict[int, int]) -> LabelMap:
-        """The label map with a value of its own for each set of classes that a voxel may still have.
+        """The label map with a separate value for each set of classes that a voxel may still have.
 
         Args:
-            codes: bits of the classes ruled out -> value; new ones get the next free value above the classes.
+            codes: bits of the excluded classes -> value; new ones get the next free value above the classes.
         """
         label = self.merged()
         partly = (label == UNLABELLED) & (self.absent_xyz != 0)
@@ -247,7 +247,7 @@ class ClasswiseLabels:
 
 
 def possible_classes(codes: Mapping[int, int], classes: int) -> list[list[bool]]:
-    """Row k: which of background and the classes 1 ... `classes` a voxel of the k-th code may have."""
+    """Row k: mask of background and the classes 1 ... `classes` that a voxel of the k-th code may have."""
     return [[True, *(not bits >> c & 1 for c in range(classes))] for bits in codes]
 
 

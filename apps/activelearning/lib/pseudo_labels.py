@@ -23,11 +23,11 @@ _MORPHOLOGICAL = "itk-morphologicalcontourinterpolation"
 def interpolate(top: ArrayLike, bottom: ArrayLike, n: int, kind: str = "signed_distance") -> NDArray[np.generic] | None:
     """Label slices between `top` and `bottom`, from the top, or None where a class does not overlap itself.
 
-    Each class in turn, in the order of its value; a later one overwrites. A class that is in neither slice stays away;
+    Each class in turn, in the order of its value; a later one overwrites. A class that is in neither slice is ignored;
     one whose two cross-sections share no pixel (or that is in one slice only) leaves the whole block without labels.
-    Signed distance: slice i of 1 .. n is [(1 - t) s(top) + t s(bottom) >= 0] with t = i / (n + 1) and
-    s = inside distance - outside distance + 0.5 in pixels (Burmeister 2022, appendix A). `kind="morphological"` needs
-    the optional package itk-morphologicalcontourinterpolation.
+    Signed distance: slice i of 1 .. n is [(1 - t) s(top) + t s(bottom) >= 0] with t = i / (n + 1) and s = inside
+    distance - outside distance + 0.5 in pixels (Burmeister 2022, appendix A). `kind="morphological"` needs the optional
+    package itk-morphologicalcontourinterpolation.
 
     Shapes: top and bottom (X, Y) labels, 0 background -> (n, X, Y) of their type.
 
@@ -58,8 +58,8 @@ def fill_between(
     """A label map in which unlabelled slices between two annotated ones carry pseudo labels.
 
     Two wholly annotated slices along `axis` that are neighbours in the map and at most `thickness - 1` apart are the
-    outer slices of a block; only voxels without annotation are filled, and a block without interpolation stays as it
-    is. The input is not changed.
+    outer slices of a block; only voxels without annotation are filled, and a block without interpolation is unchanged.
+    The input is not changed.
 
     Source: Burmeister et al. 2022, strided sampling (block thickness 5, 10 or 15).
     """

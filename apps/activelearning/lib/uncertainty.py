@@ -124,7 +124,7 @@ class RunningMoments:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Moments in memory of M posterior members: what every uncertainty needs, and never the stack itself.
+    """Moments in memory of M posterior members: the input of every uncertainty, without the stack itself.
 
     Args:
         total_cxyz: sum_m p, float32.
@@ -228,7 +228,7 @@ class Moments:
         return np.asarray(out / np.float32(self.shape[0]))
 
     def mean_variance(self) -> Array:
-        """Mean over classes of the variance over members (ddof 1), (X, Y, Z): what ALUNET's code calls Mean STD."""
+        """Mean over classes of the variance over members (ddof 1), (X, Y, Z); Mean STD in ALUNET's code."""
         return np.asarray(self.class_variance(ddof=1).mean(axis=0))
 
     def least_confidence(self) -> Array:
@@ -262,10 +262,10 @@ class Moments:
 
 
 def predicted_loss(loss_xyz: Array | None) -> Array:
-    """`loss_xyz`, known to be there.
+    """Return `loss_xyz`.
 
     Raises:
-        ValueError: None.
+        ValueError: it is None.
     """
     if loss_xyz is None:
         raise ValueError("the members predict no loss: train with learning_loss above 0 and score again")
@@ -290,9 +290,11 @@ def burmeister_confidence(moments: Moments) -> Array:
 
 
 def burmeister_entropy(moments: Moments) -> Array:
-    """sum_c (1/e + d log d) with d = |1/C - mean_c| (X, Y, Z), as published by Burmeister 2022; high is chosen first.
+    """sum_c (1/e + d log d) with d = |1/C - mean_c| (X, Y, Z), as published by Burmeister 2022; high values are chosen
+    first.
 
-    It is not Shannon entropy: d log d falls until d = 1/e and rises again. 1/e a class keeps it from being negative.
+    It is not Shannon entropy: d log d falls until d = 1/e and rises again. The term 1/e per class keeps it from being
+    negative.
     """
     d = torch.from_numpy(moments.mean).sub_(1 / moments.shape[0]).abs_()
     return np.asarray((_p_log_p(d) + float(np.exp(-1))).clamp_(min=0).sum(0).numpy())

@@ -40,7 +40,7 @@ def box_mean(score: ArrayLike, size: Sequence[int], stride: Sequence[int] = (1, 
     _, ny, nz = values.shape
     grid = [(n - k) // s + 1 for n, k, s in zip(values.shape, kept, steps, strict=True)]
     sums_x = np.ascontiguousarray(_running_sum(values, kept[0], 1)[:: steps[0]])
-    # On the flat map a shift along y or z is one contiguous pass; what runs over the end of a row is cut off below.
+    # On the flat map a shift along y or z is one contiguous pass; values beyond the end of a row are cut off below.
     sums = _running_sum(_running_sum(sums_x.ravel(), kept[1], nz), kept[2], 1)
     jumps = [sums.itemsize * v for v in (ny * nz, nz * steps[1], steps[2])]
     return np.asarray(np.lib.stride_tricks.as_strided(sums, grid, jumps) * np.float32(1 / np.prod(kept)))

@@ -56,7 +56,7 @@ def _scratch(world):
 def test_fine_tuning_with_other_classes_is_refused(world):
     world.train()
     world.trainer.classes = {"anterior": 1, "posterior": 2, "tail": 3}
-    with pytest.raises(PatchwiseError, match="knows other classes") as refused:
+    with pytest.raises(PatchwiseError, match="has other classes") as refused:
         world.train(start="last", round=1)
     assert refused.value.status == 409
 

@@ -96,9 +96,9 @@ def test_usable_json_is_given_back(value):
         (b'"\\udc80"', r"the body holds half of a character ('\udc80')"),
         (b'{"\\udc80": 1}', "the body holds half of a character"),
         (b"[" * 34 + b"]" * 34, "the body is nested more than 32 levels deep; send it flat"),
-        (b"[" * 10**6, "the body is no JSON that can be used (RecursionError)"),
-        (b"9" * 5000, "the body is no JSON that can be used (ValueError)"),
-        (b"\xff", "the body is no JSON that can be used (UnicodeDecodeError)"),
+        (b"[" * 10**6, "the body is not usable JSON (RecursionError)"),
+        (b"9" * 5000, "the body is not usable JSON (ValueError)"),
+        (b"\xff", "the body is not usable JSON (UnicodeDecodeError)"),
         (b"{", "the body must be a JSON object; it is not readable: "),
         (
             b'{"a": [{"bundle_path": null}]}',
@@ -141,10 +141,10 @@ def test_a_form_means_the_same_however_it_is_cut(cuts):
     ("form", "status", "sentence"),
     [
         (FORM.replace(b'{"client_id": "ann"}', b"[1]"), 400, "params must be a JSON object, found '[1]'"),
-        (FORM.replace(b'{"client_id": "ann"}', b"\xff"), 400, "the field 'params' is no text; send it in UTF-8"),
-        (FORM.replace(b"/tmp/Slicer-x/a.nii.gz", b".."), 400, "'..' is no file name"),
+        (FORM.replace(b'{"client_id": "ann"}', b"\xff"), 400, "the field 'params' is not text; send it in UTF-8"),
+        (FORM.replace(b"/tmp/Slicer-x/a.nii.gz", b".."), 400, "'..' is not a file name"),
         (FORM[:-10], 400, "the form ends before its last boundary; send it whole"),
-        (b"nonsense", 400, "the body is no form that can be read"),
+        (b"nonsense", 400, "the body is not a readable form"),
         (
             b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\ny\r\n' * 201,
             413,

@@ -272,7 +272,7 @@ def test_plans_are_written_and_read_back(tmp_path):
     [
         ("patch: [3", "not readable as a plan"),
         ("- 1", "expected the fields of a plan"),
-        ("patchh: [3, 3, 3]", "patchh is no field of a plan"),
+        ("patchh: [3, 3, 3]", "patchh is not a field of a plan"),
     ],
 )
 def test_bad_plan_files_are_refused_in_a_sentence(tmp_path, text, message):

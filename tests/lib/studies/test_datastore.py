@@ -225,7 +225,9 @@ def test_corrupt_label(store, tmp_path):
 def test_unknown_class_name(store, tmp_path):
     info = [{"name": "tumour", "idx": 1}, {"name": "posterior", "idx": 2}]
     work = lambda: submit(store, tmp_path, truth(), label_info=info)  # noqa: E731
-    refused(store, work, r"segments 1 \(tumour\) are no class of this project; known classes are anterior, posterior")
+    refused(
+        store, work, r"segments 1 \(tumour\) are not classes of this project; known classes are anterior, posterior"
+    )
 
 
 def test_unknown_class_value(store, tmp_path):

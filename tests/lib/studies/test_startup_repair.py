@@ -130,7 +130,7 @@ def test_a_start_says_what_it_has_mended_and_the_next_one_nothing(tmp_path):
         ledger.execute("DELETE FROM answered WHERE answer = 3")
         ledger.execute("DELETE FROM answers WHERE id = 3")
     assert list(repair_studies(studies.annotations, images, [store])) == [
-        "the ledger had lost what became of answers 3; it is recorded again from the journal",
+        "the ledger had lost records of answers 3; they were restored from the journal",
         "labels of a were rebuilt from the raw answers after an interruption",
         "net: the current model is damaged; that of round 1 is used again",
     ]

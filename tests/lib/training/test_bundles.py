@@ -172,7 +172,7 @@ def test_fields_of_a_plan_file_come_first(folders, tmp_path):
     with pytest.raises(PatchwiseError, match="multiple of"):
         World(tmp_path / "again", folders["hippocampus"], "segmentation_dynunet_3d", plan=str(own)).train()
     own.write_text("patches: [33, 32, 32]\n")
-    with pytest.raises(PlanError, match="patches is no field"):
+    with pytest.raises(PlanError, match="patches is not a field"):
         World(tmp_path / "again", folders["hippocampus"], "segmentation_dynunet_3d", plan=str(own))
 
 

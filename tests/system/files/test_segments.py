@@ -69,7 +69,7 @@ def test_names_that_are_no_classes_are_refused_whatever_is_sent_beside_them(worl
     path = seg_nrrd(tmp_path / "sent.seg.nrrd", TRUTH, [("Segment_1", 1, 0), ("b", 2, 0)])
     reply = world.submit("case", path, INFO, whole=True)
     assert reply.status_code == 400
-    assert "segments 1 (Segment_1) are no class of this project" in reply.text
+    assert "segments 1 (Segment_1) are not classes of this project" in reply.text
 
 
 REFUSED = {

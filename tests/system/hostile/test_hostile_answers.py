@@ -98,7 +98,7 @@ def test_replayed_and_stale_query_ids(client: Client, place: Path, asked: list[d
     given_up = client.submit(held["image"], queries=[held["query"]])
     assert (given_up.status_code, sentence_of(given_up)) == (
         409,
-        f"query {held['query']} is skipped, so nobody can answer it; ask for the next region",
+        f"query {held['query']} is skipped, so it cannot be answered; ask for the next region",
     )
     assert surroundings(place) == before
 

@@ -40,7 +40,11 @@ BOMBS = [
         r"30000 x 30000 x 30000 voxels, at most 6",
     ),
     ("promised.nii.gz", lambda: gzip.compress(header((800, 800, 800)) + b"\0" * 999), r"declares 488.3 MiB of voxels"),
-    ("unpacking.nii.gz", lambda: zeros(header((1024, 1024, 500)), 500 * MIB), r"unpack to 500 MiB are no scan"),
+    (
+        "unpacking.nii.gz",
+        lambda: zeros(header((1024, 1024, 500)), 500 * MIB),
+        r"unpack to 500 MiB are not a scan",
+    ),
     ("flat.nii.gz", lambda: gzip.compress(header((32000, 16000))), r"its header says 32000 x 16000"),
     ("far.nii.gz", lambda: zeros(header((8, 8, 8), vox_offset=2**30), 64 * MIB), r"voxels at byte 1.07374e"),
     ("negative.nii.gz", lambda: gzip.compress(header((-5, 4, 4))), r"found shape \(-5, 4, 4\)"),
@@ -100,6 +104,6 @@ def test_file_names_and_archives_that_write_elsewhere(client: Client, place: Pat
         assert reply.status_code in (400, 413)
         told.append(sentence_of(reply))
     assert "holds a file called '../../outside.nii.gz'; name files inside of it only" in told[0]
-    assert "is no ZIP archive; send one .zip file" in told[1]
+    assert "is not a ZIP archive; send one .zip file" in told[1]
     assert "holds 1 files of 2,202,009,600 bytes, at most 10000 of 2,147,483,648 are unpacked" in told[2]
     assert surroundings(place) == before

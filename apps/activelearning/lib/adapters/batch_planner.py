@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Hands out regions: a repeated batch, second readings, planned and freed regions first, newly chosen ones last."""
+"""Regions for a request: a repeated batch, second readings, planned and freed regions first, then new ones."""
 
 from __future__ import annotations
 
@@ -18,28 +18,23 @@ from lib.ledger.records import Asked, Query
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """The part of a request that decides which recorded regions serve it.
-
-    Args:
-        method, unit: names of the query method and of its unit.
-        round: the round that the regions belong to.
-        client: the annotator; with `lease_minutes` None nothing is leased.
-        batch: identifier of the batch; the same identifier returns the same regions.
-        count: regions per new batch.
-        single: whether one region is handed out, which a planned or freed one can serve.
-        named: whether the request names its regions itself.
-        lease_minutes: length of a lease; None records the batch as proposed.
-    """
+    """Fields of a request that determine which recorded regions serve it."""
 
     method: str
     unit: str
     round: int
     client: str
+    """The annotator."""
     batch: str
+    """Identifier of the batch; the same identifier returns the same regions."""
     count: int
+    """Number of regions of a new batch."""
     single: bool
+    """Whether the request is for one region, which may be a planned or freed one."""
     named: bool
+    """Whether the request names its regions itself."""
     lease_minutes: float | None
+    """Length of a lease; None records the batch as proposed, without a lease."""
 
 
 class Choice(NamedTuple):
@@ -58,10 +53,10 @@ class Served(NamedTuple):
 
 
 class BatchPlanner:
-    """One per server: what is chosen depends on what is taken, and one region goes to one client.
+    """Planner of batches, one per server: a choice depends on the taken regions, and a region goes to one client.
 
     `_choosing` is held while regions are chosen (seconds), `_handing_out` while they are recorded and leased
-    (milliseconds, also inside of the other lock). So a planned region is handed out while a batch is being chosen.
+    (milliseconds, also inside of the other lock). So a planned region can be leased while a batch is being chosen.
     """
 
     def __init__(self, ledger: QueryLedger) -> None:
@@ -71,12 +66,12 @@ class BatchPlanner:
     def serve(
         self, request: BatchRequest, choose: Callable[[int], Choice], recorded: Callable[[list[Query]], None]
     ) -> Served:
-        """Return the regions of a request, chosen anew only where no recorded region serves it.
+        """Return the regions of a request; regions are chosen only if no recorded region serves it.
 
         Args:
             request: see `BatchRequest`.
-            choose: returns up to so many new regions.
-            recorded: called with the new queries before any of them is handed out.
+            choose: function from a number to at most as many new regions.
+            recorded: callback for the new queries before any of them is leased.
 
         Raises:
             PatchwiseError: 4xx, from `choose`.
@@ -84,7 +79,7 @@ class BatchPlanner:
         if found := self._serve_recorded(request):
             return Served(None, found)
         with self._choosing:
-            # Another request may have planned a region for this one while it waited.
+            # Another request may have planned a region for this one in the meantime.
             if found := self._serve_recorded(request):
                 return Served(None, found)
             second = self._second_readings(request)
@@ -98,7 +93,7 @@ class BatchPlanner:
             return self._hand_out(request, self._recorded(request))
 
     def _recorded(self, request: BatchRequest) -> list[Query]:
-        """Queries that serve a request as they are: its own batch, else one second reading, planned or freed region."""
+        """Recorded queries that serve a request: its own batch, else one second reading, planned or freed region."""
         ledger = self.ledger
         known = ledger.batch(request.batch)
         if known or not request.single:

@@ -43,10 +43,10 @@ _NIFTI = {".gz": ".nii.gz", ".nii": ".nii"}
 
 
 class SegmentationTask(InferTask):
-    """Mean of the ensemble's probabilities, arg max, on the grid and affine of the image that was asked about.
+    """Mean of the ensemble's probabilities, arg max, on the grid and affine of the requested image.
 
-    The newest finished training is used; it is loaded again when another one has been published. A request with
-    `"mirror": false` leaves mirror images out where the recipe has them, which is faster.
+    The newest finished training is used, and a newly published one is loaded. A request with `"mirror": false` leaves
+    out the mirror images of the recipe, which is faster.
     """
 
     def __init__(self, bundle: Bundle, store: ModelStore, classes: dict[str, int], options: AppOptions) -> None:
@@ -106,10 +106,10 @@ class QueryRegionTask(InferTask):
     """The open regions of an image, so that unmodified clients show them.
 
     As a label map with one-voxel frames (`"format": "segment"`, the default), or as boxes in the file format of
-    Slicer's markups (`"format": "markups"`), each labelled with the cue of its region.
+    Slicer's markups (`"format": "markups"`), each labelled with the caption of its region.
 
-    The request carries `image_id` and `client_id`, which the app puts there: MONAI Label itself replaces the image's
-    id by its path. A client sees its own open regions; one that holds none there sees those of everybody.
+    The app adds `image_id` and `client_id` to the request, since MONAI Label replaces the image's id by its path. The
+    response contains the client's own open regions, or those of all clients if it holds none there.
     """
 
     def __init__(self, ledger: QueryLedger, classes: dict[str, int]) -> None:
@@ -120,7 +120,7 @@ class QueryRegionTask(InferTask):
             labels={**FRAME_LABEL, **{name: value + 1 for name, value in classes.items()}},
             dimension=3,
             description="Frame around the region to annotate next; format: segment (label map) or markups (Slicer ROI)",
-            # A list is a choice whose first entry is the default: Slicer and OHIF show it in their table of options.
+            # A list is a choice with the default first: Slicer and OHIF show it in their table of options.
             config={"format": list(FORMATS)},
         )
         self.ledger = ledger
@@ -137,7 +137,7 @@ class QueryRegionTask(InferTask):
         queries = mine or self.ledger.leases.open_queries(image_id)
         regions = [query.region for query in queries]
         facts = {"label_names": FRAME_LABEL, "regions": [query.to_json() for query in queries]}
-        # Slicer takes a file without any markup for a broken one; an empty label map shows that nothing is open.
+        # Slicer rejects a file without any markup; an empty label map is valid if no region is open.
         if wanted == MARKUPS and queries:
             cues = [cue_in_batch(query, self.ledger, shape, affine) for query in queries]
             return _write_json(roi_document(regions, cues, affine)), facts
@@ -154,17 +154,17 @@ def _format(request: dict[str, Any]) -> str:
 
 
 def _write_json(document: dict[str, Any]) -> str:
-    # By the end of its name Slicer knows a file of markups from a label map.
+    # Slicer distinguishes markups from a label map by the suffix.
     with tempfile.NamedTemporaryFile("w", suffix=".mrk.json", delete=False) as stream:
         json.dump(document, stream, indent=1)
     return stream.name
 
 
 def write_result(label_xyz: NDArray[np.uint8], affine: NDArray[np.float64], request: dict[str, Any]) -> str:
-    """Writes a result file as the client wants it (`result_extension`), on the stored grid."""
+    """Write a result file in the requested format (`result_extension`), on the stored grid."""
     ending = str(request.get("result_extension") or _NIFTI.get(Path(request["image"]).suffix, ""))
     if ending in _NIFTI.values() and request.get("result_write_to_file", True):
-        # MONAI's own writer fails on sagittal and coronal scans, whose affine it takes for one of two dimensions.
+        # MONAI's own writer fails on sagittal and coronal scans, since it treats their affine as one of two dimensions.
         with tempfile.NamedTemporaryFile(suffix=ending, delete=False) as stream:
             path = Path(stream.name)
         save_label(path, label_xyz, affine)

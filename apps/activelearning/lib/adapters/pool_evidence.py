@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the engine may ask about images of the pool, answered from caches, the current model and the ledger."""
+"""Evidence about images of the pool for the selection, from caches, the current model and the ledger."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lib.storage.volumes import load_image, load_label
 from lib.studies.datastore import FINAL, PartialLabelDatastore
 from lib.uncertainty import PosteriorMoments
 
-# The name under which a request composes its own method.
+# Name of a method that a request composes from parts.
 COMPOSE = "compose"
 
 _LAYERS = {"bottleneck": "bottleneck_weights", "last_decoder": "last_decoder", "decoder": "decoder"}
@@ -93,7 +93,7 @@ class ModelEvidence:
 
 
 class DescriptorEvidence:
-    """Features without a model: hand-made descriptors, for a first batch when nothing is annotated."""
+    """Features without a model: hand-crafted descriptors, for a first batch before any annotation."""
 
     def __init__(self, datastore: PartialLabelDatastore) -> None:
         self.datastore = datastore

@@ -42,11 +42,11 @@ class QueryStrategy(Strategy):
         self.planner = planner
 
     def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any] | None:
-        """Return regions for the client, leased to it; None when nothing is left to ask.
+        """Return regions leased to the client; None if no region is left.
 
-        With `batch` n regions are chosen. Without, one region is handed out: the next of the batch planned before, one
-        that was given back, or the first of a new batch. Regions that wait for a second reading by another annotator
-        come first. The same `request_id` again returns the same regions.
+        With `batch`, n regions are chosen. Otherwise the result is one region: the next of the planned batch, a
+        released one, or the first of a new batch. Regions that wait for a second reading by another annotator come
+        first. The same `request_id` again returns the same regions.
 
         Raises:
             PatchwiseError: 4xx with a sentence.

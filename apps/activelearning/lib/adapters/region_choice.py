@@ -64,22 +64,19 @@ class QueryRequest(BaseModel):
 
 @dataclass(frozen=True)
 class ChoiceParts:
-    """The parts of the app that a choice uses.
-
-    Args:
-        classes: class name -> id.
-        options: of the app.
-        segmenters: by bundle name; the first is the default.
-        cache: moments of the pool.
-        reasons, proposals: pictures and predicted label maps that are kept with each query.
-    """
+    """Parts of the app that a choice uses."""
 
     classes: dict[str, int]
+    """Class name -> id."""
     options: AppOptions
     segmenters: Mapping[str, SegmentationTask]
+    """Segmentation tasks by bundle name; the first is the default."""
     cache: MomentsCache
+    """Moments of the pool."""
     reasons: Explanations
+    """Store of the pictures and reasons of queries."""
     proposals: PredictedRegions
+    """Store of the predicted label maps of queries."""
 
 
 class RegionChoice:
@@ -129,7 +126,7 @@ class RegionChoice:
         self.parts.proposals.keep(queries, self.model, spec_of(self.method))
 
     def _twice(self, count: int) -> list[int]:
-        """Places in the batch of the regions that are read twice; a fraction of a region is rounded at random."""
+        """Positions in the batch with a second reading; a fraction of a region is rounded at random."""
         share = self.parts.options.double_share if self.wanted.double_share is None else self.wanted.double_share
         rng = child_rng(self.wanted.seed, self.round, "double")
         number = min(count, int(share * count + rng.random()))

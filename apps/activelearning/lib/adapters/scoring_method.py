@@ -46,10 +46,10 @@ class MomentsScoring(ScoringMethod):
         self.methods = methods
 
     def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any]:
-        """Scores the pool with bundle `model` (default: the first one) for the posterior of `query_method`.
+        """Score the pool with bundle `model` (default: the first one) for the posterior of `query_method`.
 
-        Then has what every image offers to the first queries kept: of `query_method` where the request says as well
-        how large the batch will be, without it of each listed method that ranks by this uncertainty.
+        Then compute the candidates of every image for the first queries: of `query_method` if the request contains it
+        and the size of the batch, else of each listed method that ranks by this uncertainty.
 
         Raises:
             PatchwiseError: 4xx: unknown model, nothing trained yet, an empty pool, an unreadable image (named).
@@ -78,7 +78,7 @@ class MomentsScoring(ScoringMethod):
         return {"model": model.digest, "round": model.round, **done}
 
     def _prepared(self, request: dict[str, Any], spec: PosteriorSpec) -> list[str]:
-        """Methods whose first query is prepared: those that keep what images offer, and read these moments."""
+        """Methods whose first query is prepared: those that cache candidates and use these moments."""
         asked = request.get("query_method")
         if asked:
             method = compose(_known(request)) if asked == COMPOSE else resolve(str(asked), _known(request))
@@ -101,7 +101,7 @@ def _spec(request: dict[str, Any]) -> PosteriorSpec:
 
 
 def _known(request: dict[str, Any]) -> dict[str, Any]:
-    """What a query would be asked with."""
+    """Parameters of a query that is prepared."""
     return {k: v for k, v in request.items() if k not in ("method", "query_method", "gpus")}
 
 

@@ -34,11 +34,11 @@ from lib.training.progress_log import ProgressLog
 
 logger = logging.getLogger(__name__)
 
-GPU_WORKERS = 4  # members that share one GPU unless `--conf workers` says otherwise
+GPU_WORKERS = 4  # members that share one GPU unless `--conf workers` sets another number
 
 
 class TrainRequest(BaseModel):
-    """What /train/{bundle} takes beside the recipe's own options."""
+    """Options of /train/{bundle} beside those of the recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,10 +61,10 @@ UPSTREAM_KEYS = frozenset(
 
 
 class EnsembleTrainTask(TrainTask):
-    """Trains one bundle. Work, order and randomness follow from the request and the labels alone.
+    """Training of one bundle; work, order and randomness depend only on the request and the labels.
 
-    The same request on the same labels finds its finished members on disk, so a training that was killed goes on where
-    it stopped and ends in the same weights.
+    A repeated request on the same labels finds its finished members on disk, so an interrupted training continues and
+    ends with the same weights.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class EnsembleTrainTask(TrainTask):
         return {**super().info(), "labels": self.classes, "recipe": self.bundle.recipe({}).model_dump(mode="json")}
 
     def config(self) -> dict[str, Any]:
-        """What clients show as a form, and send back as it stands: a list is a choice whose first entry is sent.
+        """Options that clients show as a form and send back; of a list, the first entry is sent.
 
-        So no single option of the recipe is here: sent back, the crop would become one number, and all of them would
-        override the plan and the recipe chosen.
+        Single options of the recipe are left out: if they were sent back, the crop would become one number, and all of
+        them would override the plan and the chosen recipe.
         """
         return {"recipe": list(self.bundle.recipes), "members": self.options.members, "seed": 0}
 
@@ -117,7 +117,7 @@ class EnsembleTrainTask(TrainTask):
         return told
 
     def parse(self, request: Mapping[str, Any]) -> tuple[TrainRequest, Recipe]:
-        """Splits a request into the task's options and the recipe's.
+        """Split a request into the task's options and the recipe's.
 
         Raises:
             RecipeError: unknown or unusable options.
@@ -147,7 +147,7 @@ class EnsembleTrainTask(TrainTask):
         return read_json(self.progress_file) or {}
 
     def __call__(self, request: dict[str, Any], datastore: PartialLabelDatastore) -> dict[str, Any]:
-        """Trains and publishes the ensemble; answers MONAI Label's statistics.
+        """Train and publish the ensemble; return MONAI Label's statistics.
 
         Raises:
             PatchwiseError: 4xx with a sentence: bad options, no annotation yet, an unreadable image.
@@ -187,7 +187,7 @@ class EnsembleTrainTask(TrainTask):
         return same if unchanged else wanted.model_copy(update={"round": current.round + 1})
 
     def _devices(self, request: Mapping[str, Any]) -> list[str]:
-        """Where this training runs: one device, or with MONAI Label's `multi_gpu` and `gpus` several.
+        """Devices of this training: one, or several with MONAI Label's `multi_gpu` and `gpus`.
 
         Raises:
             PatchwiseError: a GPU that this machine does not have.
@@ -233,9 +233,9 @@ class EnsembleTrainTask(TrainTask):
         return training_splits(present, wanted.members, wanted.folds or wanted.members, rng)
 
     def _start(self, wanted: TrainRequest, recipe: Recipe) -> tuple[str, int] | None:
-        """Digest and number of members of the training that this one goes on from; None for fresh weights.
+        """Digest and number of members of the training that provides the initial weights; None for fresh weights.
 
-        Asked again for the round of the current model, it is what that one went on from.
+        For the round of the current model, the result is the initial training of that model.
         """
         last = self.store.current() if recipe.start == "last" else None
         if last is None:
@@ -244,7 +244,7 @@ class EnsembleTrainTask(TrainTask):
             return last.facts.start
         if last.facts.classes != self.classes:
             known = ", ".join(last.facts.classes)
-            refuse(f"start: the last model knows other classes ({known}) than this project; use start=scratch", 409)
+            refuse(f"start: the last model has other classes ({known}) than this project; use start=scratch", 409)
         if trained_bundle(last, self.plans.base).fingerprint() != self.bundle.fingerprint():
             refuse("start: the last model was trained by another plan than the one in force; use start=scratch", 409)
         return last.digest, last.facts.members

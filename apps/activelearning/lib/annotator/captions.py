@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The line that tells an annotator where to look and why, in words of radiology."""
+"""One-line captions of regions, with place and reason in radiological terms."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from lib.regions import Region, Triple
 
 # World axis (right-left, posterior-anterior, inferior-superior) -> the plane that lies across it.
 PLANES = ("sagittal", "coronal", "axial")
-# Share of a region below which a class is not mentioned.
+# Least share of a region for a class to be mentioned.
 _SLIVER = 0.02
 
 
 def cue(
     query: Query, place: int, total: int, shape: Triple, affine: NDArray[np.float64], best_score: float | None
 ) -> str:
-    """E.g. `case_07: axial 34-53, region 3 of 20, high disagreement at the anterior/posterior border`.
+    """Caption such as `case_07: axial 34-53, region 3 of 20, high disagreement at the anterior/posterior border`.
 
-    Slices are numbered from 0 along the stored axis, as viewers of voxel coordinates do. How high a score is, is told
-    in thirds of the best one of its batch, `best_score`.
+    Slices are numbered from 0 along the stored axis, as in viewers of voxel coordinates. The score is described in
+    thirds of the best one of its batch, `best_score`.
 
     Args:
-        place: of the region in its batch, from 1.
+        place: position of the region in its batch, from 1.
         total: regions in the batch.
-        shape: of the image.
+        shape: shape of the image.
         affine: 4 x 4, from voxels to millimetres in RAS.
     """
     parts = [position(query.region, shape, affine), f"region {place} of {total}", why(query, best_score)]
@@ -45,7 +45,7 @@ def cue(
 
 def cue_in_batch(query: Query, ledger: QueryLedger, shape: Triple, affine: NDArray[np.float64]) -> str:
     """The cue of a recorded region: its place and the best score are those of its batch."""
-    # A second reading that is handed out alone keeps the place of the first one.
+    # A single second reading keeps the position of the first one.
     batch = ledger.batch(query.batch.removesuffix(SECOND))
     ids = [other.id for other in batch]
     place = ids.index(query.id if query.id in ids or query.twin is None else query.twin) + 1
@@ -65,7 +65,7 @@ def position(region: Region, shape: Sequence[int], affine: NDArray[np.float64]) 
 
 
 def why(query: Query, best_score: float | None) -> str:
-    """What the model is unsure of there; empty where no model had a say."""
+    """Reason for the uncertainty in a region; empty for methods without a model."""
     uncertainty = str(query.reason.get("uncertainty") or "")
     if not uncertainty or query.score is None:
         return ""
@@ -76,7 +76,7 @@ def why(query: Query, best_score: float | None) -> str:
 
 
 def _where(predicted: Mapping[str, Any]) -> str:
-    """The border between the classes that fill most of the region; slivers of a class do not count."""
+    """Border between the classes that fill most of the region; small parts of a class do not count."""
     shares = {name: float(share) for name, share in predicted.items() if float(share) >= _SLIVER}
     names = sorted((name for name in shares if name.lower() != "background"), key=lambda name: -shares[name])
     if len(names) > 1:

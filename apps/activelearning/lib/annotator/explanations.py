@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Explanations:
-    """Writes and finds the reasons of queries; pictures are drawn after the request that chose their regions."""
+    """Store of the reasons of queries; pictures are drawn after the request that chose their regions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +40,7 @@ class Explanations:
         self._pending: dict[int, Future[None]] = {}
 
     def picture(self, query_id: int) -> Path | None:
-        """File of a query's picture, waited for while it is drawn; None where there is none."""
+        """File of a query's picture, after a wait while it is drawn; None if there is none."""
         pending = self._pending.get(query_id)
         if pending is not None:
             wait([pending])
@@ -48,15 +48,15 @@ class Explanations:
         return path if path.is_file() else None
 
     def has_picture(self, query_id: int) -> bool:
-        """Whether a query has a picture or gets one."""
+        """Return whether a query has a picture or will have one."""
         return query_id in self._pending or self._file(query_id).is_file()
 
     def get(self, query_id: int) -> dict[str, Any]:
-        """The reason of a query; empty when none was kept."""
+        """The reason of a query; empty if none was stored."""
         return read_json(self.folder / f"{query_id}.json") or {}
 
     def keep(self, queries: Sequence[Query], pictures: Callable[[], Sequence[RGB]]) -> None:
-        """Has each query's reason and picture stored, soon.
+        """Schedule the storage of each query's reason and picture.
 
         The ledger holds the reasons too: if the server is killed before, only pictures are missing.
         """

@@ -47,9 +47,9 @@ def box_in_mm(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Centre and size in mm, and the 3 x 3 orientation with the axes of the box as columns, all in LPS.
 
-    A voxel reaches half a voxel to each side of its centre: of `d` voxels from `a` the centre lies at a + (d - 1) / 2.
-    The orientation is a rotation; where the voxel axes make a left-handed system the last one is turned round, which
-    leaves a box as it is.
+    A voxel extends by half a voxel from its centre: the centre of `d` voxels from `a` is at a + (d - 1) / 2. The
+    orientation is a rotation; if the voxel axes are left-handed, the last one is reversed, which does not change the
+    box.
 
     Raises:
         ImageError: the axes of the image are sheared.
@@ -59,7 +59,7 @@ def box_in_mm(
     axes = lps[:, :3] / spacing
     if np.abs(axes.T @ axes - np.eye(3)).max() > _ORTHOGONAL:
         raise ImageError(
-            f"{region.image}: the axes of the image are not at right angles, so its regions are no boxes; "
+            f"{region.image}: the axes of the image are not at right angles, so its regions are not boxes; "
             "ask for the frame as a segment instead"
         )
     middle = np.array(region.start) + (np.array(region.size) - 1) / 2

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the model proposed inside of a region before anybody answered: `proposals/<query>.npz`."""
+"""Predictions of the model inside of regions, stored before any answer: `proposals/<query>.npz`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 class PredictedRegions:
-    """Keeps argmax_c of the mean posterior of every region that is asked about, and the digest of the model it is of.
+    """Store of argmax_c of the mean posterior of every queried region, with the digest of its model.
 
-    Only of images whose moments are cached: where no model predicts there is nothing to compare an answer with. They
-    are written after the request that chose the regions; one that a kill prevents is missing for good, which costs the
-    estimates one region.
+    Only images with cached moments have predictions to compare an answer with. They are written after the request that
+    chose the regions. If a kill prevents a write, the prediction stays missing and the estimates lack one region.
 
     Args:
-        folder: where they lie.
-        cache: the posterior's moments.
+        folder: folder of the predictions.
+        cache: moments of the posterior.
     """
 
     def __init__(self, folder: Path, cache: MomentsCache) -> None:
@@ -48,16 +47,16 @@ class PredictedRegions:
         self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="proposals")
 
     def keep(self, queries: Sequence[Query], model: Model | None, spec: PosteriorSpec = DEEP_ENSEMBLE) -> None:
-        """Has the proposals of `model` for these regions stored, soon; none without a model."""
+        """Schedule the storage of the predictions of `model` for these regions; without a model, do nothing."""
         if model is not None:
             self._writing.submit(self._store, list(queries), model, spec)
 
     def wait(self) -> None:
-        """Returns when everything handed in so far is stored."""
+        """Wait until all scheduled predictions are stored."""
         self._writing.submit(int).result()
 
     def get(self, query_id: int) -> NDArray[np.uint8] | None:
-        """Class ids proposed for a query's region, background 0; None where none were kept."""
+        """Class ids predicted for a query's region, background 0; None if none were stored."""
         try:
             with np.load(self._path(query_id)) as arrays:
                 return np.asarray(arrays["label_xyz"])
@@ -65,7 +64,7 @@ class PredictedRegions:
             return None
 
     def model(self, query_id: int) -> str | None:
-        """Digest of the model whose proposal was kept for a query."""
+        """Digest of the model whose prediction is stored for a query."""
         try:
             with np.load(self._path(query_id)) as arrays:
                 return str(arrays["model"])
@@ -73,7 +72,7 @@ class PredictedRegions:
             return None
 
     def listed(self) -> set[int]:
-        """Queries with a proposal; the folder is read again only when it has changed."""
+        """Queries with a stored prediction; the folder is read again only after a change."""
         try:
             changed = self.folder.stat().st_mtime_ns
         except FileNotFoundError:
@@ -95,7 +94,7 @@ class PredictedRegions:
                     label_xyz = predicted_xyz[query.region.slices]
                     write_atomic(self._path(query.id), partial(_save, label_xyz, model.digest))
         except Exception:
-            # Nobody waits for this thread: the page lacks these regions, annotation goes on.
+            # No request waits for this thread: the page lacks these regions, annotation continues.
             logger.exception("proposals of queries %s were not kept", ", ".join(str(query.id) for query in queries))
 
     def _predicted(self, model: Model, image: str, spec: PosteriorSpec) -> NDArray[np.uint8] | None:

@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 Step = Literal["wait", "train", "score", "plan"]
 
-# Seconds until a step that failed is tried again: twice as long after each failure, at most half an hour.
+# Seconds until a failed step is retried: doubled after each failure, at most half an hour.
 FIRST_PAUSE = 10.0
 LONGEST_PAUSE = 1800.0
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What the ledger, the model store and the cache say, from which the next step follows, also after a restart.
+    """State of the ledger, the model store and the cache, which determines the next step, also after a restart.
 
-    `model`: digest of the newest one; `pending`: planned or open regions of the batch that it waits for; `answered`:
-    regions of rounds it has not been trained on; `labels`: changes with every answer; `scored`: whether the whole pool
-    is; `planned`: whether its batch has been chosen.
+    `model`: digest of the newest model; `pending`: planned or open regions of its current batch. `answered`: regions of
+        rounds that it was not trained on. `labels`: key that changes with every answer. `scored`: whether the whole
+        pool is scored; `planned`: whether its batch has been chosen.
     """
 
     model: str | None
@@ -42,14 +42,14 @@ class Standing:
 
 
 def next_step(now: Standing, begun: str | None, trained_on: str | None) -> Step:
-    """What is to be done; `wait` while annotators have regions left, or nothing has been answered yet.
+    """Next step; `wait` while annotators have regions left, or before the first answer.
 
-    Once begun, a round is carried to its end, although annotators who ask meanwhile are handed other regions.
+    A round that has begun is completed, although annotators get other regions in the meantime.
 
     Args:
-        now: how things stand.
-        begun: `labels` when the round at work began; None while none is.
-        trained_on: `labels` when the last training that succeeded was started.
+        now: present state.
+        begun: `labels` at the start of the current round; None without one.
+        trained_on: `labels` at the start of the last successful training.
     """
     if now.pending and begun is None:
         return "wait"
@@ -61,35 +61,35 @@ def next_step(now: Standing, begun: str | None, trained_on: str | None) -> Step:
 
 
 class Work(Protocol):
-    """What the rounds are made of."""
+    """Steps and state of automatic rounds."""
 
     def standing(self, begun: bool) -> Standing:
-        """How things stand; whether everything is scored matters only in a round at work, or with nothing pending."""
+        """Present state; `scored` is only computed in a round that has begun, or without pending regions."""
         ...
 
     def is_busy(self) -> bool:
-        """Whether a training or a scoring runs, whoever started it."""
+        """Return whether a training or a scoring runs, started by any request."""
         ...
 
     def start(self, step: Step) -> None:
-        """Starts a training or a scoring, or plans a batch."""
+        """Start a training or a scoring, or plan a batch."""
         ...
 
     def failure(self, step: Step, since: float) -> tuple[str, bool] | None:
-        """Why the run that was started failed and whether by hand; None where it did not."""
+        """Reason for the failure of the started run, and whether it was stopped by hand; None for a success."""
         ...
 
     def get(self) -> dict[str, Any]:
-        """What was kept."""
+        """Return the kept state."""
         ...
 
     def keep(self, state: dict[str, Any]) -> None:
-        """Keeps the state over restarts."""
+        """Keep the state across restarts."""
         ...
 
 
 class AutoRounds:
-    """Carries the rounds on; `tick` is called every few seconds from one thread, and never waits for a run."""
+    """Automatic rounds; `tick` is called every few seconds from one thread, and does not wait for a run."""
 
     def __init__(self, work: Work, clock: Callable[[], float] = time.time) -> None:
         self.work = work
@@ -98,12 +98,12 @@ class AutoRounds:
         self._started: tuple[Step, float, str] | None = None
 
     def told(self) -> dict[str, Any]:
-        """The step at work and the failure that stands in its way, for /info and the page."""
+        """Current step and the failure that blocks it, for /info and the page."""
         state = self.work.get()
         return {"step": self.step, "failure": state.get("failure")}
 
     def tick(self) -> None:
-        """Looks at how things stand and does what comes next."""
+        """Determine the state and start the next step."""
         if self.work.is_busy():
             return
         if self._started is not None:
@@ -114,7 +114,7 @@ class AutoRounds:
         now = self.work.standing(begun is not None)
         step = next_step(now, begun, state.get("trained_on"))
         if failure and failure["step"] != step:
-            # Somebody did it by hand, or it is no longer needed.
+            # The step was done by hand, or is no longer needed.
             failure = None
         if step == "wait":
             begun = None
@@ -163,7 +163,7 @@ class AutoRounds:
         self._started = None
 
     def _may_retry(self, failure: dict[str, Any], labels: str) -> bool:
-        """After its pause; a run that was stopped by hand only after the next answer."""
+        """Return whether a retry is due: after the pause, or for a run stopped by hand after the next answer."""
         if failure["retry_at"] is None:
             return bool(failure["labels"] != labels)
         return bool(self.clock() >= failure["retry_at"])

@@ -31,20 +31,20 @@ _SPOKEN = re.compile(r"refused: (.+)$")
 
 
 class Failures:
-    """How the last run of each kind failed, kept in the ledger, where child processes write it."""
+    """Last failure of each kind of run, stored in the ledger, where child processes write it."""
 
     def __init__(self, ledger: QueryLedger) -> None:
         self.ledger = ledger
 
     def note(self, kind: Kind, sentence: str | None) -> None:
-        """Keeps why a run failed; None: it did not."""
+        """Store the reason for a failure; None for a success."""
         if sentence is not None:
             self.ledger.set_meta(f"failed:{kind}", {"sentence": sentence[:2000], "at": time.time()})
         elif self.get(kind) is not None:
             self.ledger.set_meta(f"failed:{kind}", None)
 
     def get(self, kind: Kind) -> dict[str, Any] | None:
-        """`sentence` and `at` (seconds since 1970) of the last failure; None when the last run did well."""
+        """`sentence` and `at` (seconds since 1970) of the last failure; None if the last run succeeded."""
         found: dict[str, Any] | None = self.ledger.get_meta(f"failed:{kind}")
         return found
 
@@ -56,26 +56,26 @@ def last(kind: Kind) -> dict[str, Any] | None:
 
 
 def is_running(kind: Kind) -> bool:
-    """Whether a run is going on or waits for its turn, whoever asked for it."""
+    """Return whether a run is in progress or queued, started by any request."""
     return any(task["status"] in UNFINISHED for task in list(tasks(kind)))
 
 
 def start(kind: Kind, request: Mapping[str, Any]) -> None:
-    """Starts a run in a child process, as `POST /train` and `POST /scoring` do."""
+    """Start a run in a child process, as `POST /train` and `POST /scoring` do."""
     AsyncTask.run(kind, request=dict(request), enqueue=True)
 
 
 def started_at(task: Mapping[str, Any]) -> float:
-    """Seconds since 1970 when a run of `last` was asked for."""
+    """Time of the request for a run of `last`, in seconds since 1970."""
     return datetime.strptime(task["start_ts"], _TIME).timestamp()
 
 
 @contextmanager
 def one_at_a_time(lock: Path, wait: bool) -> Iterator[None]:
-    """Only one process is inside: a server that was killed may leave a training running that the next one meets.
+    """Lock for one training across processes, since a training may outlive a killed server and meet the next one.
 
     Raises:
-        PatchwiseError: 409 without `wait` while another one is inside.
+        PatchwiseError: 409 without `wait` while another process holds the lock.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -86,14 +86,16 @@ def one_at_a_time(lock: Path, wait: bool) -> Iterator[None]:
 
 
 def how_it_ended(kind: Kind, task: Mapping[str, Any], failures: Failures, since: float) -> str:
-    """Why a run failed, in one sentence: what the child noted, or what its log ends with."""
+    """Reason for a failed run, in one sentence: the failure that the child stored, or the end of its log."""
     noted = failures.get(kind)
     if noted and noted["at"] >= since:
         return str(noted["sentence"])
     what = "the training" if kind == "train" else "the scoring"
     if task["status"] == "STOPPED":
         return f"{what} was stopped by hand"
-    return f"{what} ended without saying why (killed, or out of memory?); {_last_words(task.get('details') or ())}"
+    return (
+        f"{what} ended without an error message (killed, or out of memory?); {_last_words(task.get('details') or ())}"
+    )
 
 
 def _last_words(details: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What rounds that run themselves are made of on this server: child processes, the ledger and the query engine."""
+"""Steps of automatic rounds on this server: child processes, the ledger and the region selection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KINDS: dict[Step, background_tasks.Kind] = {"train": "train", "score": "scoring
 
 
 class ServerWork:
-    """Trains and scores one bundle as requests by hand do, and plans batches of one method.
+    """Training and scoring of one bundle, as by request, and planning of batches of one method.
 
     Args:
         bundle: its name.
@@ -63,12 +63,12 @@ class ServerWork:
         own = _batch(model) if model is not None and ledger.batch(_batch(model)) else None
         planned = model is not None and (own is not None or ledger.get_meta("rounds:exhausted") == model.digest)
         last = model.round if model else -1
-        # Whoever asks when all of it is handed out begins another batch: a round that waited for that one too would
+        # A request after the last region of a batch begins another batch. If a round waited for that one too, it would
         # never begin while several annotators work.
         pending, answered = ledger.overview.after_round(
             last, own or ledger.overview.first_batch(last, self.options.batch)
         )
-        # Looking for what is not scored takes a while in a large pool.
+        # The check for unscored images is slow in a large pool.
         matters = model is not None and not planned and (begun or not pending)
         scored = not matters or model is None or self._is_scored(model)
         return Standing(
@@ -87,7 +87,7 @@ class ServerWork:
         if step == "train":
             background_tasks.start("train", {"model": self.bundle, **self.options.auto_train})
         elif step == "score":
-            # Proposals are of the deep ensemble where the method itself predicts nothing.
+            # For a method without predictions, the stored predictions are those of the deep ensemble.
             wanted = {"query_method": self.method} if resolve(self.method).posterior else {}
             background_tasks.start("scoring", {"method": "predictive_entropy", "model": self.bundle, **wanted})
         elif step == "plan":
@@ -98,7 +98,7 @@ class ServerWork:
         task = background_tasks.last(kind) if kind else None
         if kind is None or task is None or task["status"] == "DONE":
             return None
-        # The child's clock is this one, but the note may be a moment older than `since` is precise.
+        # Both processes share one clock, but `since` is less precise than the time of the stored failure.
         return background_tasks.how_it_ended(kind, task, self.failures, since - 1), task["status"] == "STOPPED"
 
     def get(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The end of a server: nothing is started while it goes down, and nothing that it has started outlives it."""
+"""Shutdown of the server: it starts no new work, and its child processes end with it."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ logger = logging.getLogger(__name__)
 
 # Environment variable in which a server leaves its process id for the tasks that it starts.
 SERVER = "PATCHWISE_SERVER"
-# Seconds that requests have to end after a signal; uvicorn alone would wait for them without an end.
+# Seconds until requests must end after a signal; uvicorn alone would wait without a limit.
 GRACE = 10.0
 
 _closing = threading.Event()
 
 
 def is_closing() -> bool:
-    """Whether the server goes down."""
+    """Return whether the server is shutting down."""
     return _closing.is_set()
 
 
 def end_tasks_with_server(stop_rounds: Callable[[], None]) -> None:
-    """From now on SIGTERM and SIGINT end tasks before the server; for its main thread.
+    """Make SIGTERM and SIGINT end tasks before the server; for its main thread.
 
     MONAI Label 0.8.5, `monailabel/utils/async_tasks/utils.py`: a thread waits for the running child process and starts
-    the queued ones behind it, whatever happens to the server, and Python waits for that thread at its end. Superfluous
-    once MONAI Label stops its tasks in the application's lifespan; no release does.
+    the queued ones after it, even during a shutdown, and Python waits for that thread at exit. Superfluous once MONAI
+    Label stops its tasks in the application's lifespan; no release does.
 
     Args:
-        stop_rounds: ends what starts trainings by itself, so that none is taken for failed.
+        stop_rounds: function that ends automatic rounds, so that no stopped training counts as failed.
     """
     os.environ[SERVER] = str(os.getpid())
     utils._task_func = _unless_closing(utils._task_func)
@@ -82,7 +82,7 @@ def end_with_server() -> None:
 
 
 def end_tasks() -> None:
-    """Ends running tasks with all their processes, and those that wait; the next start takes rounds up again."""
+    """End running tasks with all their processes, and queued ones; the next start resumes automatic rounds."""
     for executor in list(utils.background_executors.values()):
         executor.shutdown(wait=False, cancel_futures=True)
     for kind, listed in list(utils.background_tasks.items()):
@@ -108,7 +108,7 @@ def _end(stop_rounds: Callable[[], None], number: int) -> None:
     end_tasks()
     stop_rounds()
     while time.monotonic() < until:
-        # A task may have been between its turn and its process.
+        # A task may have left the queue without a process yet.
         end_tasks()
         time.sleep(0.1)
     logger.warning("requests are still being answered %g s after the signal; they are ended", GRACE)
@@ -126,13 +126,13 @@ def _unless_closing(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_open() -> None:
-    """End a request for a task while the server goes down.
+    """Refuse a request for a task during a shutdown.
 
     Raises:
         PatchwiseError: 503.
     """
     if _closing.is_set():
-        refuse("the server goes down, so nothing is started; ask again when it is up", 503)
+        refuse("the server is shutting down, so no task is started; repeat the request after the restart", 503)
 
 
 def end_start(error: Exception) -> NoReturn:

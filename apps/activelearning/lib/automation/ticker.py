@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The server's one thread for what no request waits for."""
+"""Background thread of the server for work that no request waits for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS = 2.0
 
 
 class Ticker:
-    """Calls each of `work` every few seconds, one after the other, from when `start` is called first."""
+    """Thread that calls each of `work` every few seconds, in order, after the first `start`."""
 
     def __init__(self, work: Sequence[Callable[[], None]], seconds: float = SECONDS) -> None:
         self.work = work
@@ -28,7 +28,7 @@ class Ticker:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Starts the thread; a second call only makes it look at once."""
+        """Start the thread; a later call only wakes it."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="background", daemon=True)
@@ -36,7 +36,7 @@ class Ticker:
         self._wake.set()
 
     def stop(self, seconds: float = 2) -> None:
-        """Starts no more work, and waits a while for what is at work."""
+        """Start no more work, and wait up to `seconds` for the present one."""
         self._stopped.set()
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the progress page counts in label files, kept so that each is read once; losing it costs time, no result."""
+"""Counts in label files for the progress page, cached so that each file is read once."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ CREATE TABLE IF NOT EXISTS labels (image TEXT PRIMARY KEY, content TEXT NOT NULL
 
 
 class Counts:
-    """Voxels of each class in every label file, and how far each answer overlaps with what the model proposed.
+    """Voxels of each class in every label file, and the overlap of each answer with the model's prediction.
 
-    `catch_up` measures what is new, in one thread; everything else reads from memory.
+    `catch_up` counts new files and answers, in one thread; all other methods read from memory.
 
     Args:
-        path: the SQLite file they are kept in.
+        path: the SQLite file of the counts.
         store: labels, answers and the ledger.
-        proposals: of the model.
+        `proposals`: stored predictions of the model.
     """
 
     def __init__(self, path: Path, store: PartialLabelDatastore, proposals: PredictedRegions) -> None:
@@ -72,7 +72,7 @@ class Counts:
             return {image: kept["voxels"] for image, kept in self._labels.items()}
 
     def catch_up(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Measures new answers and changed label files, until all are or `stop` says so."""
+        """Count new answers and changed label files, until none is left or `stop` returns true."""
         if not self._loaded:
             self._load()
         answers, labels = self._new_answers(), self._changed_labels()
@@ -115,7 +115,7 @@ class Counts:
                 counts_cv = class_overlaps(proposed_xyz, answer_xyz, classes)
                 counts_cv[~_looked_for(answer, classes)] = 0
         except Exception as error:
-            # A raw file that cannot be read is told of by the audit; here it is one region less.
+            # The audit reports an unreadable raw file; here it is one region less.
             logger.warning("answer %d was not compared with its proposal: %s", found.answer, error)
         with self._lock:
             self._overlaps[found.query, found.answer] = counts_cv
@@ -137,7 +137,7 @@ class Counts:
             new = {i: s for i, s in found.items() if self._labels.get(i, {}).get("stamp") != s}
         for image in gone:
             self._forget(image)
-        # A folder changed within the clock's grain could change again unseen, so it is not remembered yet.
+        # A folder that changed within the resolution of the clock could change again unseen, so it is not cached yet.
         if not new and time.time_ns() - changed > 20_000_000:
             self._folder_changed = changed
         return new
@@ -187,7 +187,7 @@ class Counts:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
         try:
-            # A cache: after a power failure it is made again.
+            # A cache: it is rebuilt after a power failure.
             connection.execute("PRAGMA synchronous=OFF")
             connection.executescript(_SCHEMA)
             yield connection
@@ -196,7 +196,7 @@ class Counts:
 
 
 def _looked_for(answer: Answer, classes: Mapping[str, int]) -> NDArray[np.bool_]:
-    """Which classes the annotator looked for, (C,): of the others an answer says nothing."""
+    """Mask of the annotated classes, (C,); an answer has no information about the others."""
     names = answer.info.get("annotated_classes")
     wanted = {str(name).lower() for name in names} if names else {name.lower() for name in classes}
     return np.array([name.lower() in wanted for name in classes])

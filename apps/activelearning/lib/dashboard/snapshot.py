@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the progress page shows: budget, quality, coverage, regions, advice, work and failures, as one JSON."""
+"""Data of the progress page: budget, quality, coverage, regions, advice, work and failures, as one JSON."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from lib.randomness import child_rng
 from lib.studies.datastore import PartialLabelDatastore
 
 PICTURES = 12
-# Seconds for which one report serves everybody who asks.
+# Seconds for which all clients get the same report.
 FRESH_SECONDS = 1.0
-# How statuses of the ledger are summed up for people.
+# Statuses of the ledger -> statuses on the page.
 STATUSES = {"answered": "answered", "open": "open", "proposed": "planned", "expired": "returned",
             "released": "returned", "skipped": "skipped", "withdrawn": "given up"}  # fmt: skip
 
@@ -41,10 +41,10 @@ Kind = Literal["train", "scoring"]
 
 
 class Failures(Protocol):
-    """Why the last run of each kind failed."""
+    """Last failure of each kind of run."""
 
     def get(self, kind: Kind) -> dict[str, Any] | None:
-        """`sentence` and `at` of the last failure; None when the last run did well."""
+        """`sentence` and `at` of the last failure; None if the last run succeeded."""
         ...
 
 
@@ -52,7 +52,7 @@ class Tasks(Protocol):
     """Trainings and scorings of this server process; `lib.automation.background_tasks` is one."""
 
     def is_running(self, kind: Kind) -> bool:
-        """Whether a run is going on or waits for its turn."""
+        """Return whether a run is in progress or queued."""
         ...
 
     def last(self, kind: Kind) -> dict[str, Any] | None:
@@ -60,20 +60,20 @@ class Tasks(Protocol):
         ...
 
     def started_at(self, task: Mapping[str, Any]) -> float:
-        """Seconds since 1970 when a run was asked for."""
+        """Time of the request for a run, in seconds since 1970."""
         ...
 
     def how_it_ended(self, kind: Kind, task: Mapping[str, Any], failures: Any, since: float) -> str:
-        """Why a run failed, in one sentence."""
+        """Reason for a failed run, in one sentence."""
         ...
 
 
 class Rounds(Protocol):
-    """Rounds that run themselves; `lib.automation.auto_rounds` is one."""
+    """Automatic rounds; `lib.automation.auto_rounds` is one."""
 
     @property
     def step(self) -> str:
-        """The step at work."""
+        """The current step."""
         ...
 
     def told(self) -> dict[str, Any]:
@@ -82,16 +82,16 @@ class Rounds(Protocol):
 
 
 class Snapshot:
-    """Reads the ledger, the measures and the processes; costs a few sums, whatever the number of scans.
+    """Report on the ledger, the counts and the processes, at the cost of a few sums for any number of scans.
 
     Args:
         store: images, labels and the ledger.
-        measures: what is counted in label files.
-        trainers: of every bundle; the first is the one that is shown.
+        measures: counts in label files.
+        trainers: by bundle; the first is shown.
         cache, reasons: scored images, pictures.
-        options: of the app.
-        rounds: that run themselves, or None.
-        failures, tasks: of the trainings and scorings of this server.
+        options: options of the app.
+        rounds: automatic rounds, or None.
+        failures, tasks: trainings and scorings.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Snapshot:
         self._cues: dict[int, str] = {}
 
     def report(self) -> dict[str, Any]:
-        """Everything the page shows; the same for all who ask within a second."""
+        """All data of the page; clients get the same report within a second."""
         with self._lock:
             made, report = self._report
             if time.monotonic() - made > FRESH_SECONDS:
@@ -132,7 +132,7 @@ class Snapshot:
             return report
 
     def refresh(self) -> None:
-        """Makes estimates and advice anew where answers, measures or minutes have changed; not while somebody waits."""
+        """Update estimates and advice if answers, counts or minutes have changed; called from the background thread."""
         minutes: dict[int, float] = defaultdict(float)
         for round_, _, worked in self.ledger.overview.minutes():
             minutes[round_] += worked
@@ -217,7 +217,7 @@ class Snapshot:
     # --- regions and work --------------------------------------------------------------------------------------------
 
     def _region(self, query: Query) -> dict[str, Any]:
-        # A second reading looks like the first one.
+        # A second reading has the same picture as the first one.
         drawn = query.id if query.twin is None else query.twin
         over = (
             query.status == "open" and query.lease_until is not None and query.lease_until < self.ledger.store.clock()
@@ -241,7 +241,7 @@ class Snapshot:
                 grid = self.store.geometry(query.region.image)
                 self._cues[query.id] = cue_in_batch(query, self.ledger, *grid)
             except (PatchwiseError, MONAILabelException, OSError):
-                # The image has left the pool, or cannot be read any more.
+                # The image was removed from the pool, or is no longer readable.
                 return query.region.image
         return self._cues[query.id]
 
@@ -261,7 +261,7 @@ class Snapshot:
         }
 
     def _failures(self) -> list[dict[str, Any]]:
-        """What went wrong last and has not gone right since."""
+        """Last failures without a later success."""
         found: list[dict[str, Any]] = []
         auto = self.rounds.told()["failure"] if self.rounds else None
         if auto:

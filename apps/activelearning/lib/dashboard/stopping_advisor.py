@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Whether another batch is worth its minutes: how well the model's proposals match the answers, batch by batch."""
+"""Stopping recommendation from the agreement of the model's predictions with the answers, batch by batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 Verdict = Literal["continue", "you may stop", "too early to say"]
 
-# Of fewer regions the spread between regions is not known well enough to count the batch.
+# With fewer regions, the estimate of the variance between regions is too uncertain to use the batch.
 FEWEST_REGIONS = 5
-# Exponents c of the curves that are fitted; 0 stands for the logarithm, which never levels off.
+# Exponents c of the fitted curves; 0 is the logarithm, which does not level off.
 EXPONENTS = (0.0, 0.5, 1.0)
 REPLICATES = 1000
 
@@ -27,10 +27,10 @@ _Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Batch:
-    """The answers to one round of questions, all proposed by one model.
+    """One round of answers, whose predictions are those of one model.
 
-    `overlaps_ncv`: of every region and class the voxels shared, proposed and answered, (N, C, 3). `known`: how many
-    regions the model had been trained on, and `minutes` the work that had gone into them.
+    `overlaps_ncv`: shared, predicted and answered voxels per region and class, (N, C, 3). `known`: number of regions in
+        the training of the model; `minutes`: minutes of work on them.
     """
 
     round: int
@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one batch says about its model: Dice, the interval of it, and of each class (None: nowhere seen)."""
+    """Estimated Dice of a model from one batch, with its interval and the Dice per class (None: not seen)."""
 
     round: int
     regions: int
@@ -55,7 +55,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rules:
-    """`gain`: Dice a batch must bring to be worth it; `batches`: how many have to be measured; `level` of intervals."""
+    """Parameters of the recommendation.
+
+    `gain`: least useful gain in Dice per batch; `batches`: least number of measured batches; `level`: of intervals.
+    """
 
     gain: float = 0.005
     batches: int = 3
@@ -74,10 +77,10 @@ class Advice:
 
 
 def pooled_dice(overlaps_ncv: NDArray[np.integer[Any]]) -> _Floats:
-    """D_c = 2 sum_i shared / sum_i (proposed + answered) of every class over regions i, (C,); NaN where nowhere seen.
+    """D_c = 2 sum_i shared / sum_i (predicted + answered) of every class over regions i, (C,); NaN if not seen.
 
-    Voxels are summed before dividing: a region that neither side shows a class in adds nothing, and one that shows a
-    sliver of it counts as a sliver. A mean of the regions' own Dice would be ruled by such slivers.
+    Voxels are summed before the division: a region without a class on both sides adds 0, and one with few voxels has a
+    small weight. A mean of the regions' own Dice would be dominated by regions with few voxels.
     """
     return _dice(np.asarray(overlaps_ncv, np.float64).sum(axis=0))
 
@@ -85,7 +88,7 @@ def pooled_dice(overlaps_ncv: NDArray[np.integer[Any]]) -> _Floats:
 def estimate(batch: Batch, rules: Rules, rng: np.random.Generator) -> Estimate | None:
     """Mean over classes of the pooled Dice of one batch, with a percentile interval from reweighted regions.
 
-    None where neither proposals nor answers show any class.
+    None if neither predictions nor answers contain any class.
     """
     classes = pooled_dice(batch.overlaps_ncv)
     if np.all(np.isnan(classes)):
@@ -107,14 +110,15 @@ def estimate(batch: Batch, rules: Rules, rng: np.random.Generator) -> Estimate |
 def advise(
     batches: Sequence[Batch], annotated: int, next_regions: int, rules: Rules, rng: np.random.Generator
 ) -> Advice:
-    """Whether `next_regions` more regions, after `annotated` ones, are expected to raise the Dice by `rules.gain`.
+    """Return whether `next_regions` regions after `annotated` ones are expected to raise the Dice by `rules.gain`.
 
-    Fits q(x) = a + b z_c(x) over regions x, with z_c(x) = (1 - x^-c) / c and z_0 = log x: a power law that levels off,
-    or a logarithm, by least squares weighted by regions, for each exponent c of `EXPONENTS`. The gain is
-    q(x + n) - q(x), where q never exceeds 1, averaged over c with weights exp(-RSS_c / 2 sigma^2): few batches do not
-    tell the shapes apart. sigma^2 = max(mean s_b^2, RSS / (B - 2)), with s_b^2 the sampling variance of each of the B
-    batches. The interval is the percentile interval over replicates in which the regions of each batch are weighted
-    anew, each batch is moved by tau e, e ~ N(0, 1), tau^2 = sigma^2 - mean s_b^2, and the shape is drawn by its weight.
+    Fit q(x) = a + b z_c(x) over regions x, with z_c(x) = (1 - x^-c) / c and z_0 = log x: a power law that levels off,
+    or a logarithm, by least squares weighted by regions, for each exponent c of `EXPONENTS`. The gain is q(x + n) -
+    q(x), where q never exceeds 1, averaged over c with weights exp(-RSS_c / 2 sigma^2), since few batches do not
+    distinguish the shapes. sigma^2 = max(mean s_b^2, RSS / (B - 2)), with s_b^2 the sampling variance of each of the B
+    batches. The interval is a percentile interval over replicates. In each of them the regions of each batch are
+    reweighted, each batch is shifted by tau e, e ~ N(0, 1), tau^2 = sigma^2 - mean s_b^2, and the shape is drawn by its
+    weight.
     """
     counted = [b for b in batches if len(b.overlaps_ncv) >= FEWEST_REGIONS and _shows_classes(b)]
     sizes = len({b.known for b in counted})
@@ -181,7 +185,7 @@ def _resampled(batch: Batch, dice: float, rng: np.random.Generator) -> _Floats:
     weights = rng.standard_exponential((REPLICATES, n))
     values = _dice(np.tensordot(weights, batch.overlaps_ncv.astype(np.float64), axes=1))
     shown = ~np.isnan(values[0])
-    # Such weights spread a mean by 1 / (n + 1) of the regions' own variance; unbiased is 1 / (n - 1).
+    # With such weights, the variance of a mean is 1 / (n + 1) of the variance of regions; unbiased is 1 / (n - 1).
     spread: _Floats = dice + (values[:, shown].mean(axis=1) - dice) * np.sqrt((n + 1) / (n - 1))
     return spread
 

@@ -45,14 +45,14 @@ def state_folder(url: str, chosen: Path | None) -> Path:
 class DicomDatastore(PartialLabelDatastore):
     """The series of a DICOMweb server that match MONAI Label's search filter; an image's id is its SeriesInstanceUID.
 
-    Everything but the scans themselves (ledger, raw answers, partial labels, models, moments) lies in a local folder
-    that has the layout of a studies folder; NIfTI copies of the series lie there too. What reads the folder only, as a
-    training does, needs no server. `watch` starts what keeps copies and answers up to date.
+    Ledger, raw answers, partial labels, models and moments are in a local folder with the layout of a studies folder,
+    beside NIfTI copies of the series. Readers of the folder, such as a training, do not need the server. `watch` starts
+    the threads that update copies and answers.
 
     Args:
-        folder: of copies and state; made when missing.
-        poll_seconds: time between two looks at the server.
-        store_segmentations: whether labels saved here are stored on the server as DICOM segmentations.
+        folder: folder of copies and state; created if it is missing.
+        poll_seconds: time between two queries of the server.
+        store_segmentations: whether saved labels are stored on the server as DICOM segmentations.
     """
 
     def __init__(
@@ -88,20 +88,20 @@ class DicomDatastore(PartialLabelDatastore):
         """File of a series; one that is listed but not fetched yet is fetched now.
 
         Raises:
-            PatchwiseError: 404 with the name asked for.
-            PacsError: the server does not hand it out.
-            ImageError: the series is no volume.
+            PatchwiseError: 404 with the requested name.
+            PacsError: the server does not return the series.
+            ImageError: the series is not a volume.
         """
         if image_id in self.mirror.listed:
             self.mirror.fetch(image_id)
         return super().image_path(image_id)
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        # MONAI Label lays these over a sample's fields, where PatientID carries the cue.
+        # MONAI Label merges these into a sample's fields, where PatientID holds the caption.
         return {key: value for key, value in super().get_image_info(image_id).items() if key != "PatientID"}
 
     def with_patient(self, image_id: str, text: str) -> str:
-        """A text with the PatientID in the place of a series' UID, which says nothing to people."""
+        """A text with the PatientID in place of the series' UID, which has no meaning for annotators."""
         return text.replace(image_id, str(self.ledger.get_info(image_id).get("PatientID", image_id)), 1)
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
@@ -120,7 +120,7 @@ class DicomDatastore(PartialLabelDatastore):
         return saved
 
     def save_answer(self, image_id: str, label: Path, info: dict[str, Any]) -> int:
-        """Takes in a submission that came as a segmentation from the server; the number of the answer."""
+        """Save a submission that is a segmentation from the server; return the number of the answer."""
         answer = self.annotations.save(image_id, self.image_path(image_id), label, info)
         self.ledger.update_info(image_id, info, FINAL)
         if image_id not in self._unstored:
@@ -130,10 +130,10 @@ class DicomDatastore(PartialLabelDatastore):
     # --- the server --------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Looks at the server for the first time.
+        """Query the server for the first time.
 
         Raises:
-            PacsError: it does not answer and there are no copies to go on with.
+            PacsError: it does not answer and there are no copies.
         """
         try:
             self.mirror.update()
@@ -146,12 +146,12 @@ class DicomDatastore(PartialLabelDatastore):
                 self._unstored.add(image)
 
     def watch(self) -> None:
-        """Starts to look at the server every `poll_seconds`: series in one thread, segmentations in another."""
+        """Start threads that query the server every `poll_seconds`: one for series, one for segmentations."""
         for name, work in (("series", self.mirror.update), ("segmentations", self._exchange)):
             threading.Thread(target=self._repeat, args=(name, work), name=f"pacs-{name}", daemon=True).start()
 
     def pacs_status(self) -> dict[str, Any]:
-        """What GET /info/ says about the server."""
+        """Status of the server for GET /info/."""
         listed = self.mirror.listed
         return {
             "url": self.pacs.url,
@@ -175,7 +175,7 @@ class DicomDatastore(PartialLabelDatastore):
                     logger.warning("%s", error)
                 self._troubles[name] = str(error)
             except Exception as error:
-                # A thread that ends would leave the pool as it is for good, and nobody would know.
+                # If the thread ended, the pool would never be updated again, without any sign of it.
                 self._troubles[name] = f"looking for {name} failed: {redacted(error)}"
                 logger.error("%s", self._troubles[name])
             waiting.wait(self.poll_seconds)
@@ -187,7 +187,7 @@ class DicomDatastore(PartialLabelDatastore):
             self._store(image)
 
     def _store(self, image: str) -> None:
-        """Stores the label of an image as a segmentation of its series."""
+        """Store the label of an image as a segmentation of its series."""
         self._unstored.discard(image)
         answer, path = self.ledger.answers.last(image), self.label_path(image, FINAL)
         facts = self.ledger.get_info(image)
@@ -195,7 +195,8 @@ class DicomDatastore(PartialLabelDatastore):
             if path is not None and "StudyInstanceUID" in facts:
                 headers = self.pacs.headers(str(facts["StudyInstanceUID"]), image)
                 segmentation = write_segmentation(load_label(path).array_xyz, self.annotations.classes, headers, answer)
-                # Noted before it is sent: whatever happens in between, it is never taken for an annotator's.
+                # Recorded before it is sent, so that it is never imported as an annotator's, even after an
+                # interruption.
                 self.importer.note(str(segmentation.SOPInstanceUID), OWN, image, "written by this server", answer)
                 self.pacs.store(segmentation)
             self.ledger.update_info(image, {"answer": answer}, _STORED)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What is said about DICOM objects in logs and to administrators: never what they hold about a patient."""
+"""Redaction of logs and messages about DICOM objects: they contain no data of a patient."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 
 
 def keep_patients_out() -> None:
-    """Silences what other packages of this process would write about patients into its log.
+    """Suppress log entries of other packages that contain data of patients.
 
-    pydicom quotes the values that it warns of, birth dates and names among them. MONAI Label writes down every sample
-    that it hands out, with PatientID and dates of the study; this project's own line about it names regions only.
+    pydicom quotes the values that it warns about, such as birth dates and names. MONAI Label logs every sample that it
+    serves, with PatientID and dates of the study; this project logs the regions only.
     """
     warnings.filterwarnings("ignore", module=r"pydicom|highdicom")
     logging.getLogger("monailabel.endpoints.activelearning").addFilter(_is_no_sample)
 
 
 def redacted(error: BaseException) -> str:
-    """What went wrong and where, without the error's own words, which may quote an object."""
+    """Type and place of an error without its message, which may quote an object."""
     frames = traceback.extract_tb(error.__traceback__)
     where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])
     return f"{type(error).__name__} at {where}"

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Segmentations that annotators store in the archive: found, cut to the region asked about, saved as answers."""
+"""Import of segmentations that annotators store in the archive: cut to the queried regions and saved as answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lib.storage.volumes import save_label
 
 logger = logging.getLogger(__name__)
 
-# Under what the ledger's infos keep what became of each segmentation, by its SOP instance UID.
+# Tag of the ledger's infos with the outcome of each segmentation, by SOP instance UID.
 OUTCOMES = ":segmentation"
 IMPORTED, LEFT, OWN = "imported", "left", "own"
 
@@ -58,16 +58,16 @@ class AnswerStore(Protocol):
 
 
 class SegImporter:
-    """Takes segmentations of the pool's series in, each once.
+    """Import segmentations of the pool's series, each once.
 
-    A segmentation answers the regions that are open on its series, or those its author worked on last there, as a label
-    that 3D Slicer submits does. It is kept as it came under `.patchwise/segmentations`. One that cannot be used is left
-    where it is, and `outcomes` says why; storing it anew gives it another identity and another chance.
+    A segmentation answers the open regions of its series, or those that its author worked on last there, like a label
+    that 3D Slicer submits. The received file is kept under `.patchwise/segmentations`. An unusable one stays in the
+    archive, and `outcomes` returns the reason. If it is stored again, it has a new identity and is tried again.
 
     Args:
-        store: whose images are answered.
+        store: pool of the answered images.
         classes: class name -> id.
-        kept: folder for the files as they came.
+        kept: folder for the received files.
     """
 
     def __init__(self, pacs: DicomWebClient, store: AnswerStore, classes: Mapping[str, int], kept: Path) -> None:
@@ -80,34 +80,34 @@ class SegImporter:
         self._read: dict[str, int | None] = {}
 
     def update(self) -> None:
-        """One look at the server: takes in what is new.
+        """Query the server once and import new segmentations.
 
         Raises:
             PacsError: the server does not answer.
         """
         studies = {series.study for series in self.store.mirror.listed.values()}
         for series in self.pacs.series({"Modality": "SEG"}):
-            # Segmentations lie in the study of their series; others belong to somebody else's project.
+            # Segmentations are in the study of their series; others belong to another project.
             known = series.uid in self._read and self._read[series.uid] == series.instances
             if series.study in studies and not known and self._read_series(series):
                 self._read[series.uid] = series.instances
 
     def note(self, instance: str, outcome: str, image: str, detail: str, answer: int | None = None) -> None:
-        """Keeps what became of a segmentation."""
+        """Store the outcome of a segmentation."""
         at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         facts = {"outcome": outcome, "image": image, "detail": detail, "answer": answer, "at": at}
         self.ledger.update_info(instance, facts, OUTCOMES)
         self._outcomes[instance] = facts
 
     def outcomes(self, limit: int = 20) -> list[dict[str, Any]]:
-        """What became of the segmentations seen last, newest first; the server's own ones are not listed."""
+        """Outcomes of the latest segmentations, newest first, without the server's own ones."""
         others = [
             {"segmentation": uid, **facts} for uid, facts in list(self._outcomes.items()) if facts["outcome"] != OWN
         ]
         return sorted(others, key=lambda facts: str(facts["at"]), reverse=True)[:limit]
 
     def _read_series(self, series: Series) -> bool:
-        """Takes in the new instances of a series; whether none is left to be looked at again."""
+        """Import the new instances of a series; return whether none is left for later."""
         done = True
         for instance in self.pacs.instances(series.study, series.uid):
             if instance not in self._outcomes:
@@ -143,7 +143,7 @@ class SegImporter:
             self.note(instance, LEFT, image, str(error))
             return
         except Exception as error:
-            # Whatever is wrong with one object, the others still have to come in.
+            # An error in one object must not prevent the import of others.
             logger.error("segmentation %s of %s cannot be read: %s", instance, image, redacted(error))
             self.note(instance, LEFT, image, f"it cannot be read ({redacted(error)}); store it again")
             return
@@ -151,8 +151,8 @@ class SegImporter:
         self.note(instance, IMPORTED, image, "", answer)
 
     def _save(self, instance: str, image: str, segmentation: Dataset) -> int:
-        # Measured with OHIF 3.10: where instance numbers do not fall along z, what was drawn on the first slice is
-        # stored as the last one. Nothing in the object tells whether its writer does so.
+        # Measured with OHIF 3.10: if instance numbers do not fall along z, the first slice is stored as the last one.
+        # The object does not show whether its writer does so.
         if written_by_dcmjs(segmentation) and not self.ledger.get_info(image).get(FALLING):
             raise LabelError(
                 "it was written by OHIF, which stores the slices of series that are numbered like this one in the "
@@ -177,10 +177,10 @@ class SegImporter:
             return self.store.save_answer(image, path, dict(info))
 
     def _queries(self, image: str, segmentation: Dataset) -> list[Query]:
-        """The regions that a segmentation answers; all of them are one client's.
+        """The regions that a segmentation answers, all of one client.
 
         Raises:
-            LabelError: nobody holds a region there, or several do and the segmentation does not say whose it is.
+            LabelError: no client holds a region there, or several do and the segmentation does not name one of them.
         """
         held = self.ledger.leases.open_queries(image)
         clients = list(dict.fromkeys(str(query.client) for query in held))

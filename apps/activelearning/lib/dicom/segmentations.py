@@ -30,28 +30,28 @@ _OFF_STEP = 1e-2
 
 
 def tracking_uid(series: str, name: str) -> UID:
-    """The UID that a class of a series is tracked by, the same in every segmentation (PS3.3 C.8.20.2)."""
+    """Tracking UID of a class of a series, the same in every segmentation (PS3.3 C.8.20.2)."""
     return UID(f"2.25.{uuid.uuid5(_NAMESPACE, f'{series}/{name}').int}")
 
 
 def referenced_series(segmentation: Dataset) -> list[str]:
-    """UIDs of the series that a segmentation says it belongs to."""
+    """UIDs of the series that a segmentation refers to."""
     items = segmentation.get("ReferencedSeriesSequence")
     return [str(item.get("SeriesInstanceUID", "")) for item in items] if isinstance(items, Sequence) else []
 
 
 def written_by_dcmjs(segmentation: Dataset) -> bool:
-    """Whether a segmentation comes from the library that OHIF writes with."""
+    """Return whether a segmentation was written by OHIF's library."""
     meta = getattr(segmentation, "file_meta", None) or Dataset()
     names = [str(segmentation.get(keyword, "")) for keyword in ("Manufacturer", "ManufacturerModelName")]
     return str(meta.get("ImplementationVersionName", "")).startswith("dcmjs") or names == ["Unspecified"] * 2
 
 
 def segment_values(segmentation: Dataset, series: str, classes: Mapping[str, int]) -> dict[int, int]:
-    """Segment number -> class id; the frame's segment gets the value after the last class, strangers none.
+    """Segment number -> class id; the frame's segment gets the value after the last class, unknown segments none.
 
-    A segment is known by its label, whatever its case; one with another label by its tracking id, or by the tracking
-    UID that this app gave it.
+    A segment is identified by its label, without regard to case, else by its tracking id, or by the tracking UID that
+    this app assigned.
     """
     ids = {name.lower(): value for name, value in classes.items()}
     ids[FRAME_SEGMENT] = max(classes.values()) + 1
@@ -73,24 +73,24 @@ def read_segmentation(
     classes: Mapping[str, int],
     regions: Sequence[Region],
 ) -> tuple[LabelMap, list[dict[str, Any]]]:
-    """A label map (X, Y, Z) on the grid of the series, and what its values mean, as clients send both.
+    """A label map (X, Y, Z) on the grid of the series, and its `label_info`, as in submissions of clients.
 
     Frames may lie along any axes of the grid, in either direction; where segments overlap, the later frame counts.
-    Segments that are no class count only where they enter one of `regions`.
+    Segments that are not a class only matter inside of `regions`.
 
     Args:
         affine: 4 x 4, from voxels of the series to millimetres in RAS.
 
     Raises:
-        LabelError: the segmentation is damaged, not binary, does not lie on the grid, or holds a stranger inside of a
-            region.
+        LabelError: the segmentation is damaged, not binary, does not lie on the grid, or has an unknown segment inside
+            of a region.
     """
     try:
         return _read(segmentation, series, shape, affine, classes, regions)
     except LabelError:
         raise
     except Exception as error:
-        # Any attribute of an object that somebody stored may be missing, of another type, or out of range.
+        # Any attribute of a stored object may be missing, of another type, or out of range.
         raise LabelError(f"the segmentation is damaged ({redacted(error)}); store it again") from error
 
 
@@ -123,7 +123,7 @@ def _read(
             f"{labels.get(number, number)!r} ({count} voxels)" for number, count in strange.items() if count
         )
         raise LabelError(
-            f"segments {listed} inside of the region are no class of this project; known classes are "
+            f"segments {listed} inside of the region are not classes of this project; known classes are "
             f"{', '.join(classes)}: rename or remove the segments and store it again"
         )
     info = [{"name": name, "idx": value} for name, value in classes.items()]
@@ -132,7 +132,7 @@ def _read(
 
 
 def _check_sizes(segmentation: Dataset, shape: Triple) -> None:
-    """Refuses more or larger frames than its segments can have on the grid, before any pixel is unpacked."""
+    """Refuse more or larger frames than its segments can have on the grid, before any pixel is unpacked."""
     rows, columns = int(segmentation.get("Rows", 0)), int(segmentation.get("Columns", 0))
     frames, segments = int(segmentation.get("NumberOfFrames", 1)), len(segmentation.get("SegmentSequence", []))
     if max(rows, columns) > max(shape) or frames > max(shape) * max(1, segments):
@@ -156,7 +156,7 @@ def _placed_frames(
         turn = [float(v) for v in _group(own, shared, "PlaneOrientationSequence").ImageOrientationPatient]
         down, across = (float(v) for v in _group(own, shared, "PixelMeasuresSequence").PixelSpacing)
         exact = (to_voxel @ [*place, 1])[:3]
-        # From one column, and from one row, to the next: whole steps along axes of the grid, or it is another grid.
+        # Steps between columns and between rows must be whole steps along axes of the grid.
         steps = np.stack([to_voxel[:3, :3] @ turn[:3] * across, to_voxel[:3, :3] @ turn[3:] * down])
         origin, whole = np.round(exact), np.round(steps)
         off_mm = np.abs((exact - origin) * np.linalg.norm(affine[:3, :3], axis=0)).max()
@@ -176,12 +176,12 @@ def _placed_frames(
 def write_segmentation(
     label_xyz: LabelMap, classes: Mapping[str, int], headers: Sequence[Dataset], number: int
 ) -> Dataset:
-    """A binary DICOM segmentation of what is annotated: a segment a class, unlabelled voxels in none.
+    """A binary DICOM segmentation of the annotated voxels: one segment per class, unlabelled voxels in none.
 
     Args:
-        label_xyz: class ids, UNLABELLED where nothing is annotated.
-        headers: of the segmented series, in any order.
-        number: of the segmentation among those of its series.
+        label_xyz: class ids, and UNLABELLED.
+        headers: headers of the segmented series, in any order.
+        number: number of the segmentation in its series.
 
     Raises:
         LabelError: the label has another shape than the series.
@@ -215,7 +215,7 @@ def write_segmentation(
         content_label="SEGMENTATION",
         content_description="Only annotated regions; unmarked voxels may be unseen",
         series_description="Patchwise: annotated regions",
-        # All frames of an empty map would be left out, and then nothing would be left.
+        # All frames of an empty map would be left out, and a segmentation needs a frame.
         omit_empty_frames=bool(frames_zyx.any()),
     )
     return segmentation
@@ -244,7 +244,7 @@ def _complete(header: Dataset) -> Dataset:
     for keyword in ("StudyDate", "StudyTime", "ReferringPhysicianName"):
         if keyword not in header:
             setattr(header, keyword, None)
-    # Archives hold dates that are none, and words for the sex; a segmentation cannot be written with them.
+    # Archives contain invalid dates, and words for the sex; a segmentation with them cannot be written.
     for keyword, kind in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
         try:
             kind(header.get(keyword) or "")
@@ -256,7 +256,7 @@ def _complete(header: Dataset) -> Dataset:
 
 
 def _group(own: Dataset, shared: Dataset, name: str) -> Dataset:
-    """A functional group of a frame, from its own list or from what all frames share."""
+    """A functional group of a frame, from its own list or the shared one."""
     holder = own if name in own else shared
     if name not in holder:
         raise LabelError(f"the segmentation lacks {name}, so its frames have no place; store it with positions")

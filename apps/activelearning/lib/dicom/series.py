@@ -27,17 +27,17 @@ FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SAME_TURN = 1e-3
 # Sine of the angle between the stack and the normal of its slices from which a gantry counts as tilted.
 _TILT = 2e-3
-# Share of the distance between slices by which one may lie off its place.
+# Largest deviation of a slice from its position, as a share of the distance between slices.
 _UNEVEN = 0.02
 
 
 @dataclass(frozen=True)
 class SeriesGrid:
-    """Where the voxels of a series are.
+    """Grid of a series.
 
     Axis x runs along the columns of a slice, y along its rows, z over the slices in the direction of the cross product
-    of both: `affine` turns voxels in this order into millimetres in RAS. `order` lists the slices along z, as places in
-    the sequence they came in; `falling` says whether their instance numbers fall along z throughout.
+    of both: `affine` maps voxels in this order to millimetres in RAS. `order` lists the slices along z, as indices into
+    the given sequence; `falling` is whether all their instance numbers fall along z.
     """
 
     order: tuple[int, ...]
@@ -50,14 +50,14 @@ def series_grid(headers: Sequence[Dataset]) -> SeriesGrid:
     """The grid of a series from the headers of its instances, in any order.
 
     Raises:
-        ImageError: the series is no volume (one slice, several frames a file, colour, no positions), or it is none on
-            an even grid (mixed sizes or orientations, missing or doubled slices, a tilted gantry).
+        ImageError: the series is not a volume (one slice, several frames per file, colour, no positions), or its grid
+            is not regular (mixed sizes or orientations, missing or doubled slices, a tilted gantry).
     """
     name = _name(headers)
     for header in headers:
         _check_slice(header, name)
     if len(headers) < 2:
-        raise ImageError(f"{name} holds one slice, which is no volume; leave it out by the search filter")
+        raise ImageError(f"{name} holds one slice, which is not a volume; leave it out by the search filter")
     sizes = {(int(h.Columns), int(h.Rows), *(round(float(v), 5) for v in h.PixelSpacing)) for h in headers}
     turns = np.array([[float(v) for v in h.ImageOrientationPatient] for h in headers])
     if len(sizes) > 1 or np.ptp(turns, axis=0).max() > _SAME_TURN:
@@ -78,10 +78,10 @@ def series_grid(headers: Sequence[Dataset]) -> SeriesGrid:
 
 
 def read_series(files: Sequence[Path]) -> tuple[NDArray[Any], SeriesGrid]:
-    """Values (X, Y, Z) of a series, rescaled as its headers say, and the grid they lie on.
+    """Values (X, Y, Z) of a series, rescaled by its headers, and their grid.
 
     Raises:
-        ImageError: what `series_grid` refuses, or pixels that cannot be decoded.
+        ImageError: as `series_grid`, or pixels that cannot be decoded.
     """
     import SimpleITK
 
@@ -90,7 +90,7 @@ def read_series(files: Sequence[Path]) -> tuple[NDArray[Any], SeriesGrid]:
     slices = []
     for place in grid.order:
         try:
-            # A slice at a time: each has its own slope and intercept.
+            # One slice at a time, since each has its own slope and intercept.
             slices.append(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(files[place]), imageIO="GDCMImageIO"))[0])
         except RuntimeError as error:
             raise ImageError(
@@ -121,7 +121,7 @@ def _step(places: NDArray[np.float64], normal: NDArray[np.float64], name: str) -
         raise ImageError(
             f"{name} has {len(places)} slices at {kinds} positions (phases or echoes in one series); split it"
         )
-    # All slices shifted alike are a tilt; a single one off its place is a gap.
+    # A common shift of all slices is a tilt; a single displaced slice is a gap.
     lean = float(np.linalg.norm(step - (step @ normal) * normal)) / distance
     if lean > _TILT:
         angle = float(np.degrees(np.arcsin(min(lean, 1.0))))
@@ -145,5 +145,5 @@ def _narrow(values_xyz: NDArray[Any]) -> NDArray[Any]:
 
 def _name(headers: Sequence[Dataset]) -> str:
     if not headers:
-        raise ImageError("a series without instances is no volume; store it again")
+        raise ImageError("a series without instances is not a volume; store it again")
     return f"series {headers[0].get('SeriesInstanceUID', '?')}"

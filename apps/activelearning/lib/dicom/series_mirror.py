@@ -24,7 +24,7 @@ from lib.storage.volume_headers import ImageError
 
 logger = logging.getLogger(__name__)
 
-# How often in a row a series has to be missing from the server's list before its copy is removed.
+# Number of consecutive listings without a series before its copy is removed.
 _MISSED = 3
 INSTANCES = "instances"
 # Whether the instance numbers of a series fall along z.
@@ -34,12 +34,12 @@ FALLING = "falling"
 class SeriesMirror:
     """Copies of the series that match a search: `<folder>/<SeriesInstanceUID>.nii.gz`, facts in the ledger.
 
-    A series is fetched when two listings in a row agree on its number of instances, so that one that is still being
-    sent is waited for. What turns out to be no volume is remembered with the reason and left alone until its number of
-    instances changes. A copy whose series is gone from the server goes too, unless every series seems gone.
+    A series is fetched if two consecutive listings agree on its number of instances, since it may still be in transfer.
+    A series that is not a volume is recorded with the reason and ignored until its number of instances changes. If a
+    series is removed from the server, its copy is removed too, unless every series seems removed.
 
     Args:
-        folder: of the copies; only those this class made are ever removed.
+        folder: folder of the copies; only files of this class are removed.
         search: QIDO-RS keys and values, e.g. `{"Modality": "MR"}`.
     """
 
@@ -86,11 +86,11 @@ class SeriesMirror:
         }
 
     def fetch(self, uid: str) -> bool:
-        """Fetches a listed series now if there is no copy yet; whether there is one afterwards.
+        """Fetch a listed series now if there is no copy yet; return whether there is one afterwards.
 
         Raises:
             PacsError: the server does not answer.
-            ImageError: the series is no volume.
+            ImageError: the series is not a volume.
         """
         series = self.listed.get(uid)
         if series is not None and not self._path(uid).is_file():
@@ -118,7 +118,7 @@ class SeriesMirror:
         try:
             self._fetch(series)
         except (ImageError, PacsError) as error:
-            # One broken series must not keep the others out; an unreachable server says so at the next listing.
+            # An error in one series must not block the others; the next listing reports an unreachable server.
             if isinstance(error, ImageError):
                 self.refused[series.uid] = series.instances, str(error)
             logger.warning("%s", error)
@@ -133,7 +133,7 @@ class SeriesMirror:
             facts = {**series.facts, INSTANCES: series.instances, FALLING: grid.falling}
             self.ledger.update_info(series.uid, facts)
             image = nib.Nifti1Image(values_xyz, grid.affine)
-            # Rounded positions shear the sform a little; ITK then takes the qform, which has right angles.
+            # Rounded positions shear the sform slightly; ITK then uses the qform, which has right angles.
             image.set_qform(grid.affine, code="scanner")
             with atomic_path(self._path(series.uid)) as temporary:
                 nib.save(image, temporary)

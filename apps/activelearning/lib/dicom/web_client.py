@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A DICOMweb server: what this app asks of it, with errors that say what to do."""
+"""Client of a DICOMweb server, with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from requests.adapters import HTTPAdapter
 from lib.dicom.log_redaction import redacted
 from lib.errors import PatchwiseError
 
-# Seconds to wait for a connection and for the next bytes; without, a server that hangs would hold its caller forever.
+# Seconds to wait for a connection and for the next bytes; otherwise an unresponsive server would block its caller
+# forever.
 _TIMEOUT = (5.0, 120.0)
 _PAGE = 1000
-# What OHIF shows of a sample.
+# Fields of a sample that OHIF shows.
 SAMPLE_FIELDS = (
     "Modality",
     "StudyDate",
@@ -41,7 +42,7 @@ _FIELDS = [field for field in SAMPLE_FIELDS if field != "RetrieveURL"]
 
 
 class PacsError(PatchwiseError):
-    """A DICOMweb server did not do as asked; the message names it and says what to do."""
+    """A request to a DICOMweb server failed; the message names the server and the remedy."""
 
     status = 503
 
@@ -57,7 +58,7 @@ class Series:
 
 
 class DicomWebClient:
-    """A DICOMweb server, spoken to with MONAI Label's settings for user, password and prefixes.
+    """Client of a DICOMweb server with MONAI Label's settings for user, password and prefixes.
 
     Args:
         url: base address of QIDO-RS, WADO-RS and STOW-RS.
@@ -75,11 +76,11 @@ class DicomWebClient:
             wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
             stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
         )
-        # Whoever asks here asks again by itself.
+        # Callers of this client repeat their requests.
         self._client.set_http_retry_params(retry=False)
 
     def series(self, filters: Mapping[str, Any]) -> list[Series]:
-        """Every series that matches; a server that answers in pages is asked for all of them."""
+        """All matching series, over all pages of the server's response."""
         fields = [*_FIELDS, "NumberOfSeriesRelatedInstances"]
         found: dict[str, Series] = {}
         while True:
@@ -87,10 +88,10 @@ class DicomWebClient:
                 page = self._client.search_for_series(
                     search_filters=dict(filters), fields=fields, limit=_PAGE, offset=len(found)
                 )
-            # The UID becomes a file's name; a server's answer is not trusted to be one.
+            # The UID becomes a file name, so the server's response is checked.
             found_now = [series for series in map(self._series, page or []) if UID(series.uid).is_valid]
             new = {series.uid: series for series in found_now}
-            # A short page may be a server's own limit; one without paging answers the first page again.
+            # A short page may be a server's own limit; a server without paging returns the first page again.
             if not new.keys() - found.keys():
                 return list(found.values())
             found |= new
@@ -103,26 +104,26 @@ class DicomWebClient:
 
     def instance(self, study: str, series: str, instance: str) -> Dataset:
         """One object with all it holds."""
-        with self._speaking("hand out an object"):
+        with self._speaking("return an object"):
             found: Dataset = self._client.retrieve_instance(study, series, instance)
             return found
 
     def headers(self, study: str, series: str) -> list[Dataset]:
         """The objects of a series without their pixels."""
-        with self._speaking("hand out the headers of a series"):
+        with self._speaking("return the headers of a series"):
             return [Dataset.from_json(item) for item in self._client.retrieve_series_metadata(study, series)]
 
     def download(self, study: str, series: str, folder: Path) -> list[Path]:
-        """Writes the objects of a series as files and answers their paths."""
+        """Write the objects of a series as files and return their paths."""
         files = []
-        with self._speaking("hand out a series"):
+        with self._speaking("return a series"):
             for number, item in enumerate(self._client.iter_series(study, series)):
                 files.append(folder / f"{number}.dcm")
                 item.save_as(files[-1], write_like_original=False)
         return files
 
     def store(self, item: Dataset) -> None:
-        """Stores an object.
+        """Store an object.
 
         Raises:
             PacsError: it was not taken, whole or in part.
@@ -155,7 +156,7 @@ class DicomWebClient:
             elif status == 404:
                 hint = "check the address given as --studies, and that the object is still there"
             else:
-                hint = "its log says why"
+                hint = "see its log"
             raise PacsError(f"{where} does not {what} (HTTP {status}): {hint}") from error
         except requests.Timeout as error:
             raise PacsError(f"{where} does not {what}: no answer in time; check that it is not overloaded") from error
@@ -163,12 +164,12 @@ class DicomWebClient:
             raise PacsError(f"{where} cannot be reached: start it, or check the address given as --studies") from error
         except (requests.RequestException, ValueError, KeyError, AttributeError) as error:
             raise PacsError(
-                f"{where} answers something that is no DICOMweb ({redacted(error)}); check the address"
+                f"{where} returns a response that is not DICOMweb ({redacted(error)}); check the address"
             ) from error
 
 
 class _TimeoutAdapter(HTTPAdapter):
-    """Sends every request with a time limit."""
+    """HTTP adapter that sends every request with a time limit."""
 
     def send(self, request: Any, *args: Any, **options: Any) -> Any:
         options["timeout"] = options.get("timeout") or _TIMEOUT

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What came back: submissions, their withdrawal, and how far two people agree."""
+"""Submissions, their withdrawal, and inter-rater agreement."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Answers:
         regions: Iterable[tuple[int | None, Region]],
         agreements: Iterable[Agreement] = (),
     ) -> int:
-        """Records a submission whose raw file is on disk and closes its queries; the number of the answer.
+        """Record a submission whose raw file is on disk and close its queries; return the number of the answer.
 
-        The merged label is brought up to date afterwards (`mark_merged`); until then the image is listed by
-        `unmerged`, so that a kill in between is repaired from the raw file.
+        The merged label is updated afterwards (`mark_merged`). Until then `unmerged` lists the image, so that start-up
+        recovery rebuilds the label from the raw file.
         """
         now, parts = self.store.clock(), list(regions)
         queries = [query for query, _ in parts if query is not None]
@@ -79,9 +79,9 @@ class Answers:
         return answer
 
     def withdraw(self, answer_id: int, client: str | None, reason: str | None = None) -> Answer:
-        """Takes an answer out of its image's label; its queries go back to the pool where nobody else answered them.
+        """Remove an answer from its image's label; return queries without another answer to the pool.
 
-        The record and the raw file stay. The label is rebuilt afterwards; until then the image is listed by `unmerged`.
+        The record and the raw file stay. The label is rebuilt afterwards; until then `unmerged` lists the image.
 
         Raises:
             LeaseError: no such answer, or it was withdrawn before.
@@ -89,7 +89,7 @@ class Answers:
         return self._switch(answer_id, client, reason, active=False)
 
     def restore(self, answer_id: int, client: str | None, reason: str | None = None) -> Answer:
-        """Takes back a withdrawal; newer answers to the same voxels still win.
+        """Revert a withdrawal; newer answers to the same voxels still take precedence.
 
         Raises:
             LeaseError: no such answer, or it was not withdrawn.
@@ -149,7 +149,7 @@ class Answers:
         return next(iter(self._answers("id = ?", (answer_id,))), None)
 
     def earlier_reading(self, region: Region, client: str | None) -> Answer | None:
-        """The newest active answer to exactly this region by somebody else, or None."""
+        """The newest active answer of another client to exactly this region, or None."""
         condition = (
             "active = 1 AND image = ? AND client IS NOT NULL AND client IS NOT ? AND id IN (SELECT answer FROM answered"
             " WHERE x = ? AND y = ? AND z = ? AND dx = ? AND dy = ? AND dz = ?)"
@@ -158,7 +158,7 @@ class Answers:
         return found[-1] if found else None
 
     def submitted(self, query_id: int) -> float | None:
-        """When the newest active answer to a query came in; None while there is none."""
+        """Time of the newest active answer to a query; None if there is none."""
         with self.store.connect() as connection:
             row = connection.execute(
                 "SELECT MAX(submitted) FROM answers JOIN answered ON answered.answer = answers.id"
@@ -205,7 +205,7 @@ class Answers:
         return {image: list(dict.fromkeys(regions)) for image, regions in boxes.items()}
 
     def images(self, withdrawn: bool = False) -> list[str]:
-        """Images with an active submission, sorted; with `withdrawn` those too whose submissions were all withdrawn."""
+        """Images with an active submission, sorted; with `withdrawn`, also those with withdrawn submissions only."""
         with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT DISTINCT image FROM answers WHERE active = 1 OR ? ORDER BY image", (withdrawn,)
@@ -231,7 +231,7 @@ class Answers:
             return dict(connection.execute("SELECT image, sha256 FROM merged").fetchall())
 
     def is_classwise(self, image: str) -> bool:
-        """Whether an active submission of the image names the classes that were drawn."""
+        """Return whether an active submission of the image lists its annotated classes."""
         with self.store.connect() as connection:
             row = connection.execute(
                 "SELECT 1 FROM answers WHERE image = ? AND active = 1"
@@ -247,7 +247,7 @@ class Answers:
         return int(row[0] or 0)
 
     def unmerged(self) -> list[str]:
-        """Images whose label on disk may lack a submission: a kill came between the record and the merge."""
+        """Images whose label on disk may lack a submission, since a kill came between record and merge."""
         with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT image FROM answers LEFT JOIN merged USING (image) GROUP BY image"
@@ -257,6 +257,6 @@ class Answers:
 
 
 def _new_minutes(connection: sqlite3.Connection, query: int | None) -> float | None:
-    """Minutes of work on a query that no earlier answer has counted; None where none are known."""
+    """Minutes of work on a query that no earlier answer includes; None if unknown."""
     row = connection.execute(f"SELECT {UNCOUNTED} FROM queries WHERE id = ? AND worked > 0", (query,)).fetchone()
     return None if row is None else float(row[0])

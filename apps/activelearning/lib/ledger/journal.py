@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A second record of data that cannot be derived: answers and their withdrawal, one line each; the file only grows."""
+"""Second record of data that cannot be derived: answers and their withdrawal, one line each, append-only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 class Journal:
     """Lines of JSON beside the ledger; each is on disk before `append` returns.
 
-    The ledger alone would do as long as its file system keeps what it has synced. Where that fails (a write-ahead log
-    that comes back shorter after a power cut, a file system check), what is missing in the ledger is found here.
+    The ledger alone would suffice if every file system kept synced data. If it does not (a write-ahead log that is
+    shorter after a power cut, a file system check), the journal restores the missing entries of the ledger.
 
     Several processes may append: a line is one write to a file opened for appending.
 
     Args:
-        path: the file; made with the first line.
+        path: the file; created with the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class Journal:
         handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(handle).st_size
-            # Whatever a full disk left of the line before must not swallow this one.
+            # The remains of an earlier line that a full disk cut off must not be joined with this one.
             torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
             content = (("\n" if torn else "") + text).encode()
             while content:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Who works on which region, until when, and for how long: the ledger's leases and minutes."""
+"""Leases of regions to clients, with their expiry and minutes of work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _OVERLAP = " AND ".join(
 
 
 class Leases:
-    """Regions handed out, renewed, given back and skipped; no two clients ever hold one region.
+    """Leases of regions: granted, renewed, released and skipped; at most one client holds a region.
 
     Args:
         store: the ledger's file.
@@ -48,10 +48,10 @@ class Leases:
         self.idle_minutes = idle_minutes
 
     def lease(self, ids: Sequence[int], client: str, minutes: float) -> list[Query]:
-        """Gives planned or freed queries to `client`; those already open for this client on the images get a new lease.
+        """Lease planned or freed queries to `client`, and renew its open queries on the same images.
 
-        Queries that somebody else holds or that are answered keep what they are, and so do freed ones whose voxels have
-        been asked for again. Returned in the order of `ids`.
+        Unchanged are answered queries, those of another client, and freed ones whose voxels belong to a newer query.
+        The result is in the order of `ids`.
         """
         now = self.store.clock()
         marks = ",".join("?" * len(ids))
@@ -83,10 +83,10 @@ class Leases:
         self.store.note(connection, "leased", client, query=row["id"])
 
     def touch(self, client: str, image: str, opening: bool = False) -> list[Query]:
-        """Notes that `client` worked on its open regions of an image: leases run anew, the time since its last request
-        counts as work, and with `opening` the regions count as opened.
+        """Record that `client` worked on its open regions of an image.
 
-        Costs one read where the client holds nothing there.
+        Their leases start again, and the time since the last request counts as work. With `opening` the regions count
+        as opened. If the client holds no region there, the cost is one read.
         """
         held = self.open_queries(image, client)
         if not held:
@@ -103,10 +103,10 @@ class Leases:
         return self.open_queries(image, client)
 
     def renew(self, query_id: int, client: str) -> Query:
-        """A new lease for a region that the client holds, or held last and that is still free.
+        """New lease for a region that the client holds, or held last if it is still free.
 
         Raises:
-            LeaseError: unknown, answered, held by somebody else or no longer free.
+            LeaseError: the query is unknown, answered, held by another client or no longer free.
         """
         with self.store.transaction() as connection:
             row = self._owned(connection, query_id, client, (OPEN, *FREED))
@@ -123,7 +123,7 @@ class Leases:
             return to_query(connection.execute("SELECT * FROM queries WHERE id = ?", (query_id,)).fetchone())
 
     def release(self, query_id: int, client: str, reason: str | None = None) -> Query:
-        """Gives a region back to the pool at once.
+        """Return a region to the pool at once.
 
         Raises:
             LeaseError: unknown, or not open for this client.
@@ -131,7 +131,7 @@ class Leases:
         return self._end(query_id, client, RELEASED, reason)
 
     def skip(self, query_id: int, client: str, reason: str | None = None) -> Query:
-        """Marks a region as one that nobody is asked about again; a second reading that waits for it is dropped.
+        """Exclude a region from all later queries; a second reading that waits for it is dropped.
 
         Raises:
             LeaseError: unknown, or not open for this client.
@@ -153,16 +153,16 @@ class Leases:
             return to_query(connection.execute("SELECT * FROM queries WHERE id = ?", (query_id,)).fetchone())
 
     def expire(self) -> int:
-        """Returns regions whose lease ran out to the pool; how many."""
+        """Return regions with an expired lease to the pool; return their number."""
         over, values = "status = ? AND lease_until < ?", (OPEN, self.store.clock())
-        # Most requests find nothing to return, and a write waits for the disk.
+        # Most requests find no expired lease, and a write waits for the disk.
         if not self.store.queries(f"{over} LIMIT 1", values):
             return 0
         with self.store.transaction() as connection:
             return int(connection.execute(f"UPDATE queries SET status = ? WHERE {over}", (EXPIRED, *values)).rowcount)
 
     def open_queries(self, image: str | None = None, client: str | None = None) -> list[Query]:
-        """Leased regions, of one image and one client where given."""
+        """Leased regions, of one image or one client if given."""
         clauses, values = ["status = ?"], list[str]([OPEN])
         for column, value in (("image", image), ("client", client)):
             if value is not None:
@@ -171,7 +171,7 @@ class Leases:
         return self.store.queries(" AND ".join(clauses) + " ORDER BY id", tuple(values))
 
     def freed(self, method: str, round_: int, unit: str, client: str, limit: int = 1) -> list[Query]:
-        """Regions that were given back and may be handed to `client`, best first; not those it released itself."""
+        """Freed regions that `client` may lease, best first, except those that it released itself."""
         with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT * FROM queries WHERE method = :method AND round = :round AND unit = :unit"
@@ -183,7 +183,7 @@ class Leases:
             return list(islice(free, limit))
 
     def second_readings(self, client: str, limit: int) -> list[Query]:
-        """Regions that somebody else was handed and that wait for a second reading, oldest first."""
+        """Regions that another client read first and that wait for a second reading, oldest first."""
         condition = (
             "id IN (SELECT mine.id FROM queries AS mine JOIN queries AS other ON other.id = mine.twin"
             f" WHERE mine.status IN (:proposed, {FREED_MARKS}) AND other.status IN (:open, :answered)"
@@ -193,15 +193,15 @@ class Leases:
         return self.store.queries(condition, {**STATUSES, "client": client, "limit": limit})
 
     def last_holder(self, image: str) -> str | None:
-        """Who was handed a region of the image last; None where nobody ever was."""
+        """Last client with a lease on the image; None if there was no lease."""
         held = self.store.queries("image = ? AND client IS NOT NULL ORDER BY leased DESC, id DESC LIMIT 1", (image,))
         return held[0].client if held else None
 
     def last_worked(self, image: str, client: str) -> list[Query]:
-        """What this client worked on last on the image, though it is no longer open for them.
+        """Regions of the image that this client worked on last, although they are no longer open for it.
 
-        Either a region whose lease ran out and that nobody else has answered, or all regions of their last submission,
-        which they submit a second time.
+        Either a region with an expired lease and without an answer of another client, or all regions of the client's
+        last submission, which it submits a second time.
         """
         mine = self.store.queries("image = ? AND client = ? ORDER BY leased DESC, id DESC LIMIT 1", (image, client))
         if not mine or mine[0].status not in (*FREED, ANSWERED):
@@ -239,16 +239,16 @@ class Leases:
         return [row["id"] for row in rows if row["image"] in images]
 
     def extend(self, connection: sqlite3.Connection, ids: Sequence[int], now: float) -> None:
-        """Let the leases of open queries run anew from `now`."""
+        """Restart the leases of open queries at `now`."""
         connection.executemany(
             "UPDATE queries SET lease_until = MAX(lease_until, ? + 60 * COALESCE(lease_minutes, 0)) WHERE id = ?",
             [(now, query) for query in ids],
         )
 
     def count_work(self, connection: sqlite3.Connection, client: str, ids: Sequence[int]) -> None:
-        """Counts the time since the client's last request, at most `idle_minutes`, in equal parts for `ids`.
+        """Add the time since the client's last request, at most `idle_minutes`, to `ids` in equal parts.
 
-        Time is counted once, so that the regions of somebody who holds many add up to the time they worked.
+        Time is counted once, so that the sum over all regions of a client is its time of work.
         """
         now = self.store.clock()
         row = connection.execute("SELECT seen FROM clients WHERE client = ?", (client,)).fetchone()
@@ -261,7 +261,7 @@ class Leases:
 
 
 def _barred(connection: sqlite3.Connection, row: sqlite3.Row, client: str) -> bool:
-    """Whether a region may not go to `client`: its other reading is theirs, or it was freed and asked for again."""
+    """Return whether `client` must not lease a region: it has the other reading, or a newer query covers the voxels."""
     values = {**STATUSES, "id": row["id"], "client": client}
     condition = f"mine.id = :id AND {_PARTNER} AND other.client = :client AND other.status IN (:open, :answered)"
     found = connection.execute(f"SELECT 1 FROM queries AS mine, queries AS other WHERE {condition}", values).fetchone()

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The ledger as a whole, in sums: what the progress page shows and what rounds that run themselves go by."""
+"""Sums over the whole ledger, for the progress page and automatic rounds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AfterRound(NamedTuple):
 
 
 class AnsweredQuery(NamedTuple):
-    """The newest active answer to a query; `first`: whose proposal counts, of a second reading the first one."""
+    """The newest active answer to a query; `first`: the first reading, which has the prediction."""
 
     query: int
     first: int
@@ -60,7 +60,7 @@ class AnsweredQuery(NamedTuple):
 
 
 class Overview:
-    """Sums over all queries and answers; each is one read, whatever the number of images."""
+    """Sums over all queries and answers; each is one read, for any number of images."""
 
     def __init__(self, store: LedgerStore) -> None:
         self.store = store
@@ -91,15 +91,15 @@ class Overview:
         return [AnsweredQuery(*row) for row in rows]
 
     def answers_key(self) -> str:
-        """Changes whenever an answer comes in, is withdrawn or restored."""
+        """Key that changes if an answer is added, withdrawn or restored."""
         with self.store.connect() as connection:
             row = connection.execute("SELECT COUNT(*), SUM(active), SUM(active * id) FROM answers").fetchone()
         return ":".join(str(value or 0) for value in row)
 
     def after_round(self, round_: int, batch: str | None = None) -> AfterRound:
-        """How many regions of later rounds are planned or open (of one batch, if named), and how many are answered.
+        """Numbers of the regions of later rounds that are planned or open (of one batch, if named), and answered.
 
-        Second readings nobody has taken yet do not count: they may wait for a second annotator for good.
+        Second readings that are not leased yet do not count, since a second annotator may never take them.
         """
         with self.store.connect() as connection:
             row = connection.execute(
@@ -121,7 +121,7 @@ class Overview:
         return str(row[0]) if row else None
 
     def planned_method(self, round_: int) -> str | None:
-        """The method of the region of a round that is handed out next: a planned one, else one that was given back."""
+        """Method of the next region of a round: a planned one, else a freed one."""
         with self.store.connect() as connection:
             row = connection.execute(
                 "SELECT method FROM queries WHERE round = :round AND twin IS NULL AND status IN"
@@ -131,7 +131,7 @@ class Overview:
         return str(row[0]) if row else None
 
     def latest(self, limit: int) -> list[Query]:
-        """Up to `limit` regions to look at: those somebody works on, the next planned ones, the newest answered."""
+        """Up to `limit` regions for display: the leased ones, the next planned ones, the newest answered ones."""
         found: list[Query] = []
         for condition, share in (
             ("status = :open ORDER BY leased DESC, id DESC", limit),
@@ -144,7 +144,7 @@ class Overview:
         return found
 
     def sizes(self) -> Mapping[int, int]:
-        """Regions of each round that were asked for and not given up; second readings are not counted."""
+        """Number of regions per round that were queried and not withdrawn, without second readings."""
         with self.store.connect() as connection:
             rows = connection.execute(
                 "SELECT round, COUNT(*) FROM queries WHERE twin IS NULL AND status != ? GROUP BY round", (WITHDRAWN,)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""QueryLedger: what was asked, of whom, and what came back. SQLite in WAL mode under the studies folder."""
+"""QueryLedger: record of queries, clients and answers, in SQLite (WAL mode) under the studies folder."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class QueryLedger:
     def ask(
         self, batch: str, method: str, round_: int, asked: Sequence[Asked], twice: Collection[int] = ()
     ) -> list[Query]:
-        """Records a batch of regions as proposed; the same `batch` again returns what was recorded first.
+        """Record a batch of regions as proposed; for a recorded `batch`, return its regions.
 
-        A request that was repeated because its answer got lost therefore gets the same regions. Of the regions at the
-        places `twice` a second reading is recorded too, which `second_readings` offers to other clients.
+        A request that is repeated because its response was lost therefore gets the same regions. Regions at the
+        positions `twice` also get a second reading, which `second_readings` offers to other clients.
         """
         now, highest = self.store.clock(), 0
         with self.store.transaction() as connection:
@@ -98,22 +98,22 @@ class QueryLedger:
         return self.store.queries("batch = ? ORDER BY rank, id", (batch,))
 
     def join_batch(self, ids: Sequence[int], batch: str) -> None:
-        """Makes regions part of a batch, so that a repeated request gets them too."""
+        """Add regions to a batch, so that a repeated request returns them too."""
         with self.store.transaction() as connection:
             connection.executemany("UPDATE queries SET batch = ? WHERE id = ?", [(batch, query) for query in ids])
 
     def proposed(self, method: str, round_: int, unit: str, limit: int | None = None) -> list[Query]:
-        """Regions that were chosen but not yet handed out, best first; second readings are not among them."""
+        """Regions that were chosen but not yet leased, best first, without second readings."""
         condition = "status = ? AND twin IS NULL AND method = ? AND round = ? AND unit = ? ORDER BY asked, rank"
         return self.store.queries(
             f"{condition} LIMIT ?", (PROPOSED, method, round_, unit, -1 if limit is None else limit)
         )
 
     def withdraw_planned(self, before_round: int) -> int:
-        """Gives up regions planned in earlier rounds that nobody was handed; how many.
+        """Withdraw regions planned in earlier rounds that were never leased; return their number.
 
-        They were chosen by an older model; kept, they would bar the newer one from asking there. A second reading stays
-        while its first one does: it bars nothing that is not barred anyway.
+        They were chosen by an older model, and would block the newer one from choosing their voxels. A second reading
+        stays as long as its first one, since it blocks no further voxels.
         """
         with self.store.transaction() as connection:
             cursor = connection.execute(
@@ -124,7 +124,7 @@ class QueryLedger:
             return int(cursor.rowcount)
 
     def taken(self) -> dict[str, list[Region]]:
-        """Regions a method must not ask for again, by image."""
+        """Regions that a method must not choose again, by image."""
         boxes: dict[str, list[Region]] = {}
         with self.store.connect() as connection:
             asked = connection.execute(
@@ -143,13 +143,13 @@ class QueryLedger:
         return next(iter(self.store.queries("id = ?", (query_id,))), None)
 
     def was_asked(self, image: str) -> bool:
-        """Whether anybody was ever asked about the image."""
+        """Return whether a region of the image was ever leased."""
         with self.store.connect() as connection:
             row = connection.execute("SELECT 1 FROM queries WHERE image = ? LIMIT 1", (image,)).fetchone()
         return row is not None
 
     def asked(self, image: str) -> list[Region]:
-        """Every region of an image that anybody was ever asked about."""
+        """Every region of an image that was ever leased."""
         return list(dict.fromkeys(query.region for query in self.store.queries("image = ?", (image,))))
 
     def counts(self) -> dict[str, int]:
@@ -177,13 +177,13 @@ class QueryLedger:
             )
 
     def get_info(self, image: str, tag: str = "") -> dict[str, Any]:
-        """What clients stored about an image (tag '') or one of its labels."""
+        """Info that clients stored about an image (tag '') or one of its labels."""
         with self.store.connect() as connection:
             row = connection.execute("SELECT content FROM info WHERE image = ? AND tag = ?", (image, tag)).fetchone()
         return json.loads(row[0]) if row else {}
 
     def update_info(self, image: str, info: Mapping[str, Any], tag: str = "") -> None:
-        """Adds keys to the info of an image or label; read and written in one transaction, so no writer loses keys."""
+        """Add keys to the info of an image or label, in one transaction, so that concurrent writers lose no keys."""
         with self.store.transaction() as connection:
             row = connection.execute("SELECT content FROM info WHERE image = ? AND tag = ?", (image, tag)).fetchone()
             content = {**(json.loads(row[0]) if row else {}), **info}
@@ -198,7 +198,7 @@ class QueryLedger:
         return {image: json.loads(content) for image, content in rows}
 
     def update_infos(self, infos: Mapping[str, Mapping[str, Any]], tag: str = "") -> None:
-        """Replaces the infos of many images at once."""
+        """Replace the infos of many images at once."""
         with self.store.transaction() as connection:
             connection.executemany(
                 "INSERT OR REPLACE INTO info VALUES (?, ?, ?)",
@@ -212,6 +212,6 @@ class QueryLedger:
         return json.loads(row[0]) if row else None
 
     def set_meta(self, key: str, value: Any) -> None:
-        """Notes a fact about the studies folder as a whole."""
+        """Record a fact about the studies folder as a whole."""
         with self.store.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"fact:{key}", json.dumps(value)))

@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from lib.regions import Region, Triple
 
-# What the batch of second readings is called after that of the first ones.
+# Suffix of the batch of second readings after the name of the first one.
 SECOND = ":second"
 
-# Who is noted where nobody said who they are.
+# Recorded client if a request has no identity.
 ANONYMOUS = "anonymous"
-# First character of ids that the server derives from a connection. No client can send it, so none passes for one.
+# First character of ids that the server derives from a connection. Clients cannot send it, so they cannot pose as one.
 DERIVED = "~"
 
 Status = Literal["proposed", "open", "answered", "expired", "released", "skipped", "withdrawn"]
@@ -36,17 +36,17 @@ WITHDRAWN: Status = "withdrawn"
 # Named parameters of statements: `status = :open`.
 STATUSES: dict[str, Any] = {status: status for status in get_args(Status)}
 
-# Statuses whose region must not be asked again: it is planned, leased, annotated or skipped.
+# Statuses whose region must not be chosen again: it is planned, leased, annotated or skipped.
 TAKEN: tuple[Status, ...] = (PROPOSED, OPEN, ANSWERED, SKIPPED)
 TAKEN_MARKS = ", ".join(f":{status}" for status in TAKEN)
-# Statuses of regions that were given back: their lease ran out, or their holder did not want them.
+# Statuses of freed regions: the lease expired, or the holder released them.
 FREED: tuple[Status, ...] = (EXPIRED, RELEASED)
 FREED_MARKS = ", ".join(f":{status}" for status in FREED)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A region that a method chose, before it has a number: what `QueryLedger.ask` records."""
+    """A region that a method chose, without a number yet; `QueryLedger.ask` records it."""
 
     region: Region
     unit: str
@@ -56,10 +56,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Query:
-    """A region that was asked for, as recorded.
+    """A queried region, as recorded.
 
-    `leased`, `opened` and `lease_until` are seconds since 1970, `worked` the seconds its holder worked on it; `twin` is
-    the query whose second reading this one is; `note` why it was skipped or released.
+    `leased`, `opened` and `lease_until` are seconds since 1970, `worked` the seconds of work of its holder. `twin` is
+    the query of the first reading if this is a second one; `note` is the reason for a skip or release.
     """
 
     id: int
@@ -98,7 +98,7 @@ class Query:
 
 
 class AnsweredRegion(NamedTuple):
-    """A region of a submission and the query it answers; None where the client was not asked about it."""
+    """A region of a submission and the query it answers; None if no query of the client covers it."""
 
     query: int | None
     region: Region

@@ -23,9 +23,9 @@ _SWITCHES = ("withdrawn", "restored")
 
 @dataclass(frozen=True)
 class Recovered:
-    """Entries that `recover` restored: counts of answers, and of answers whose withdrawal or restoring had been lost.
+    """Entries that `recover` restored: answers, and answers whose withdrawal or restoration had been lost.
 
-    `gone` are raw files that the journal names but that are in neither the ledger nor the folder.
+    `gone` are raw files in the journal that are missing in both the ledger and the folder.
     """
 
     answers: list[int] = field(default_factory=list)
@@ -119,7 +119,7 @@ def entry_of(connection: sqlite3.Connection, answer: int) -> dict[str, Any]:
 
     (row,) = rows("SELECT * FROM answers WHERE id = ?")
     return {
-        # The steps that follow decide whether it is active.
+        # The later steps determine whether it is active.
         "answer": {**row, "active": 1},
         "answered": rows("SELECT * FROM answered WHERE answer = ? ORDER BY rowid"),
         "queries": rows("SELECT * FROM queries WHERE id IN (SELECT query FROM answered WHERE answer = ?)"),
@@ -143,7 +143,7 @@ def _sorted_out(journal: Journal) -> tuple[dict[str, dict[str, Any]], dict[str, 
 
 
 def _put_back(connection: sqlite3.Connection, entry: Mapping[str, Any], raw: Path) -> int | None:
-    """Records an answer again; its number, or None where its raw file is not there."""
+    """Record an answer again; return its number, or None if its raw file is missing."""
     if not raw.is_file() or file_digest(raw) != entry["answer"]["raw_sha256"]:
         return None
     numbers = {row["id"]: _put_query(connection, row) for row in entry["queries"]}
@@ -172,7 +172,7 @@ def _put_query(connection: sqlite3.Connection, lost: Mapping[str, Any]) -> int:
 
 
 def _insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int | None:
-    """Inserts what the table has columns for: a line may be of an earlier version."""
+    """Insert the values that the table has columns for, since a line may be of an earlier version."""
     columns = [column["name"] for column in connection.execute(f"PRAGMA table_info({table})") if column["name"] in row]
     statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
     return connection.execute(statement, [row[name] for name in columns]).lastrowid

@@ -117,8 +117,8 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 }
 
 
-# Minutes that the holder of a query has worked on it and not answered with yet. `worked` begins anew with another
-# holder, so what others answered before does not count against it.
+# Minutes of work of a query's holder that no answer includes yet. `worked` restarts at 0 with another holder, so
+# answers of earlier holders are not subtracted.
 UNCOUNTED = """worked / 60 - COALESCE((
     SELECT SUM(answered.minutes) FROM answered JOIN answers ON answers.id = answered.answer
     WHERE answered.query = queries.id AND answers.submitted > COALESCE(queries.leased, 0)
@@ -126,7 +126,7 @@ UNCOUNTED = """worked / 60 - COALESCE((
 
 
 def prepare(connection: sqlite3.Connection) -> int:
-    """Makes or migrates the tables inside the caller's transaction; the version that was found.
+    """Create or migrate the tables inside the caller's transaction; return the found version.
 
     A version newer than this program's is left untouched.
     """

@@ -31,11 +31,11 @@ JOURNAL = "journal.jsonl"
 
 
 class LedgerError(PatchwiseError):
-    """The ledger cannot be used as asked; the message says why."""
+    """The ledger cannot be used as requested; the message contains the reason."""
 
 
 def damaged(path: Path, found: object) -> LedgerError:
-    """What to say of a file that SQLite cannot mend."""
+    """Error for a file that SQLite cannot repair."""
     return LedgerError(
         f"{path} is damaged ({' '.join(str(found).split())}); move it and the files {path.name}-wal and -shm away and "
         f"start again: the answers come back from {JOURNAL} and the raw files"
@@ -43,7 +43,7 @@ def damaged(path: Path, found: object) -> LedgerError:
 
 
 class LeaseError(LedgerError):
-    """A query is not this client's to act on."""
+    """The client must not act on a query."""
 
     status = 409
 
@@ -52,11 +52,11 @@ class LedgerStore:
     """An SQLite file in WAL mode and the journal beside it; every method of its users is one transaction.
 
     Any number of processes may hold one open: writers wait for each other, and a commit is on disk
-    (`synchronous=FULL`) before the method returns. A file of an earlier version is brought up to date when it is
-    opened, wholly or not at all.
+    (`synchronous=FULL`) before the method returns. A file of an earlier version is migrated when it is opened, as a
+    whole or not at all.
 
     Args:
-        path: the SQLite file; made when missing.
+        path: the SQLite file; created if it is missing.
         clock: seconds since 1970, replaceable in tests.
 
     Raises:
@@ -74,7 +74,7 @@ class LedgerStore:
             with self.transaction() as connection:
                 found = prepare(connection)
         except sqlite3.OperationalError:
-            # Locked, read-only, no room: nothing is wrong with what is in the file.
+            # Locked, read-only or full disk: the content of the file is intact.
             raise
         except sqlite3.DatabaseError as error:
             raise damaged(path, error) from error
@@ -87,9 +87,9 @@ class LedgerStore:
         return Journal(self.path.with_name(JOURNAL))
 
     def stay_open(self) -> None:
-        """Keeps the file open until the process ends: for a server, which does not fork.
+        """Keep the file open until the process ends: for a server, which does not fork.
 
-        The last connection that is closed moves the log into the file; while this idle one is there, no call has to.
+        The last connection that is closed moves the log into the file; this idle one prevents that during calls.
         """
         self._kept = self._kept or sqlite3.connect(self.path, timeout=BUSY_SECONDS, check_same_thread=False)
         self._kept.execute("SELECT 1 FROM meta").fetchone()
@@ -97,7 +97,8 @@ class LedgerStore:
     @contextmanager
     def connect(self) -> Iterator[sqlite3.Connection]:
         """A connection for reading, closed at the end of the block."""
-        # A connection a call: threads and forked children never share one, and opening costs a tenth of a millisecond.
+        # A connection per call: threads and forked children never share one, and opening costs a tenth of a
+        # millisecond.
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         connection.row_factory = sqlite3.Row
         try:
@@ -114,7 +115,7 @@ class LedgerStore:
             try:
                 yield connection
             except BaseException:
-                # A full disk makes SQLite roll back by itself; that must not hide what happened.
+                # On a full disk, SQLite rolls back by itself; the second rollback must not hide the error.
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
@@ -142,7 +143,7 @@ class LedgerStore:
         answer: int | None = None,
         note: str | None = None,
     ) -> None:
-        """Adds a line to the trail of what happened, which nothing ever changes or removes."""
+        """Add a line to the audit trail, which is append-only."""
         connection.execute(
             "INSERT INTO events (at, kind, query, answer, client, note) VALUES (?, ?, ?, ?, ?, ?)",
             (self.clock(), kind, query, answer, client, note),

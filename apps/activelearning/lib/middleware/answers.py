@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Answers are sent after their worker thread is free: a client that does not read holds a connection and no more."""
+"""Responses, sent independently of their worker thread: a client that does not read occupies only a connection."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.types import Message, Send
 
-# An answer goes out in pieces of this size, so that progress on a slow connection is seen.
+# A response is sent in pieces of this size, so that progress on a slow connection is visible.
 _PIECE = 2**18
-# What a route that streams may be ahead of its client.
+# Bytes by which a streaming route may be ahead of its client.
 _AHEAD_BYTES = 2**22
 
 
@@ -47,7 +47,7 @@ class Answer:
         self._failed = False
 
     async def put(self, message: Message) -> None:
-        """Takes a message of the worker's loop; waits only where a route streams far ahead of its client."""
+        """Accept a message of the worker's loop; wait only if a route streams far ahead of its client."""
         if self._failed:
             raise AnswerError("the client does not read its answer")
         if message["type"] == "http.response.pathsend":
@@ -62,7 +62,7 @@ class Answer:
         self._waiting.put_nowait(None)
 
     async def send_all(self) -> None:
-        """Sends until `end`; a client that does not read ends its answer early."""
+        """Send until `end`; the response of a client that does not read ends early."""
         while (message := await self._waiting.get()) is not None:
             try:
                 if not self._failed:

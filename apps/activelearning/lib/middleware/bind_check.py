@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Who may reach the server: nobody from outside unless somebody asked for it."""
+"""Check of the server's address: access from outside requires an explicit option."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lib.options import OptionError
 
 
 def check_listening(arguments: Sequence[str], authenticated: bool) -> None:
-    """MONAI Label listens on every network of the machine unless `--host` is given; here that has to be asked for.
+    """Require `--host` or authentication, since MONAI Label listens on every network of the machine by default.
 
     Args:
-        arguments: of the command that started this process.
-        authenticated: whether MONAI Label asks for users and roles.
+        arguments: arguments of the command that started this process.
+        authenticated: whether MONAI Label's authentication is on.
 
     Raises:
         OptionError: a server without `--host` and without authentication.
@@ -43,12 +43,12 @@ def check_listening(arguments: Sequence[str], authenticated: bool) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Tries what the web server does after the app is loaded, which takes long and cannot end with a sentence."""
+    """Bind the port before the app is loaded; the web server does so later, and without a clear error."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Names are looked up with the port modulo 65,536.
+            # `getaddrinfo` takes the port modulo 65,536.
             probe.bind((address[0], port, *address[2:]))
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Who is asking: the id a client sends, or its address and user where it sends none."""
+"""Identity of a client: the id that it sends, or else its address and user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lib.ledger.records import ANONYMOUS, DERIVED
 from lib.studies.request_context import CLIENT, current_client
 
 MOST_ALIASES = 50
-# Where `upstream_patches` keeps the address of a connection.
+# Key of the address of a connection, set by `upstream_patches`.
 CONNECTED = "patchwise.connected"
 
 
@@ -32,7 +32,7 @@ class Clients:
         self._lock = threading.Lock()
 
     def identify(self, request: Mapping[str, Any]) -> str:
-        """The `client_id` of a request, or else who the connection says it is."""
+        """The `client_id` of a request, or else an id derived from the connection."""
         here, given = current_client(), request.get("client_id")
         if not given:
             return here or ANONYMOUS
@@ -53,11 +53,11 @@ class Clients:
 
 
 class IdentifiedClients:
-    """Notes for every request who sent it, so that clients without an id are told apart.
+    """Record the sender of every request, so that clients without an id are distinguished.
 
     Args:
-        header: name of the header in which a trusted proxy tells the client's address; its last entry counts, which is
-            the one the proxy itself has added.
+        header: header in which a trusted proxy sends the client's address; only the last entry, which the proxy itself
+            adds, is used.
     """
 
     def __init__(self, app: ASGIApp, header: str | None) -> None:
@@ -77,14 +77,14 @@ class IdentifiedClients:
 
     def _address(self, connection: HTTPConnection, scope: Scope) -> str:
         told = ",".join(connection.headers.getlist(self.header)) if self.header else ""
-        # The web server itself would believe any program on this machine that says X-Forwarded-For.
+        # The web server itself would trust X-Forwarded-For of any program on this machine.
         client = scope.get(CONNECTED) or scope.get("client")
         found = told.rsplit(",", 1)[-1].strip()
         return found[:64] if found and found.isprintable() else str(client[0] if client else "unknown")
 
 
 def is_signed_in(scope: Scope) -> bool:
-    """Whether a request carries a valid token, or needs none."""
+    """Return whether a request carries a valid token, or needs none."""
     return not settings.MONAI_LABEL_AUTH_ENABLE or _user(HTTPConnection(scope)) != ANONYMOUS
 
 
@@ -96,5 +96,5 @@ def _user(connection: HTTPConnection) -> str:
     try:
         return from_token(token).username or ANONYMOUS
     except Exception:
-        # Whatever is wrong with the token, the route says so; here it only means that nobody is known.
+        # The route reports an invalid token; here the client is just unidentified.
         return ANONYMOUS

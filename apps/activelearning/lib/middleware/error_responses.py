@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""How errors leave the server: one sentence and a 4xx status, or 507 where the disk takes nothing."""
+"""Error responses: one sentence and a 4xx status, or 507 if the disk is full or read-only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def storage_problem(error: Exception) -> str | None:
-    """The sentence for a request that failed because the disk takes nothing; None for any other error."""
+    """Sentence for a request that failed because the disk is full or read-only; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     text = str(error) if isinstance(error, sqlite3.OperationalError) else ""
     if number in _NO_ROOM or "full" in text:
@@ -79,15 +79,15 @@ def _answer(status: int, sentence: str) -> JSONResponse:
 
 
 def _invalid(request: Request, error: Any) -> JSONResponse:
-    """What FastAPI answers as a list, as one sentence."""
+    """FastAPI's list of validation errors as one sentence."""
     return _answer(422, f"request {listed_problems(error.errors())}")
 
 
 def _refused(request: Request, error: Any) -> JSONResponse:
-    """MONAI Label answers some wrong requests with 500, and what it does not serve in two words."""
+    """Response to a refused request: MONAI Label returns 500 for some of them, and only two words for unknown paths."""
     status, sentence = error.status_code, error.detail
     if status == 404 and sentence == "Not Found":
-        sentence = f"nothing is served at {request.url.path[:80]!r}; GET /openapi.json lists what is"
+        sentence = f"no route serves {request.url.path[:80]!r}; GET /openapi.json lists the routes"
     if status == 405:
-        sentence = f"{request.url.path[:80]!r} is not served with {request.method}; GET /openapi.json lists what is"
+        sentence = f"{request.url.path[:80]!r} is not served with {request.method}; GET /openapi.json lists the methods"
     return JSONResponse({"detail": sentence}, status_code=400 if status == 500 else status, headers=error.headers)

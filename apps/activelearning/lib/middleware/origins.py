@@ -30,14 +30,13 @@ _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.\-]*[a-z0-9_])?")
 class OriginGuard:
     """Refuse requests of other web pages, and requests under a name that is not the server's.
 
-    A browser sends `Origin` with every request that changes something and with every one whose answer a script could
-    read, and `Sec-Fetch-Site` where the server is reached over TLS or on loopback. Programs send neither and pass.
-    Names are checked because a page may let its own name point to this server (DNS rebinding): for the browser the
-    two are then one origin.
+    A browser sends `Origin` with every request that changes data or whose response a script could read. It sends
+    `Sec-Fetch-Site` over TLS or on loopback. Programs send neither and pass. Names are checked because a page may
+    resolve its own name to this server (DNS rebinding), so that both have one origin for the browser.
 
     Args:
         origins: other origins whose pages may use the server, as `scheme://host[:port]`.
-        hosts: names of the server beside loopback's, its addresses and the machine's own.
+        hosts: additional names of the server, beside those of loopback, its addresses and the machine.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str], hosts: Sequence[str]) -> None:
@@ -57,7 +56,7 @@ class OriginGuard:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
                 return
-            # Nothing of the body is read; the connection is closed behind the answer.
+            # The body is not read; the connection is closed after the response.
             answer = JSONResponse({"detail": str(refused)}, refused.status, headers={"Connection": "close"})
             await answer(scope, receive, _sealed(send, False))
             return
@@ -124,7 +123,7 @@ def _origin(text: str) -> str | None:
 
 
 def _is_same(source: str, host: str) -> bool:
-    """Whether an origin or address is the server's own under the name that the request was sent to.
+    """Return whether an origin or address is the server's own under the name in the request.
 
     A proxy may end TLS in front of the server, so the scheme is the source's.
     """

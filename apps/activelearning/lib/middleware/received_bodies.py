@@ -22,10 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lib.errors import PatchwiseError, refuse
 from lib.middleware.request_bodies import check_length
 
-# Larger bodies wait on disk.
+# Larger bodies are buffered on disk.
 _IN_MEMORY = 2**20
 _PIECE = 2**18
-# A refused sender may go on up to here, or it would see a broken connection and no sentence.
+# The body of a refused request is received up to here; otherwise the sender sees a broken connection, not the error.
 _READ_ON_BYTES = 2**26
 
 
@@ -40,10 +40,10 @@ def allow_connections() -> None:
 
 
 class ReceivedBodies:
-    """Receive the body of a request, then hand the request on.
+    """Receive the body of a request, then pass the request on.
 
     Args:
-        limit: most bytes that the body of a request may have; raises where the head alone shows what is wrong.
+        limit: limit of the body of a request in bytes; raises if the head already shows an error.
         idle_seconds: longest time between two pieces of a body.
         total_seconds: longest time from the head to the last piece.
     """
@@ -53,7 +53,7 @@ class ReceivedBodies:
         self.limit = limit
         self.idle_seconds = idle_seconds
         self.total_seconds = total_seconds
-        # Writing to a disk that hangs must not hold up the server's loop, nor the threads of requests.
+        # Writing to a blocked disk must not block the server's loop, nor the threads of requests.
         self._disk, self._heads = CapacityLimiter(4), CapacityLimiter(16)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +71,7 @@ class ReceivedBodies:
             await self.app(scope, _given_out(body, receive), send)
 
     async def _receive(self, scope: Scope, receive: Receive, body: IO[bytes]) -> bool:
-        """Whether the whole body has come; its sender may have gone before."""
+        """Return whether the whole body has arrived; its sender may have disconnected before."""
         limit = await anyio.to_thread.run_sync(self.limit, scope, limiter=self._heads) if _has_body(scope) else 0
         end, length = time.monotonic() + self.total_seconds, 0
         while True:
@@ -125,13 +125,13 @@ class ReceivedBodies:
 
 
 def _has_body(scope: Scope) -> bool:
-    """Whether a body follows the head: a request without one passes without a thread."""
+    """Return whether a body follows the head; a request without one passes without a thread."""
     told = {name.lower(): value for name, value in scope["headers"]}
     return told.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in told
 
 
 def _given_out(body: IO[bytes], receive: Receive) -> Receive:
-    """The kept body piece by piece, then what the connection says."""
+    """The buffered body piece by piece, then the messages of the connection."""
     ended = False
 
     async def call() -> Message:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a request's body may hold: JSON that a program can work with, and forms of bounded size."""
+"""Checks of request bodies: usable JSON, and forms of bounded size."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TextBody(PlainBody):
 
 
 class FormBody(PlainBody):
-    """A form with files: counts its parts and the bytes that are no file's, checks file names and JSON fields."""
+    """A form with files: the parts and the bytes outside of files are counted, file names and JSON fields checked."""
 
     def __init__(self, limit: int, boundary: bytes) -> None:
         super().__init__(limit)
@@ -92,7 +92,7 @@ class FormBody(PlainBody):
         try:
             self.parser.write(piece)
         except MultipartParseError:
-            refuse("the body is no form that can be read; send multipart/form-data with the boundary of its header")
+            refuse("the body is not a readable form; send multipart/form-data with the boundary of its header")
 
     def end(self) -> None:
         if self.length and not self.ended:
@@ -142,20 +142,20 @@ class FormBody(PlainBody):
 
 
 def check_length(length: int, limit: int) -> None:
-    """Ends a request whose body is longer than `limit` bytes."""
+    """Refuse a body longer than `limit` bytes."""
     if length > limit:
         refuse(f"the body has more than the {limit:,} bytes that this request may have; send less at a time", 413)
 
 
 def check_file_name(name: str) -> None:
-    """Ends a request with a file whose name could not be a file's; clients may send the whole path of theirs."""
+    """Refuse a name that is not valid for a file; clients may send the whole path."""
     last = re.split(r"[/\\]", name)[-1]
     if last in ("", ".", "..") or len(last) > 200 or not last.isprintable():
-        refuse(f"{name[:80]!r} is no file name; name the file with 1 to 200 letters, digits, '_', '-' and '.'")
+        refuse(f"{name[:80]!r} is not a file name; name the file with 1 to 200 letters, digits, '_', '-' and '.'")
 
 
 def check_urlencoded(body: bytes) -> None:
-    """Ends a request whose `name=value` pairs hold JSON that cannot be used, or are too many."""
+    """Refuse `name=value` pairs with unusable JSON, or too many of them."""
     try:
         pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=PARTS)
     except ValueError:
@@ -165,30 +165,28 @@ def check_urlencoded(body: bytes) -> None:
 
 
 def check_field(name: str, content: bytes) -> None:
-    """Ends a request with a form field that is no text, or no JSON object where one belongs."""
+    """Refuse a form field that is not text, or not the expected JSON object."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
-        refuse(f"the field {name[:80]!r} is no text; send it in UTF-8")
+        refuse(f"the field {name[:80]!r} is not text; send it in UTF-8")
     if name in JSON_FIELDS and text and not isinstance(check_json(content, name), dict):
         refuse(f"{name} must be a JSON object, found {text[:80]!r}")
 
 
 def check_json(text: bytes, what: str = "the body") -> Any:
-    """The value of a JSON text, which holds only what every part of the app can work with.
+    """Value of a JSON text, restricted to values that every part of the app can process.
 
     Raises:
         PatchwiseError: 400: not JSON, not UTF-8, deeper than 32 levels, numbers that are not finite or beyond 64 bits,
-            text that is no Unicode, or a field that would reach into the machine (`bundle_path`, `gpus`).
+            text that is not Unicode, or a field that would give access to the machine (`bundle_path`, `gpus`).
     """
     try:
         value = json.loads(text.decode("utf-8"))
     except json.JSONDecodeError as error:
         refuse(f"{what} must be a JSON object; it is not readable: {error}")
     except (ValueError, RecursionError) as error:
-        refuse(
-            f"{what} is no JSON that can be used ({type(error).__name__}); send UTF-8 and at most {MOST_DEEP} levels"
-        )
+        refuse(f"{what} is not usable JSON ({type(error).__name__}); send UTF-8 and at most {MOST_DEEP} levels")
     waiting: list[tuple[Any, int]] = [(value, 0)]
     while waiting:
         node, depth = waiting.pop()
@@ -219,7 +217,7 @@ def _check_scalar(value: Any, what: str) -> None:
 
 
 def check_client_id(held: Any) -> None:
-    """Ends a request with an id that is no text of a person or program, or that looks like one the server derives."""
+    """Refuse an id that is not text, or that has the form of ids that the server derives."""
     if held is None or held == "":
         return
     _check_scalar(held, "the body")

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A gate in front of all routes: names that are no paths, bodies of bounded size, JSON that can be worked with."""
+"""Checks in front of all routes: names that are not paths, bodies of bounded size, usable JSON."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _TASKS = re.compile(r"/(train|scoring|batch)(/|$)")
 _PROXY = re.compile(r"/proxy/dicom(/|$)")
 _PROXIED_BYTES = 2**28
 _MOST_PARAMETERS = 100
-# A refused request is still read to its end up to here, or its sender would see a broken connection and no sentence.
+# The body of a refused request is received up to here; otherwise the sender sees a broken connection, not the error.
 _READ_ON_BYTES = 2**26
 
 
 class CheckedRequests:
-    """Ends a request with a 4xx status and one sentence before it reaches a route, or as soon as its body shows why.
+    """Refuse a request with a 4xx status and one sentence before it reaches a route, or as soon as its body is wrong.
 
     Args:
-        upload_bytes: most a form with files may have.
+        upload_bytes: limit of a form with files.
     """
 
     def __init__(self, app: ASGIApp, upload_bytes: int) -> None:
@@ -69,10 +69,10 @@ class CheckedRequests:
 
 
 def body_of(scope: Scope, upload_bytes: int) -> PlainBody:
-    """How the body of a request is checked.
+    """Checks for the body of a request.
 
     Raises:
-        PatchwiseError: 413 for one that says to be too long, 400 for a form whose head is of no use.
+        PatchwiseError: 413 for a declared length above the limit, 400 for a form with an unusable head.
     """
     headers, path = Headers(scope=scope), scope["path"].removeprefix(settings.MONAI_LABEL_API_STR)
     told, options = parse_options_header(headers.get("content-type", ""))
@@ -82,14 +82,14 @@ def body_of(scope: Scope, upload_bytes: int) -> PlainBody:
         body = PlainBody(_PROXIED_BYTES)
     elif kind == "multipart/form-data":
         if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
-            refuse("the form says it is not in UTF-8; send it in UTF-8")
+            refuse("the form declares a charset other than UTF-8; send it in UTF-8")
         if not options.get(b"boundary"):
             refuse("the form's Content-Type names no boundary; send multipart/form-data with one")
         body = FormBody(upload_bytes, options[b"boundary"])
     elif kind == "application/x-www-form-urlencoded":
         body = TextBody(FORM_BYTES, check_urlencoded)
     elif kind in ("", "application/json") or kind.endswith("+json"):
-        # What starts a process is handed over on its command line, which has a limit.
+        # A request that starts a process is passed on its command line, whose length is limited.
         body = TextBody(TASK_BYTES if _TASKS.match(path) else JSON_BYTES, check_json)
     else:
         body = PlainBody(FORM_BYTES)
@@ -100,7 +100,7 @@ def body_of(scope: Scope, upload_bytes: int) -> PlainBody:
 
 
 def largest_body(upload_bytes: int, is_signed_in: Callable[[Scope], bool]) -> Callable[[Scope], int]:
-    """The most bytes that a request may send, by its head: without a sign-in no more than a form of one."""
+    """Limit of a request in bytes, by its head; without authentication no more than for the form of a sign-in."""
 
     def limit(scope: Scope) -> int:
         found = body_of(scope, upload_bytes).limit
@@ -115,7 +115,7 @@ def largest_body(upload_bytes: int, is_signed_in: Callable[[Scope], bool]) -> Ca
 
 
 def check_path(path: str) -> None:
-    """Ends a request whose path, decoded, leads somewhere else or holds what no name of this app holds."""
+    """Refuse a path that, decoded, leads elsewhere or contains characters outside of this app's names."""
     for segment in path.split("/"):
         if segment in ("..", "."):
             _no_name("path", path, "write it without '.' and '..'")
@@ -128,7 +128,7 @@ def check_path(path: str) -> None:
 
 
 def check_query(query: bytes) -> None:
-    """Ends a request whose parameters name files outside of the studies folder, or could be no names at all."""
+    """Refuse parameters that name files outside of the studies folder, or that are not valid names."""
     try:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=_MOST_PARAMETERS)
     except ValueError:
@@ -143,7 +143,7 @@ def check_query(query: bytes) -> None:
 
 
 def check_plain_name(name: str, what: str) -> None:
-    """Ends a request with a name that is joined into a path and could lead elsewhere."""
+    """Refuse a name that is joined into a path and could lead elsewhere."""
     if not _PLAIN.fullmatch(name) or ".." in name:
         _no_name(what, name, "use up to 200 letters, digits, '_', '-' and '.'")
 
@@ -172,7 +172,7 @@ def _checking(receive: Receive, body: PlainBody) -> Receive:
 
 
 async def _read_on(receive: Receive) -> None:
-    """Receives the rest of a body and drops it."""
+    """Receive the rest of a body and drop it."""
     dropped = 0
     while dropped < _READ_ON_BYTES:
         message = await receive()

@@ -16,12 +16,12 @@ import requests
 from monailabel.config import settings
 from monailabel.endpoints.user import auth
 
-# What OpenID realms sign with whose public key is an RSA key, the only kind that MONAI Label reads.
+# Algorithms of OpenID realms with an RSA key, the only kind of public key that MONAI Label reads.
 ALGORITHMS = ["RS256", "RS384", "RS512"]
 
 
 def accept_signed_tokens() -> None:
-    """Names the algorithms that a token may be signed with, where authentication is on.
+    """Set the algorithms that a token may be signed with, if authentication is on.
 
     MONAI Label names none, which PyJWT refuses since 2.0: every token would be answered with 401.
     """
@@ -30,7 +30,7 @@ def accept_signed_tokens() -> None:
 
 
 def decode(token: str, key: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Claims of a token that is signed, ends some day, and names a user and a list of roles.
+    """Claims of a signed token with an expiry, a user and a list of roles.
 
     Raises:
         jwt.InvalidTokenError: it does not; MONAI Label answers with 401, where a missing claim would end it with 500.

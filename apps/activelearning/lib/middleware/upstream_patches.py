@@ -29,7 +29,7 @@ def without_cors(app: FastAPI, origins: list[str]) -> ASGIApp:
 
     MONAI Label 0.8.5, `monailabel/app.py`: without MONAI_LABEL_CORS_ORIGINS every origin is allowed, with credentials.
     The list is built when MONAI Label is imported, before the app's options are known. Superfluous once the default
-    is no origin and the list can be set later; no release does that (master of December 2025 does not).
+    list is empty and can be set later; no release does that (master of December 2025 does not).
     """
     stack = app.middleware_stack or app.build_middleware_stack()
     holder: ASGIApp | None = stack
@@ -63,9 +63,9 @@ def guard(app: FastAPI, origins: list[str], wrappers: list[Wrapper]) -> None:
 def limit_heads(seconds: float) -> None:
     """Close connections whose request's head does not arrive.
 
-    uvicorn 0.54, `H11Protocol`: only a connection that waits between two requests has a limit. A head that is sent
-    half, or not at all, keeps its connection for ever. Superfluous once uvicorn limits the time of a head (asked for
-    in its issue 2135, "Slowloris"); until then a proxy in front may do it too.
+    uvicorn 0.54, `H11Protocol`: only a connection that waits between two requests has a limit. An incomplete or missing
+    head keeps its connection open forever. Superfluous once uvicorn limits the time of a head (requested in its issue
+    2135, "Slowloris"); until then a proxy in front may do it too.
     """
     made, received, lost = H11Protocol.connection_made, H11Protocol.data_received, H11Protocol.connection_lost
 
@@ -74,7 +74,7 @@ def limit_heads(seconds: float) -> None:
         self.transport.close()
 
     def wait(self: Any) -> None:
-        # A response that is under way, and a request that waits behind it, have limits of their own.
+        # A response in progress, and a request that waits behind it, have their own limits.
         waits = self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
         timer = self.__dict__.get("head_timer")
         if waits and timer is None and not self.transport.is_closing():

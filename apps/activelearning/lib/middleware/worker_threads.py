@@ -21,27 +21,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib.middleware.answers import Answer, AnswerError
 
-# How many requests of a kind are answered at once; waiting ones of one kind never hold up another. Trainings, scorings
-# and batch inference inside of the server keep the networks busy, so they run one after the other.
+# Concurrent requests per kind; waiting requests of one kind never block another. Trainings, scorings and batch
+# inference inside of the server use the networks, so they run one at a time.
 _KINDS = {"activelearning": 64, "infer": 32, "heavy": 1, "other": 64}
 _HEAVY = re.compile(r"/(train|scoring|batch)(/|$)")
 _OWN = re.compile(r"/(activelearning|infer)(/|$)")
 
-# Seconds a thread that computes may keep the interpreter from one that answers; Python's own 5 ms add up over the few
-# turns that a request takes.
+# Seconds for which a computing thread may keep the interpreter; Python's default of 5 ms adds up over the few switches
+# of a request.
 _SWITCH_SECONDS = 0.001
 
 
 class Threads:
-    """Serves each HTTP request on an event loop of its own, in a worker thread.
+    """Serve each HTTP request on its own event loop, in a worker thread.
 
-    Whatever a route does (block, compute, await, stream, read uploads, encode JSON) it does there; only bytes cross
-    over to the server's loop. Context variables go along. What routes share is therefore used by several threads at
-    once: the ledger opens a connection a call and the summaries one a request, labels change under their image's lock
-    (`MergedLabels`), regions are chosen and handed out under the batch planner's, networks run under their ensemble's
-    lock, the datastore's and the clients' tables have locks of their own or replace entries whole. MONAI Label's table
-    of tasks changes in requests of the kind "heavy" and in the background thread only, and a lock of its own keeps
-    trainings apart.
+    A route blocks, computes, awaits, streams, reads uploads and encodes JSON there; only bytes cross over to the
+    server's loop. Context variables are copied. Several threads therefore use the objects that routes share. The ledger
+    opens a connection per call, the summaries one per request. Labels change under their image's lock (`MergedLabels`),
+    regions are chosen and leased under the locks of the batch planner, and networks run under their ensemble's lock.
+    The tables of the datastore and the clients have their own locks or replace entries as a whole. MONAI Label's table
+    of tasks changes only in requests of the kind "heavy" and in the background thread; a separate lock serialises
+    trainings.
 
     Plain `def` routes in the thread pool of the server's loop are no faster. Against this class, medians of 12
     interleaved series of a route of 5 ms with 4 clients on 2 busy cores were 1.01 times as long (1.03 beside a thread
@@ -61,7 +61,7 @@ class Threads:
             await self.app(scope, receive, send)
             return
         server = asyncio.get_running_loop()
-        # Small requests come in one piece: read here, they cross over without waiting for the loop again.
+        # Small requests arrive in one piece: read here, they need no further switch to the server's loop.
         receive = _after(await receive(), _across(server, receive))
         answer = Answer(server, send, self.idle_seconds, self._disk)
         serve = partial(_serve, self.app, _for_worker(scope), receive, answer.put)
@@ -78,7 +78,7 @@ class Threads:
 
 
 def kind_of(scope: Scope) -> str:
-    """The kind of a request, of `_KINDS`."""
+    """Kind of a request, a key of `_KINDS`."""
     path = scope["path"].removeprefix(settings.MONAI_LABEL_API_STR)
     if scope["method"] == "POST" and _HEAVY.match(path):
         return "heavy"
@@ -87,7 +87,7 @@ def kind_of(scope: Scope) -> str:
 
 
 def prefer_answers() -> None:
-    """Makes threads that compute give way sooner; for the process of the server."""
+    """Shorten the time slices of computing threads in the process of the server."""
     sys.setswitchinterval(_SWITCH_SECONDS)
 
 
@@ -111,7 +111,7 @@ def _across(server: asyncio.AbstractEventLoop, work: Callable[..., Awaitable[Any
 
 
 def _after(first: Message, receive: Receive) -> Receive:
-    """Gives out `first`, then what is received."""
+    """Return `first` once, then the received messages."""
     waiting = [first]
 
     async def call() -> Message:

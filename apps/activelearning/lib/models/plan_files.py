@@ -36,7 +36,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise PlanError(f"{path}: expected the fields of a plan, found {type(content).__name__}")
     unknown = sorted(map(str, set(content) - set(Plan.model_fields)))
     if unknown:
-        raise PlanError(f"{path}: {', '.join(unknown)} is no field of a plan; there are {', '.join(Plan.model_fields)}")
+        raise PlanError(
+            f"{path}: {', '.join(unknown)} is not a field of a plan; fields are {', '.join(Plan.model_fields)}"
+        )
     return content
 
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Routes of MONAI Label that would read, write or keep more than they are asked for, answered here instead."""
+"""Replacements of routes of MONAI Label that would read, write or keep more than requested."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from lib.studies.datastore import FINAL
 
 _CHECK_SUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MOST_FILES = 10_000
-# DEFLATE packs at most 1032 bytes into one; other methods of ZIP pack more, and are held to the same.
+# DEFLATE compresses at most 1032 bytes into one; other methods of ZIP compress more, and have the same limit.
 _MOST_PACKED = 1040
 
 
 @contextmanager
 def cleaned(background: BackgroundTasks) -> Iterator[None]:
-    """Removes what MONAI Label's route wrote into the temporary folder also where it ends with an error."""
+    """Remove temporary files of MONAI Label's route, even if it ends with an error."""
     try:
         yield
     except BaseException:
@@ -86,7 +86,7 @@ def datastore_routes(services: Services) -> APIRouter:
         with cleaned(background):
             return upstream_datastore.add_image(background, image, params, file, user.username)
 
-    @router.put("/label", summary="Save a label; only what was asked about becomes labelled")
+    @router.put("/label", summary="Save a label; only the queried regions become labelled")
     async def save_label(
         background: BackgroundTasks,
         image: str,
@@ -162,7 +162,7 @@ def session_routes(services: Services) -> APIRouter:
 
 
 def other_routes(services: Services) -> APIRouter:
-    """What this app does not do, or does with bounds."""
+    """Add routes for functions that this app limits or does not offer."""
     router = APIRouter()
 
     @router.put("/model/{model}", tags=["Model"], summary="Refused: networks come from trainings")
@@ -200,10 +200,10 @@ def other_routes(services: Services) -> APIRouter:
         last = escape(bytes(found.body).decode("utf-8", "replace"))
         return _page("Log", f"<pre>{last}</pre>", max(refresh, 3) if refresh else 0)
 
-    @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
+    @router.get("/logs/gpu", tags=["Others"], summary="Output of nvidia-smi")
     async def gpu(user: User = ADMIN) -> Any:
         if shutil.which("nvidia-smi") is None:
-            refuse("this machine has no nvidia-smi, so there is nothing to tell about GPUs", 404)
+            refuse("this machine has no nvidia-smi, so no GPUs are listed", 404)
         return await upstream_logs.gpu_info(user)
 
     @router.get("/ohif/{path:path}", include_in_schema=False)
@@ -217,7 +217,7 @@ def other_routes(services: Services) -> APIRouter:
     async def proxy(path: str, user: User = USER) -> None:
         refuse("this server works on a folder, so there is no DICOMweb server behind it", 404)
 
-    # In front of MONAI Label's own proxy only where that would lead nowhere.
+    # In front of MONAI Label's own proxy only if that has no target.
     if services.studies.startswith(("http://", "https://")):
         router.routes[:] = [r for r in router.routes if "/proxy/" not in getattr(r, "path", "")]
     return router
@@ -247,9 +247,9 @@ def _keep(files: Sequence[UploadFile], folder: Path) -> list[Path]:
 
 
 def _unpack(source: Path, folder: Path, most: int) -> Path:
-    """A ZIP archive's files; other formats can say to be small and grow, or write elsewhere."""
+    """Files of a ZIP archive; other formats can declare a smaller size than they have, or write elsewhere."""
     if not source.is_file() or not zipfile.is_zipfile(source):
-        refuse(f"{source.name!r} is no ZIP archive; send one .zip file, or the image itself without uncompress")
+        refuse(f"{source.name!r} is not a ZIP archive; send one .zip file, or the image itself without uncompress")
     try:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
@@ -270,7 +270,7 @@ def _unpack(source: Path, folder: Path, most: int) -> Path:
                         413,
                     )
             if len({folded(entry.filename) for entry in entries}) < len(entries):
-                refuse(f"{source.name!r} holds two files whose names some file systems take for one; rename one")
+                refuse(f"{source.name!r} holds two files whose names are equal on some file systems; rename one")
             archive.extractall(folder)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, ValueError, EOFError) as error:
         refuse(f"{source.name!r} cannot be unpacked ({type(error).__name__}); pack it anew as a plain ZIP archive")

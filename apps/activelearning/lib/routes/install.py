@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the server's routes need beside upstream's: requests checked before work starts, errors as sentences."""
+"""Installation of routes and middleware beside upstream's: checks before work starts, errors as sentences."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 def install(services: Services) -> None:
-    """Adds this project's routes in front of upstream's and guards them all. Called once, when the server starts."""
+    """Add this project's routes in front of upstream's and guard all of them. Called once, when the server starts."""
     from monailabel.app import app
 
     accept_signed_tokens()
-    # Uploads of a form wait on disk, not in memory, before a route has them.
+    # Uploads of a form are buffered on disk, not in memory.
     MultiPartParser.spool_max_size = 2**16
     _install(app, routers(services), services.options)
 
@@ -83,7 +83,7 @@ def _install(app: FastAPI, routers: Sequence[APIRouter], options: AppOptions) ->
 
 
 def routes(services: Services) -> APIRouter:
-    """Routes that upstream lacks or that have to check a request before a process is started for it."""
+    """Routes that upstream lacks, or that must check a request before it starts a process."""
     router = APIRouter()
 
     @router.post("/train/{model}", tags=["Train"], summary="Train an ensemble; the request is checked first")
@@ -106,7 +106,7 @@ def routes(services: Services) -> APIRouter:
         found = services.ledger.query(query_id)
         if found is None:
             refuse(f"there is no query {query_id}", 404)
-        # A second reading looks like the first one.
+        # A second reading has the same picture as the first one.
         drawn = query_id if found.twin is None else found.twin
         picture = f"/patchwise/queries/{drawn}/picture.png" if services.reasons.has_picture(drawn) else None
         return {**found.to_json(), **times(services, found), "picture": picture}

@@ -42,12 +42,12 @@ def lease_routes(services: Services) -> APIRouter:
         wanted, client = _parse(_LeaseRequest, params, services)
         return _told(ledger.leases.renew(wanted.query, client))
 
-    @router.post("/activelearning/release", summary="Give a region back to the pool")
+    @router.post("/activelearning/release", summary="Return a region to the pool")
     async def release(params: dict[str, Any] | None = None, user: User = USER) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, services)
         return _told(ledger.leases.release(wanted.query, client, wanted.reason))
 
-    @router.post("/activelearning/skip", summary="Never ask about a region again")
+    @router.post("/activelearning/skip", summary="Exclude a region from all later queries")
     async def skip(params: dict[str, Any] | None = None, user: User = ANNOTATOR) -> dict[str, Any]:
         wanted, client = _parse(_LeaseRequest, params, services)
         return _told(ledger.leases.skip(wanted.query, client, wanted.reason))
@@ -56,7 +56,7 @@ def lease_routes(services: Services) -> APIRouter:
 
 
 def answer_routes(services: Services) -> APIRouter:
-    """Routes that list answers, take them back, and tell how far people agree."""
+    """Routes that list answers, withdraw and restore them, and report inter-rater agreement."""
     router = APIRouter(tags=["Patchwise"], prefix="/patchwise")
     ledger, store = services.ledger, services.store
 
@@ -84,7 +84,7 @@ def answer_routes(services: Services) -> APIRouter:
 
 
 def times(services: Services, query: Query) -> dict[str, Any]:
-    """Who worked on a query, when and for how many minutes: what `GET /patchwise/queries/{id}` adds to it."""
+    """Client, times and minutes of work of a query, which `GET /patchwise/queries/{id}` adds."""
     return {
         "status": query.status,
         "client": query.client,

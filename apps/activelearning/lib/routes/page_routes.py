@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The progress page: `GET /patchwise/` is a shell without data, `GET /patchwise/progress` what it shows."""
+"""The progress page: `GET /patchwise/` is a page without data, `GET /patchwise/progress` its data."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def page_routes(services: Services) -> APIRouter:
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 
-    @router.get("/progress", summary="What the progress page shows")
+    @router.get("/progress", summary="Data of the progress page")
     async def progress(user: User = USER) -> dict[str, Any]:
-        # Label files are measured from the first look on, so that a server nobody looks at does not measure.
+        # Label files are measured from the first view of the page on; without one, the server does not measure.
         services.background.start()
         return services.progress.report()
 
@@ -48,7 +48,7 @@ def page_routes(services: Services) -> APIRouter:
 
 
 def _policy(html: str) -> str:
-    """Only the page's own script and style may run, and only this server may be asked."""
+    """Content security policy: only the page's own script and style, and requests to this server only."""
     script, style = (
         base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
         for part in (_inside(html, "script"), _inside(html, "style"))

@@ -24,31 +24,29 @@ from lib.studies.datastore import PartialLabelDatastore
 
 @dataclass(frozen=True)
 class Services:
-    """What `main` wires and routes call.
-
-    Args:
-        options: of the app.
-        classes: class name -> id.
-        studies: the `--studies` argument, a folder or an address.
-        store, ledger: the pool, and who was asked what.
-        trainers, segmenters: by bundle name.
-        clients: ids of the people and programs that ask.
-        reasons: pictures of queries.
-        progress, background: the progress page's report, and the thread that keeps it up to date.
-        sessions: MONAI Label's sessions; None where they are turned off.
-        opened: notes the download of an image.
-    """
+    """Objects that `main` creates and routes use."""
 
     options: AppOptions
     classes: Mapping[str, int]
+    """Class name -> id."""
     studies: str
+    """Value of `--studies`, a folder or an address."""
     store: PartialLabelDatastore
+    """The pool."""
     ledger: QueryLedger
     trainers: Mapping[str, EnsembleTrainTask]
+    """Training tasks by bundle name."""
     segmenters: Mapping[str, SegmentationTask]
+    """Segmentation tasks by bundle name."""
     clients: Clients
+    """Ids of the clients of requests."""
     reasons: Explanations
+    """Store of the pictures and reasons of queries."""
     progress: Snapshot
+    """Data of the progress page."""
     background: Ticker
+    """Thread that keeps `progress` up to date."""
     sessions: Callable[[], Any]
+    """MONAI Label's sessions; returns None if they are turned off."""
     opened: Callable[[str], None]
+    """Callback for the download of an image."""

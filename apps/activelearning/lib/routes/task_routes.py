@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Inference and the tasks that run it: what a request may name is known before work starts or a file is opened."""
+"""Inference and task routes: the names in a request are checked before work starts or a file is opened."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
 from lib.uncertainty import SCORE_MAPS
 
-# What MONAI Label's own tasks make of a result is part of a file's name.
+# MONAI Label's own tasks use these values as a part of a file name.
 _RESULTS = frozenset({*EXTENSIONS, ".seg.nrrd", ".json", ".mrk.json"})
 _ALL: Any = BatchInferImageType.IMAGES_ALL
 
@@ -97,7 +97,7 @@ def infer_routes(services: Services) -> APIRouter:
             number = wanted.get(name, 0)
             if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                 refuse(f"{name} must be a whole number of at least 0, found {number!r:.80}")
-        # Which device a network runs on is the app's option; MONAI Label would divide images among no GPUs.
+        # The device of a network is an option of the app; MONAI Label would distribute images over zero GPUs.
         return upstream_batch.run(
             model, images, {"max_workers": 1, **wanted, "device": "cpu", "multi_gpu": False}, run_sync
         )
@@ -106,7 +106,7 @@ def infer_routes(services: Services) -> APIRouter:
 
 
 def task_routes(services: Services) -> APIRouter:
-    """Trainings and scorings: whatever would only fail in the process started for it is refused here."""
+    """Trainings and scorings: requests that would fail in the started process are refused here."""
     router = APIRouter()
 
     @router.post("/train/", include_in_schema=False)
@@ -188,7 +188,7 @@ def _check_model(services: Services, model: str) -> None:
 
 
 def _check_params(params: Mapping[str, Any], asked: Mapping[str, str]) -> None:
-    """Refuses parameters that would reach past the request: other files, or labels that nobody drew."""
+    """Refuse parameters that concern more than the request: other files, or labels by annotators."""
     _same(params, asked)
     taken = sorted({"file", "session", "label", "image_path"} & params.keys())
     if taken:
@@ -200,7 +200,7 @@ def _check_params(params: Mapping[str, Any], asked: Mapping[str, str]) -> None:
     if tag is not None:
         check_plain_name(str(tag), "label_tag")
     if tag is not None and folded(str(tag)) == FINAL:
-        refuse("predictions are not saved as tag final, which holds what people drew; use label_tag original")
+        refuse("predictions are not saved as tag final, which holds labels by annotators; use label_tag original")
 
 
 def _same(params: Mapping[str, Any], asked: Mapping[str, str]) -> None:

@@ -162,7 +162,7 @@ def _check_sizes(path: Path, sizes: list[int], kind: np.dtype[Any]) -> int:
     if not sizes or min(sizes) < 1:
         raise ImageError(f"{path.name}: expected a volume of three axes, found shape {tuple(sizes)}")
     if kind.kind not in "biuf" or kind.itemsize > 8:
-        raise ImageError(f"{path.name}: voxels of type {kind} are no grey values; store whole or floating numbers")
+        raise ImageError(f"{path.name}: voxels of type {kind} are not intensities; store whole or floating numbers")
     if math.prod(sizes) > MOST_VOXELS or math.prod(sizes[:2]) > MOST_IN_SLICE:
         raise ImageError(
             f"{path.name}: its header says {' x '.join(map(str, sizes))} voxels, at most {MOST_VOXELS:,} and "

@@ -98,7 +98,7 @@ def check_image(path: str | Path, uploaded: bool = False) -> None:
     source, packed = _Source.of(path), Path(path).stat().st_size
     if uploaded and source.declared > max(LARGE_BYTES, MOST_PACKED * packed):
         raise ImageError(
-            f"{Path(path).name}: {packed:,} bytes that unpack to {source.declared / 2**20:,.0f} MiB are no scan; "
+            f"{Path(path).name}: {packed:,} bytes that unpack to {source.declared / 2**20:,.0f} MiB are not a scan; "
             "upload a scan, or put the file into the studies folder"
         )
     bad = 0

@@ -39,14 +39,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
 
 
 class PartialLabelDatastore(Datastore):
-    """Images `<studies>/<id>.nii.gz` and labels `<studies>/labels/<tag>/<id>.nii.gz`, as MONAI Label lays them out.
+    """Images `<studies>/<id>.nii.gz` and labels `<studies>/labels/<tag>/<id>.nii.gz`, in MONAI Label's layout.
 
-    Labels under tag `final` go through `SubmissionStore`: only the asked regions become labelled. Facts that clients
-    store about images are kept in the ledger, so no update rewrites a file that grows with the pool, and two processes
-    may write.
+    Labels under tag `final` go through `SubmissionStore`: only the queried regions become labelled. Infos that clients
+    store about images are in the ledger, so that an update does not rewrite a file that grows with the pool, and two
+    processes may write.
 
     Args:
-        studies: the folder; made when missing.
+        studies: the folder; created if it is missing.
         classes: class name -> id.
         ledger: the record of queries and answers.
     """
@@ -85,7 +85,7 @@ class PartialLabelDatastore(Datastore):
         """File of an image.
 
         Raises:
-            PatchwiseError: 404 with the name asked for.
+            PatchwiseError: 404 with the requested name.
         """
         path = self._images.path(image_id)
         if path is None:
@@ -143,7 +143,7 @@ class PartialLabelDatastore(Datastore):
             if tag not in self._labels:
                 listing = FolderListing(self.studies / "labels" / tag)
                 if not listing.folder.is_dir():
-                    return listing  # not kept: anybody may ask for any tag
+                    return listing  # not cached: clients may request any tag
                 self._labels[tag] = listing
             return self._labels[tag]
 
@@ -180,7 +180,7 @@ class PartialLabelDatastore(Datastore):
         return [image for image in self.list_images() if image not in labelled]
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Stores a submission; under `final` only its queries' regions become labelled (see `SubmissionStore.save`)."""
+        """Store a submission; under `final` only its queries' regions become labelled (see `SubmissionStore.save`)."""
         image = self.image_path(image_id)
         tag = self.tag(label_tag)
         source = Path(label_filename)
@@ -202,11 +202,11 @@ class PartialLabelDatastore(Datastore):
         return image_id
 
     def withdraw_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
-        """Takes an answer out of its image's label; it can be restored."""
+        """Remove an answer from its image's label; it can be restored."""
         return self.annotations.withdraw(answer_id, self.geometry, client, reason)
 
     def restore_answer(self, answer_id: int, client: str, reason: str | None = None) -> Answer:
-        """Takes back a withdrawal."""
+        """Revert a withdrawal."""
         return self.annotations.restore(answer_id, self.geometry, client, reason)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
@@ -219,7 +219,7 @@ class PartialLabelDatastore(Datastore):
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         self.image_path(image_id)
-        # MONAI Label notes each served sample here; the ledger's leases say the same and more.
+        # MONAI Label records each served sample here; the ledger's leases contain this and more.
         kept = {key: value for key, value in info.items() if key != "strategy"}
         if kept:
             self.ledger.update_info(image_id, kept)
@@ -308,7 +308,7 @@ class PartialLabelDatastore(Datastore):
         return found.shape, found.affine
 
     def check_readable(self, images: Iterable[str]) -> None:
-        """Reads images that have not been read yet, so that nobody is asked to annotate one that cannot be.
+        """Read images that have not been read yet, so that no unreadable image is chosen for annotation.
 
         Raises:
             ImageError: unreadable, named.

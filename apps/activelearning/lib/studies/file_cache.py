@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What is known of files, remembered in memory and in the ledger for as long as a file's size and time stay."""
+"""Facts about files, cached in memory and in the ledger until a file's size or modification time changes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lib.ledger.queries import QueryLedger
 
 T = TypeVar("T")
 
-# From so many unknown files on, the ledger is asked about all at once.
+# From this number of unknown files on, one query of the ledger reads the facts of all files.
 _MANY = 8
-# Facts written at a time, so that work on a large pool that is interrupted is not lost.
+# Facts per transaction, so that an interruption does not lose the work on a large pool.
 _CHUNK = 200
 
 
 class Stamped(NamedTuple):
-    """A file, and the size in bytes and modification time in ns that tell whether it is still the same.
+    """A file, and its size in bytes and modification time in ns, which reveal a change.
 
-    Its name is text: making thousands of paths takes longer than asking for the times.
+    Its name is text: creating thousands of paths takes longer than reading the times.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Stamped(NamedTuple):
         """A file as it is now.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
         """
         status = path.stat()
         return cls(str(path), status.st_size, status.st_mtime_ns)
@@ -45,13 +45,14 @@ class Stamped(NamedTuple):
 class FileCache(Generic[T]):
     """One kind of fact about the images' files.
 
-    Used by several threads: an entry is replaced whole, and two that find the same fact missing both read the file.
+    Several threads may use it: an entry is replaced as a whole, and two threads that miss the same fact both read the
+    file.
 
     Args:
-        ledger: where facts are kept from one start of the server to the next, as infos of the images.
-        tag: of these infos.
-        read: the fact from a file, as JSON can hold it.
-        parse: what callers get of it.
+        ledger: store of the facts across restarts, as infos of the images.
+        tag: tag of these infos.
+        read: function from a file to the fact in JSON.
+        parse: function from JSON to the value for callers.
     """
 
     def __init__(self, ledger: QueryLedger, tag: str, read: Callable[[Path], Any], parse: Callable[[Any], T]) -> None:

@@ -18,8 +18,8 @@ from lib.studies.file_cache import Stamped
 class FolderListing:
     """Files of one folder by id; read again only when the folder changed.
 
-    Reading a folder costs in proportion to its files, asking for its modification time does not: what the server asks
-    thousands of times costs the same at 20 and at 10,000 images.
+    The cost of reading a folder grows with its files, the cost of reading its modification time does not. Repeated
+    lookups thus cost the same at 20 and at 10,000 images.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,7 +28,7 @@ class FolderListing:
         self._known: tuple[int, dict[str, str]] = (-1, {})
 
     def files(self) -> dict[str, str]:
-        """id -> extension, sorted; hidden files (temporary ones, and macOS's `._` twins) are no data."""
+        """Extensions by id, sorted; hidden files (temporary ones, and macOS's `._` twins) are left out."""
         try:
             changed = os.stat(self.folder).st_mtime_ns
         except FileNotFoundError:

@@ -27,7 +27,7 @@ from lib.storage.volumes import EXTENSIONS
 # A label map is long runs of few values: harder compression costs twice the time and saves little of a small file.
 _GZIP_LEVEL = 1
 _GZIP_WINDOW = 31  # zlib's name for its largest window inside of a gzip file
-# Bytes of a NIfTI-1 header, and where voxels start behind it and four bytes that say that there are no extensions.
+# Bytes of a NIfTI-1 header, and the offset of the voxels; the four bytes between them announce extensions, here none.
 _HEADER_BYTES, _DATA_OFFSET = 348, 352
 _POLL_SECONDS = 0.005
 _LOCKS = 64
@@ -47,7 +47,7 @@ class MergedLabels:
 
     @contextmanager
     def locked(self, image: str) -> Iterator[None]:
-        """Only one thread of one process is inside for an image: whoever changes its label reads what it changes."""
+        """Lock of an image across threads and processes, so that no change of its label is based on an outdated one."""
         self.locks.mkdir(parents=True, exist_ok=True)
         # A few files for all images; that two of them now and then share one costs a short wait.
         name = f"{zlib.crc32(image.encode()) % _LOCKS}.lock"
@@ -73,7 +73,7 @@ class MergedLabels:
         return np.frombuffer(raw, np.uint8, offset=_DATA_OFFSET).reshape(shape, order="F")
 
     def write(self, image: str, label_xyz: LabelMap, affine: NDArray[np.float64]) -> str:
-        """Replaces the label, whole or not at all; the digest of its file."""
+        """Replace the label atomically; return the digest of its file."""
         nifti = nib.Nifti1Image(label_xyz, affine)
         nifti.header.set_data_dtype(np.uint8)
         nifti.header["vox_offset"] = _DATA_OFFSET
@@ -87,6 +87,6 @@ class MergedLabels:
         return hashlib.sha256(content).hexdigest()
 
     def remove(self, image: str) -> None:
-        """Takes the label away, whatever its format."""
+        """Remove the label, in any format."""
         for extension in EXTENSIONS:
             (self.folder / f"{image}{extension}").unlink(missing_ok=True)

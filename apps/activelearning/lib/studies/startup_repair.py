@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The start of a server: whatever a kill, a full disk or a power cut left behind is brought to what the record says."""
+"""Start-up recovery: files that a kill, a full disk or a power cut left behind are brought in line with the ledger."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lib.studies.submissions import SubmissionStore
 
 _PAGE_SIZE_AT, _PAGES_AT, _HEADER = 16, 28, 100
 _LARGEST_PAGE = 65536
-# A training that outlived the server before may still be writing.
+# A training of the previous server process may still be writing.
 _HOURS = 1.0
 
 
 def repair_studies(
     annotations: SubmissionStore, images: Mapping[str, Path], models: Iterable[ModelStore]
 ) -> Iterator[str]:
-    """Ledger and journal first, then labels from the raw answers, then models and caches; a sentence for each repair.
+    """Repair ledger and journal, then labels from raw answers, then models and caches; yield a sentence per repair.
 
     Raises:
-        LedgerError: the ledger's file is damaged beyond what SQLite mends.
+        LedgerError: SQLite cannot repair the ledger's file.
         ImageError: a raw file that a label needs is missing or changed.
     """
     state = annotations.state
     found = annotations.ledger.recover(state / "raw")
     if found.answers or found.switched:
         numbers = ", ".join(map(str, sorted({*found.answers, *found.switched})))
-        yield f"the ledger had lost what became of answers {numbers}; it is recorded again from the journal"
+        yield f"the ledger had lost records of answers {numbers}; they were restored from the journal"
     if found.gone:
         yield f"answers that the ledger lost have no raw file: {', '.join(found.gone)}; restore a backup"
     repaired = annotations.repair(images)
@@ -52,9 +52,9 @@ def repair_studies(
 
 
 def discard_damaged(folders: list[Path]) -> list[Path]:
-    """Removes archives without an end and SQLite files that are shorter than they say; which ones.
+    """Remove truncated archives and SQLite files that are shorter than their headers declare; return their paths.
 
-    For the start of a server: only the ends of files are read.
+    For start-up: only the ends of files are read.
     """
     damaged = [path for folder in folders for path in _caches(folder) if not _is_whole(path)]
     for path in damaged:
@@ -75,11 +75,11 @@ def _is_whole(path: Path) -> bool:
 
 
 def _holds_its_pages(path: Path) -> bool:
-    """Whether an SQLite file is as long as its header says (file format, section 1.3)."""
+    """Return whether an SQLite file has the length that its header declares (file format, section 1.3)."""
     with open(path, "rb") as file:
         header = file.read(_HEADER)
     if len(header) < _HEADER:
-        # An empty file is a database without tables; what it was made for is still in its log, if anywhere.
+        # An empty file is a database without tables; its content is still in its log, if anywhere.
         return not header
     (page_size,) = struct.unpack_from(">H", header, _PAGE_SIZE_AT)
     (pages,) = struct.unpack_from(">I", header, _PAGES_AT)

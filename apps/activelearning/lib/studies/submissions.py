@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What happens to a submission: raw file kept, region cut out, merged, recorded; all or nothing."""
+"""Handling of a submission: the raw file is kept, its region is cut out, merged and recorded; all or nothing."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
 class SubmissionStore:
     """Submissions of annotators and the merged label maps made from them.
 
-    The order of a save is what makes it safe: the raw file is on disk before the ledger knows of it, the ledger has
-    committed before the merged label changes, and a label that a kill left behind is rebuilt from the raw files
-    (`repair`). Nothing is written before the submission has been checked. A save merges only its own regions into the
-    label on disk, as long as that is the file the ledger knows to hold every earlier answer; else it is made anew.
+    A save is safe by its order: the raw file is on disk before the ledger records it, and the ledger has committed
+    before the merged label changes. If the server is killed in between, the label is rebuilt from the raw files
+    (`repair`). The submission is checked before any write. A save merges only its own regions into the label on disk,
+    if the ledger records that this file contains every earlier answer. Otherwise the label is rebuilt.
 
-    Everything that reads a label in order to change it does so under the image's lock (`MergedLabels.locked`), so that
-    requests and a training that repairs labels may run side by side.
+    A label is read and changed under the image's lock (`MergedLabels.locked`), so that requests and a training that
+    repairs labels may run concurrently.
 
     Args:
         state: folder for the raw files (`raw/`).
@@ -69,15 +69,15 @@ class SubmissionStore:
         self._digests = FileCache[str](ledger, ":label", file_digest, str)
 
     def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
-        """Takes a submission in; the number of the answer.
+        """Save a submission; return the number of the answer.
 
         `info` may hold `queries` (numbers of the regions answered), `whole`, `label_info`, `client_id`, and
-        `annotated_classes`: names of the classes that were looked for, where these are not all.
+        `annotated_classes`: names of the classes that were annotated, if these are not all.
 
         Raises:
             ImageError: the file is unreadable or lies on another grid than the image.
             LabelError: an unknown class, value or query, or no open region of this client on the image.
-            LeaseError: a named query that somebody else holds or has answered, or that nobody was asked.
+            LeaseError: another client holds or has answered a named query, or it was never leased.
         """
         grid = image_grid(image, image_id)
         shape, affine = grid.shape, grid.affine
@@ -116,12 +116,12 @@ class SubmissionStore:
         return self.labels.read(image_id, shape, sha256)
 
     def rebuild(self, image_id: str, shape: Triple, affine: NDArray[np.float64]) -> LabelMap:
-        """Writes the merged label anew from the raw files of every active answer, oldest first.
+        """Rebuild the merged label from the raw files of every active answer, oldest first.
 
-        Where all answers have been withdrawn the file is removed: nothing of the image is annotated.
+        If all answers have been withdrawn, the file is removed, since no voxel is annotated.
 
         Raises:
-            ImageError: a raw file is missing or not what was submitted.
+            ImageError: a raw file is missing or changed.
         """
         with self.labels.locked(image_id):
             return self._rebuild(image_id, shape, affine)
@@ -139,15 +139,15 @@ class SubmissionStore:
         return label_xyz
 
     def rebuilt(self, image_id: str, shape: Triple) -> LabelMap:
-        """The merged label as its raw files say it is; nothing is written.
+        """Merged label computed from the raw files; nothing is written.
 
         Raises:
-            ImageError: a raw file is missing or not what was submitted.
+            ImageError: a raw file is missing or changed.
         """
         return self._merged(shape, self.ledger.answers.of_image(image_id))
 
     def withdraw(self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None = None) -> Answer:
-        """Takes an answer out of its image's label and opens its queries to the pool; record and raw file stay.
+        """Remove an answer from its image's label and return its queries to the pool; record and raw file stay.
 
         Raises:
             ImageError: a raw file that the rest of the label needs is missing or changed; then nothing changes.
@@ -156,7 +156,7 @@ class SubmissionStore:
         return self._switch(answer_id, geometry, client, reason, active=False)
 
     def restore(self, answer_id: int, geometry: Geometry, client: str | None, reason: str | None = None) -> Answer:
-        """Takes back a withdrawal; answers that came later still win.
+        """Revert a withdrawal; later answers still take precedence.
 
         Raises:
             ImageError: a raw file that the label needs is missing or changed; then nothing changes.
@@ -180,7 +180,7 @@ class SubmissionStore:
         return found
 
     def classwise(self, image_id: str, shape: Triple) -> ClasswiseLabels | None:
-        """What is known of an image in which somewhere only some classes were drawn; None where there is no such."""
+        """Labels of an image with submissions of only some classes; None for any other image."""
         answers = self.ledger.answers.of_image(image_id)
         return self._classwise(shape, answers) if any(self._drawn(answer.info) for answer in answers) else None
 
@@ -199,7 +199,7 @@ class SubmissionStore:
         return state
 
     def _drawn(self, info: Mapping[str, Any]) -> list[int] | None:
-        """Ids of the classes that were looked for; None for all of them."""
+        """Ids of the annotated classes; None for all of them."""
         names = info.get("annotated_classes")
         if names is None:
             return None
@@ -211,7 +211,7 @@ class SubmissionStore:
         return None if len(found) == len(ids) else found
 
     def repair(self, image_paths: Mapping[str, Path]) -> list[str]:
-        """Rebuilds labels that a kill left behind the ledger, and those that were deleted or changed; the images."""
+        """Rebuild labels that lag behind the ledger, and deleted or changed ones; return the images."""
         kept = {image: self.labels.path(image) for image in self.ledger.answers.images()}
         there = {image: Stamped.of(path) for image, path in kept.items() if path.is_file()}
         digests, expected = self._digests.of(there), self.ledger.answers.merged_digests()
@@ -225,7 +225,7 @@ class SubmissionStore:
         """Class ids of one submission, from its raw file.
 
         Raises:
-            ImageError: the raw file is missing or not what was submitted.
+            ImageError: the raw file is missing or changed.
         """
         path = self.state / "raw" / answer.raw
         if not path.is_file() or file_digest(path) != answer.raw_sha256:
@@ -278,8 +278,8 @@ class SubmissionStore:
         if query.region.image != image_id:
             raise LabelError(f"query {query_id} asks about {query.region.image}, but the label is for {image_id}")
         if query.status in ("proposed", "skipped", "withdrawn"):
-            raise LeaseError(f"query {query_id} is {query.status}, so nobody can answer it; ask for the next region")
-        # Who sends no id is known by an address only, and may be whoever was asked.
+            raise LeaseError(f"query {query_id} is {query.status}, so it cannot be answered; ask for the next region")
+        # A client without an id is identified by an address only, so it may be the holder of the query.
         if query.status in ("open", "answered") and query.client != client and not client.startswith(DERIVED):
             raise LeaseError(
                 f"query {query_id} is {query.status} by {query.client}, not by {client}; ask for the next region"
@@ -287,7 +287,7 @@ class SubmissionStore:
         return query.id, query.region
 
     def _adopt(self, image_id: str, grid: Grid) -> None:
-        """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
+        """Record a label that was in the folder before the first answer, so that a rebuild keeps it."""
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.answers.last(image_id):
             return
@@ -313,10 +313,11 @@ class SubmissionStore:
 
 
 def _settled(label: Volume, info: Mapping[str, Any], grid: Grid) -> Mapping[str, Any]:
-    """`info` with the values that its segments have in the file, and what was sent where that differs.
+    """`info` with the values that its segments have in the file, and the sent values if they differ.
 
-    Names in the file decide. Places in the list of segments count for clients that name no region: these know nothing
-    of this project, as 3D Slicer does. A file on other axes than its image is kept with the grid it was put on.
+    Names in the file take precedence. Positions in the list of segments count for clients that name no region, such as
+    3D Slicer, since these clients are not specific to this project. A file on other axes than its image is stored with
+    the grid of its placement.
     """
     sent = info.get("label_info")
     if label.moved:

@@ -42,7 +42,7 @@ lint: $(STAMP)
 	$(BIN)/python -m eval.upkeep.layout
 	$(BIN)/python -m eval.upkeep.licences
 	$(BIN)/python -m eval.upkeep.vulnerabilities
-	$(BIN)/python -m eval.upkeep.style --pages
+	$(BIN)/python -m eval.upkeep.style
 
 # The commands of the pages, really run on small phantoms; minutes.
 docs: $(STAMP)

@@ -5,7 +5,7 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Command line of the referee: `python -m eval COMMAND`; `--help` lists the commands.
 
-Exit codes: 0 done, 2 something the caller can mend (one sentence on stderr), 130 interrupted.
+Exit codes: 0 done, 2 an error that the caller can correct (one sentence on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _audit(options: argparse.Namespace) -> None:
     found = audit(options.studies)
     sys.stdout.write((audit_json(found) if options.json else audit_text(found)) + "\n")
     if found.problems:
-        raise RefereeError(f"{options.studies}: {len(found.problems)} files are not what the ledger says; see above")
+        raise RefereeError(f"{options.studies}: {len(found.problems)} files do not match the ledger; see above")
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--deidentify", action="store_true", help="into DIR/deidentified: case_001, ... for images, no paths or hosts"
     )
-    export = add("export", _export, "write what a method asked for in the formats of other tools")
+    export = add("export", _export, "write the queried regions of a method in the formats of other tools")
     export.add_argument("folder", type=Path)
     export.add_argument("--method", required=True)
     export.add_argument("--seed", type=int, required=True)
@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     plan.add_argument("--memory", type=_gib, metavar="GIB", help="memory of a training step; default: measured")
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan as YAML, for --conf plan FILE")
-    gallery = add("gallery", _gallery, "draw what every method picks on the same phantom posterior")
+    gallery = add("gallery", _gallery, "draw the picks of every method on the same phantom posterior")
     gallery.add_argument("--out", type=Path, default=Path("gallery.html"), help="the page to write")
     audited = add("audit", _audit, "compare every label on disk with its rebuild from the raw answers")
     audited.add_argument("studies", type=Path)
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     saved.add_argument("folder", type=Path, help="a new folder")
     doctor = add("doctor", _doctor, "check the installation, and a studies folder")
     doctor.add_argument("studies", type=Path, nargs="?")
-    doctor.add_argument("--port", type=int, default=8000, help="where the server is to listen")
+    doctor.add_argument("--port", type=int, default=8000, help="port of the future server")
     doctor.add_argument("--json", action="store_true")
     return parser
 

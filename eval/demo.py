@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.demo", description="Three rounds of two methods, minutes.")
     parser.add_argument("--out", type=Path, default=PROJECT / ".demo", help="folder for data and results")
     parser.add_argument("--study", type=Path, default=PROJECT / "eval" / "studies" / "demo.yaml")
-    # One process a core with one thread each does more per second than one process with all cores.
+    # One process per core with one thread each is faster than one process with all cores.
     parser.add_argument("--workers", default=str(min(2, os.cpu_count() or 1)), help="methods at a time")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     if not os.environ.get("DATA"):
         os.environ["DATA"] = str(_phantoms(options.out / "data"))
     results = options.out / "run"
-    # A demonstration always starts from nothing; results worth keeping come from `python -m eval run`.
+    # A demonstration always starts from an empty folder; permanent results come from `python -m eval run`.
     shutil.rmtree(results, ignore_errors=True)
     command = ["run", str(options.study), "--out", str(results), "--workers", options.workers]
     return referee([*command, *(["--quiet"] if options.quiet else [])])

@@ -7,4 +7,4 @@
 
 
 class RefereeError(Exception):
-    """One clear sentence: what was asked, what was found, what to do; ends a command with exit code 2."""
+    """One sentence with the expected value, the found value and the remedy; ends a command with exit code 2."""

@@ -36,12 +36,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of `path`, or None when there is no such file."""
+    """Return the content of `path`, or None if the file does not exist."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def place(source: Path, target: Path) -> None:
-    """Make `source` appear at `target` without a second copy where the file system allows it."""
+    """Link `source` to `target`, or copy it if the file system does not support links."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:

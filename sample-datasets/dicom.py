@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""DICOM: a decathlon-style folder to one study a case (image series and segmentation), and back, geometry exact."""
+"""DICOM: a decathlon-style folder to one study per case (image series and segmentation), and back, exactly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def to_dicom(
     UIDs derive from the name of the dataset, of the case, and from the voxels.
 
     Raises:
-        DicomError: what cannot be expressed in DICOM; nothing is written then.
+        DicomError: the case cannot be expressed in DICOM; nothing is written then.
     """
     case = _case_id(image)
     values_xyz, affine = _volume(image)
@@ -83,9 +83,9 @@ def _nifti(values_xyz: np.ndarray, affine: np.ndarray) -> Any:
 
 
 def folder_to_dicom(folder: Path, out: Path, modality: str | None = None) -> int:
-    """Convert every image of imagesTr, with its label where labelsTr has one; returns the number of cases.
+    """Convert every image of imagesTr, with its label if labelsTr has one; return the number of cases.
 
-    The modality is the dataset's own where dataset.json names CT or MR, else MR.
+    The modality is CT or MR if dataset.json contains it, else MR.
 
     Raises:
         DicomError: no dataset.json, no image, a case that cannot be converted.
@@ -106,13 +106,14 @@ def folder_to_dicom(folder: Path, out: Path, modality: str | None = None) -> int
 
 
 def folder_to_nifti(folder: Path, out: Path) -> int:
-    """Convert every series below `folder` to a decathlon-style folder `out`; returns the number of series.
+    """Convert every series below `folder` to a decathlon-style folder `out`; return the number of series.
 
     A segmentation goes with the series it references. Cases are named by patient; further series of one patient get
     a number.
 
     Raises:
-        DicomError: no image series, segmentations that name one class id differently, what cannot be converted.
+        DicomError: no image series, segmentations with different names of one class id, a series that cannot be
+            converted.
     """
     series, segmentations = _found(folder)
     if not series:
@@ -223,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line: `dicom.py to-dicom FOLDER OUT` and `dicom.py to-nifti FOLDER OUT`."""
     parser = argparse.ArgumentParser(prog="dicom.py", description="NIfTI to DICOM series and segmentations, and back.")
     commands = parser.add_subparsers(dest="command", required=True)
-    there = commands.add_parser("to-dicom", help="decathlon-style folder to one study a case")
+    there = commands.add_parser("to-dicom", help="decathlon-style folder to one study per case")
     back = commands.add_parser("to-nifti", help="DICOM files to a decathlon-style folder")
     for command in (there, back):
         command.add_argument("folder", type=Path)

@@ -32,7 +32,7 @@ class FetchError(Exception):
 
 
 def known_checksums() -> dict[str, str]:
-    """MD5 of the archive of every task, by its name, as MONAI carries them."""
+    """MD5 of the archive of every task, by its name, as in MONAI."""
     from monai.apps import DecathlonDataset  # seconds to import
 
     return dict(DecathlonDataset.md5)
@@ -43,8 +43,7 @@ def fetch(
 ) -> Path:
     """Download `mirror`/`task`.tar, check it, unpack it to `out`/`task`; the folder appears only once it is complete.
 
-    An interrupted download goes on where it stopped. `checksum` is an MD5 or SHA-256 in hexadecimal, told by its
-    length.
+    An interrupted download is resumed. `checksum` is an MD5 or SHA-256 in hexadecimal, distinguished by its length.
 
     Raises:
         FetchError: the folder exists, the server refuses, the checksum differs (the file is removed), the archive is
@@ -103,7 +102,9 @@ def download(url: str, target: Path, report: Callable[[str], None] = lambda _: N
             report(f"{url}: {expected / 1e6:.0f} MB" + (f", going on at {start / 1e6:.0f} MB" if start else ""))
             with part.open("r+b" if start else "wb") as file:
                 file.seek(start)
-                for block in answer.iter_raw():  # no larger chunks: what has come is kept when the line breaks
+                for (
+                    block
+                ) in answer.iter_raw():  # no larger chunks, so that the received data are kept if the connection breaks
                     file.write(block)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise FetchError(f"{url} could not be read to its end ({error}); run again to go on") from error
@@ -134,9 +135,9 @@ def check(archive: Path, checksum: str) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the one top folder of `archive` as `folder`; nothing is written outside, nothing half done stays.
+    """Unpack the only top folder of `archive` as `folder`, completely or not at all, and write nothing outside.
 
-    Only plain files and folders are taken. macOS's `._` companions are left out.
+    Only plain files and folders are unpacked. macOS's `._` companions are left out.
 
     Raises:
         FetchError: a broken archive, members that point outside, links or devices, another top folder.

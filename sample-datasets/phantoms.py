@@ -5,7 +5,7 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Phantoms: seeded, anatomy-like 3D scans with labels, written as a decathlon-style folder.
 
-The presets imitate how published datasets are hard, not what a hospital would diagnose: two small adjacent structures
+The presets imitate the difficulties of published datasets, not diagnoses: two small adjacent structures
 (hippocampus), anisotropic nested ones (acdc), rare small lesions in a large volume (kits), fifteen organs of very
 different size (amos).
 """

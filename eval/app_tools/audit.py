@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""`python -m eval audit STUDIES`: are the labels on disk what the raw answers say they are?"""
+"""`python -m eval audit STUDIES`: check the labels on disk against the raw answers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LEDGER = Path(".patchwise") / "ledger.sqlite"
 class Audit:
     """Result of a comparison: counts, and one `{"file", "problem"}` per finding.
 
-    `unreferenced` are raw files that no answer names: a submission whose recording was interrupted. They are kept and
-    harmless, and do not count as a problem.
+    `unreferenced` are raw files without an answer, from submissions whose recording was interrupted. They are kept and
+    do not count as a problem.
     """
 
     studies: str
@@ -129,7 +129,7 @@ def _check_raw(found: Audit, annotations: SubmissionStore, answers: Sequence[Ans
         if not path.is_file():
             found.wrong(path, f"the raw file of answer {answer.id} is missing")
         elif file_digest(path) != answer.raw_sha256:
-            found.wrong(path, f"the raw file of answer {answer.id} is not what was submitted")
+            found.wrong(path, f"the raw file of answer {answer.id} differs from the submission")
 
 
 def _check_journal(found: Audit, studies: Path, named: set[str]) -> None:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""`python -m eval backup STUDIES FOLDER`: what cannot be made again, copied while the server is in use."""
+"""`python -m eval backup STUDIES FOLDER`: copy of all data that cannot be derived, while the server is in use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eval.app_path import add_app
 from eval.app_tools.audit import LEDGER, copy_ledger
 from eval.errors import RefereeError
 
-# Made again by the server: moments by scoring, locks at once.
+# The server creates them again: moments by scoring, locks at once.
 _SKIPPED = frozenset({"moments", "locks"})
 
 
@@ -32,22 +32,21 @@ class Backup:
 
     def text(self) -> str:
         return (
-            f"{self.folder}: {self.answers} answers, {self.labels} labels that nobody answered for, "
+            f"{self.folder}: {self.answers} answers, {self.labels} labels without an answer, "
             f"{self.bytes / 2**20:.1f} MiB, every raw file as the ledger has it"
         )
 
 
 def backup(studies: Path, folder: Path) -> Backup:
-    """Copies the journal, the ledger, then the files that it names, and compares digests; images stay where they are.
+    """Copy the journal, the ledger and then its files, and compare digests; images are not copied.
 
-    A raw file is on disk before the ledger names it and is never changed, so a copy of the ledger that is taken before
-    names files that are all there. The journal gets its line after the ledger, so a copy that is taken first knows of
-    no answer that the ledger's copy lacks; what it lacks itself the next start adds. Labels of answered images are left
-    out: the server makes them again from the raw answers when it finds them missing, and so they cannot contradict the
-    ledger.
+    A raw file is on disk before the ledger records it and is never changed, so all files of an earlier copy of the
+    ledger exist. The journal gets its line after the ledger. Its copy is taken first and thus contains no answer that
+    the ledger's copy lacks; the next start adds the lines that it lacks itself. Labels of answered images are left out:
+    the server rebuilds missing ones from the raw answers, so they cannot contradict the ledger.
 
     Raises:
-        RefereeError: no ledger there, `folder` exists, or a raw file is missing or is not what was submitted.
+        RefereeError: there is no ledger, `folder` exists, or a raw file is missing or differs from the submission.
     """
     add_app()
     from lib.ledger.store import JOURNAL
@@ -78,7 +77,7 @@ def backup(studies: Path, folder: Path) -> Backup:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A file or a folder; what is half-written or vanishes meanwhile belongs to nothing in the ledger."""
+    """Copy a file or a folder; files that are incomplete or vanish during the copy are not in the ledger."""
     if source.is_dir():
         target.mkdir(exist_ok=True)
         for path in source.iterdir():
@@ -106,7 +105,7 @@ def _copy_models(state: Path, target: Path) -> None:
 
 
 def _check_answers(copy: Path) -> int:
-    """Number of answers, all of whose raw files are there."""
+    """Number of answers, after a check that all raw files exist."""
     from lib.ledger.queries import QueryLedger
     from lib.storage.atomic_files import file_digest
 
@@ -115,7 +114,7 @@ def _check_answers(copy: Path) -> int:
         for answer in ledger.answers.of_image(image, withdrawn=True):
             raw = copy / LEDGER.parent / "raw" / answer.raw
             if not raw.is_file() or file_digest(raw) != answer.raw_sha256:
-                problem = "is not what was submitted" if raw.is_file() else "is missing"
+                problem = "differs from the submission" if raw.is_file() else "is missing"
                 raise RefereeError(f"raw/{answer.raw}, answer {answer.id}, {problem}; run `python -m eval audit`")
             checked += 1
     return checked

@@ -31,9 +31,9 @@ _EVERYWHERE = frozenset({"0.0.0.0", "::"})
 
 
 def findings(studies: Path | None = None, port: int = 8000) -> list[Finding]:
-    """Everything that is checked, in the order in which a newcomer would trip over it.
+    """All checks, in the order in which a new user would meet their problems.
 
-    `port` is where a server is to listen, `studies` the folder it is to work on.
+    `port` and `studies` are the port and the folder of the future server.
     """
     found = [_python(), *_packages(), _app(), _loopback(), _port(port), *_open_to_all(), _memory(), _accelerator()]
     if studies is None:

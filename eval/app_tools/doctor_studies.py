@@ -78,7 +78,7 @@ def _plans(studies: Path) -> Iterator[Finding]:
             name, "ok" if fits else "problem", found, "" if fits else "train with replan, or set --conf memory"
         )
     if not list((studies / LEDGER.parent).glob("plan_*.yaml")):
-        yield Finding("plan", "ok", f"none yet; `python -m eval plan {studies}` shows what the first training would do")
+        yield Finding("plan", "ok", f"none yet; `python -m eval plan {studies}` shows the plan of the first training")
 
 
 def _room(studies: Path, shapes: list[tuple[int, ...]]) -> Finding:

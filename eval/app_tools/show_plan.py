@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The plan behind `python -m eval plan FOLDER`: what a bundle would do with the images of a folder."""
+"""The plan of a bundle for the images of a folder, printed by `python -m eval plan FOLDER`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
         import torch
 
         if not torch.cuda.is_available():
-            raise RefereeError("there is no GPU to measure here; give --memory GIB, or --device cpu")
+            raise RefereeError("this machine has no GPU to measure; give --memory GIB, or --device cpu")
     try:
         recipe = Bundle(BUNDLES / bundle)
         pool = take_fingerprint(images, labels, declared_modality(folder))

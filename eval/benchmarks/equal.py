@@ -41,7 +41,7 @@ PATCH = (32, 40, 32)
 
 
 def run() -> Iterator[Row]:
-    """Seconds a step and Dice, ours and both ways of MONAI's."""
+    """Seconds per step and Dice of this project and of two configurations of MONAI."""
     labels, pool, test = real_scans()
     steps = int(os.environ.get("STEPS", 300))
     bundle = Bundle(PROJECT / "bundles" / "segmentation_dynunet_3d")

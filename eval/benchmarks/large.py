@@ -38,7 +38,7 @@ SPACING = (0.8, 0.8, 1.0)
 
 
 def run() -> Iterator[Row]:
-    """Rows of the peak memory of the scoring, and of the server that answers a region and a segmentation afterwards."""
+    """Rows of the peak memory of the scoring, and of the server for a query and a segmentation afterwards."""
     slices, classes, members = (
         int(os.environ.get(k, v)) for k, v in (("SLICES", 600), ("CLASSES", 15), ("MEMBERS", 5))
     )
@@ -79,7 +79,7 @@ def _rows(server: ServerProcess, scan: str) -> Iterator[Row]:
 
 
 def _annotate(url: str, label: bytes, classes: int, slices: int) -> None:
-    """A corner of the scan is answered; the rest is left to ask for."""
+    """Answer a corner of the scan; the rest stays in the pool."""
     region = {"image": "ct", "start": [128, 128, 0], "size": [160, 160, slices]}
     with httpx.Client(base_url=url, timeout=600) as http:
         asked = {"batch": 1, "regions": [region], "client_id": "ann"}
@@ -94,7 +94,7 @@ def _annotate(url: str, label: bytes, classes: int, slices: int) -> None:
 
 
 def _segment(url: str) -> None:
-    """Asks for the segmentation of the scan, as viewers do; the file itself is not looked at."""
+    """Request the segmentation of the scan, as viewers do; the file is not read."""
     with httpx.stream(
         "POST", f"{url}/infer/{BUNDLE}", params={"image": "ct", "output": "image"}, timeout=None
     ) as reply:
@@ -123,7 +123,7 @@ def make_scan(studies: Path, slices: int, classes: int) -> bytes:
 
 
 def _texture(image_xyz: NDArray[np.int16], rng: np.random.Generator) -> None:
-    """Noise of 12 HU, a slice at a time, so that no grey value of the scan is worth more than a real one."""
+    """Noise of 12 HU, one slice at a time, so that the scan compresses like a real one."""
     for k in range(image_xyz.shape[2]):
         image_xyz[:, :, k] += rng.normal(0, 12, image_xyz.shape[:2]).astype(np.int16)
 
@@ -138,7 +138,7 @@ def _info(classes: int) -> list[dict[str, object]]:
 
 
 def _scoring_peak(server: ServerProcess) -> float:
-    """MiB that the scoring's process held at most; it is asked again and again until it has ended."""
+    """Peak memory of the scoring's process in MiB, polled until it has ended."""
     assert server.process
     httpx.post(f"{server.url}/scoring/predictive_entropy", json={}, timeout=60).raise_for_status()
     peak = 0.0

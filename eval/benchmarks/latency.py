@@ -88,7 +88,7 @@ class Times:
 
 
 def make_pool(folder: Path, images: int, cases: int = CASES) -> dict[str, bytes]:
-    """Fills `folder/studies`, each of `cases` scans under several names; the label file of each image."""
+    """Fill `folder/studies`, each of `cases` scans under several names; return the label file of each image."""
     scans, labels = phantoms(folder / "phantoms", min(cases, images))
     studies = folder / "studies"
     studies.mkdir()
@@ -103,7 +103,7 @@ def make_pool(folder: Path, images: int, cases: int = CASES) -> dict[str, bytes]
 
 
 def prepare(url: str, labels: dict[str, bytes]) -> None:
-    """A first model, its moments and summaries of the pool, and a training that goes on."""
+    """A first model, its moments and summaries of the pool, and a training in progress."""
     client = LabelClient(url)
     for image in list(labels)[:4]:
         client.save(image, labels[image], {"whole": True, "label_info": CLASSES})
@@ -121,10 +121,10 @@ class Annotators:
 
     def __init__(self, url: str, labels: dict[str, bytes], times: Times, method: str, waits: bool = False) -> None:
         self.url, self.labels, self.times, self.method = url, labels, times, method
-        # Whether there may be nothing to ask for now and then: the next batch is being prepared.
+        # Whether a request may find no region while the next batch is being prepared.
         self._waits = waits
         self._think = float(os.environ.get("THINK", 1))
-        self.steps: Counter[str] = Counter()  # of rounds that run themselves, as /info told them
+        self.steps: Counter[str] = Counter()  # of automatic rounds, from /info
         self._over = threading.Event()
         self._failed: list[str] = []
         self._people: list[threading.Thread] = []
@@ -157,7 +157,7 @@ class Annotators:
         self.check()
 
     def check(self) -> None:
-        """Nothing was refused so far.
+        """Check that no request was refused so far.
 
         Raises:
             RuntimeError: a request was refused.
@@ -167,8 +167,8 @@ class Annotators:
 
     def _annotate(self, number: int, asks: int) -> None:
         me, rng = f"annotator_{number}", np.random.default_rng(number)
-        # A connection for each request, as MONAI Label's clients do: one kept while its annotator thinks is closed by
-        # the server sooner or later, now and then in the very moment of the next request.
+        # One connection per request, as in MONAI Label's clients: the server closes an idle one, possibly at the moment
+        # of the next request.
         with httpx.Client(base_url=self.url, timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http:
             for _ in range(asks):
                 try:
@@ -184,7 +184,7 @@ class Annotators:
         began = time.perf_counter()
         reply = http.post(f"/activelearning/{self.method}", json={"client_id": me})
         if self._waits and (reply.status_code == 409 or not reply.raise_for_status().json()):
-            self._over.wait(2)  # an answer without a region is quick and would only make the figure look better
+            self._over.wait(2)  # a response without a region is fast and would bias the figure
             return
         self.times.note("next region", began)
         (region,) = reply.raise_for_status().json()["regions"]
@@ -211,7 +211,7 @@ class Annotators:
 
 
 def submit(http: httpx.Client, image: str, label: bytes, params: dict[str, Any]) -> None:
-    """Saves a label as a viewer does."""
+    """Save a label as a viewer does."""
     http.put(
         "/datastore/label",
         params={"image": image, "tag": "final"},
@@ -221,7 +221,7 @@ def submit(http: httpx.Client, image: str, label: bytes, params: dict[str, Any])
 
 
 def plan(url: str, count: int) -> None:
-    """Plan regions that are handed out one by one later: requested by a client whose lease expires at once."""
+    """Plan regions for later single-region requests: a client requests them with a lease that expires at once."""
     asked = {"batch": count, "client_id": "planner", "lease_minutes": 1e-4, "n_per_image": 20}
     httpx.post(f"{url}/activelearning/power_pe", json=asked, timeout=300).raise_for_status()
 

@@ -8,9 +8,9 @@
 Environment: MINUTES (30), IMAGES (2000), CASES (300, different scans among them, which determine the scoring time),
 MANY (10000), THINK (10, the most seconds between two steps of an annotator). MINUTES=0 or MANY=0 leaves that part out.
 Memory and file handles are those of the server's own process: trainings and scorings end and give theirs back.
-While one connection to its file is open, SQLite keeps the descriptors of those that were open beside it, to use them
-again. The ledger's are therefore counted apart: as many as there may be requests at once are allowed, and nothing else
-may grow at all.
+While one connection to its file is open, SQLite keeps the descriptors of closed ones for later use. The descriptors of
+the ledger are therefore counted separately: their limit is the number of concurrent requests, and no other count may
+grow.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GROWTH_BAR = 1.05
 START_BAR, NEXT_BAR = 10.0, 0.200
 _SAMPLE_SECONDS = 5.0
 _LEDGER = "ledger.sqlite"
-# The annotators, who polls /info, the rounds, and the connection that stays open.
+# The annotators, the client that polls /info, the rounds, and the connection that stays open.
 _CONNECTIONS = ANNOTATORS + 3
 _METHOD = "power_pe"
 # So few regions and so many steps that a training or a scoring is at work most of the time.
@@ -55,7 +55,7 @@ class Samples:
     taken: list[tuple[float, int, int, int]] = field(default_factory=list)
 
     def watch(self, pid: int, over: threading.Event) -> None:
-        """Samples until told to stop."""
+        """Sample until stopped."""
         process, began = psutil.Process(pid), time.monotonic()
         while not over.wait(_SAMPLE_SECONDS):
             files, ledger = process.num_fds(), sum(Path(f.path).name == _LEDGER for f in process.open_files())
@@ -113,7 +113,7 @@ def _under_load(folder: Path, images: int, minutes: float) -> Iterator[Row]:
     late, early = samples.growth(lambda taken: np.median(taken[:, 1]) / 2**20)
     grown = row(f"memory at the end against the start{where}", late, GROWTH_BAR * early, 1.0)
     yield {**grown, "unit": "MiB", "rounds": facts["model"]["round"], **work}
-    # Requests at work hold a connection each: what was never closed is what is left between them.
+    # Each running request holds a connection, so leaked ones are counted between requests.
     late, early = samples.growth(lambda taken: np.min(taken[:, 2] - taken[:, 3]))
     yield {**row(f"open files at the end against the start{where}", late, early, 1.0), "unit": "files"}
     late, early = samples.growth(lambda taken: np.max(taken[:, 3]))
@@ -139,7 +139,7 @@ def _first_round(url: str, labels: dict[str, bytes]) -> None:
 def _large_pool(folder: Path, images: int) -> Iterator[Row]:
     labels = make_pool(folder, images)
     server = ServerProcess(folder / "studies", {"members": 1, "threads": 1}, log=folder / "server.log", threads=1)
-    # A new folder is read once; what a hospital waits for is every start after that.
+    # A new folder is read once; later starts determine the waiting time of a hospital.
     starts = []
     for _ in range(4):
         began = time.perf_counter()

@@ -43,7 +43,7 @@ BUNDLE = "segmentation_dynunet_3d"
 
 
 def run() -> Iterator[Row]:
-    """Samples a second and Dice after the same minutes.
+    """Samples per second and Dice after the same minutes.
 
     Raises:
         RefereeError: no Python with nnU-Net was named, or its run failed.
@@ -88,7 +88,7 @@ def nnunet(
 
 
 def patchwise(labels: dict[str, int], pool: Sequence[Case], test: Sequence[Case]) -> tuple[dict[str, float], float]:
-    """Samples a second and minutes of the quick recipe, and the mean foreground Dice of its predictions."""
+    """Samples per second and minutes of the quick recipe, and the mean foreground Dice of its predictions."""
     bundle = Bundle(PROJECT / "bundles" / BUNDLE)
     recipe = bundle.recipe({"recipe": "quick"})
     cases = [training_case(case) for case in pool]
@@ -112,7 +112,7 @@ def real_scans() -> tuple[dict[str, int], list[Case], list[Case]]:
 
 
 def training_case(case: Case) -> TrainingCase:
-    """A case with its label, as a network without a plan takes it."""
+    """A case with its label, prepared for a network without a plan."""
     volume, label = load_image(case.image), load_label(case.label)
     label_xyz = network_label(label.array_xyz, volume.spacing, None)
     return TrainingCase(case.id, network_image(volume, None), label_xyz)

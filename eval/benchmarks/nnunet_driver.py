@@ -22,7 +22,7 @@ DATASET = "Dataset900_Pool"
 
 
 def main(work: Path, minutes: float) -> None:
-    """Trains on `work/raw/DATASET` and writes predictions of `work/test/*.nii.gz` to `work/predicted`."""
+    """Train on `work/raw/DATASET` and write predictions of `work/test/*.nii.gz` to `work/predicted`."""
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = str(work / name)
     import numpy as np

@@ -82,7 +82,7 @@ def aggregation_rows(rng: np.random.Generator) -> list[Row]:
 
 
 def selection_row(rng: np.random.Generator) -> Row:
-    """The best 50 boxes of 50 volumes in which 300 boxes are taken, offered image by image as in a query."""
+    """The best 50 boxes of 50 volumes in which 300 boxes are taken, image by image as in a query."""
     grids = [rng.random((SIDE - 31,) * 3, dtype=np.float32) for _ in range(50)]
     taken = [disjoint_boxes(rng, 6, (12, 12, 12)) for _ in grids]
 

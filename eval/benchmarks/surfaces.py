@@ -107,7 +107,7 @@ def _blobs(rng: np.random.Generator, shape: tuple[int, ...], radius: float) -> l
 
 
 def _disturbed(mask: Bools, rng: np.random.Generator) -> Pair:
-    """The mask moved by a voxel with some of its border lost or gained, as a network's answer would be."""
+    """The mask shifted by a voxel with parts of its border removed or added, like the prediction of a network."""
     moved = np.roll(mask, tuple(rng.integers(-1, 2, size=3)), axis=(0, 1, 2))
     rim = binary_dilation(moved) & ~moved
     prediction = moved | (rim & (rng.random(mask.shape) < 0.3))

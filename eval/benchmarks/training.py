@@ -112,11 +112,11 @@ def monai_batches(
 def monai_batches_alike(
     recipe: Recipe, images: list[NDArray[Any]], labels: list[NDArray[Any]], seed: int = 0, classes: int = 2
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The same, teaching what ours teaches: labels that lie where their image does, and nothing outside of it.
+    """The same with this project's targets: labels aligned with their image, and unlabelled outside of it.
 
-    Images are turned before they are cropped. MONAI fills what that uncovers with zeros, so a label is one higher until
-    the end, where 0 is unlabelled. Zoomed by "nearest", a label lies on average half a voxel beside its image, which
-    torch places by the centres of voxels; "nearest-exact" does the same.
+    Images are rotated before they are cropped. MONAI fills the uncovered voxels with zeros, so labels are one higher
+    until the end, where 0 becomes unlabelled. Zoomed by "nearest", a label is shifted on average by half a voxel
+    against its image, which torch aligns by the centres of voxels; "nearest-exact" aligns both.
     """
     mode, share = ("bilinear", "nearest"), recipe.foreground / (1 - recipe.foreground) / classes
     augment = Compose(

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A running server, asked at random: by its own OpenAPI description, with damaged uploads, and with raw bodies."""
+"""Random requests to a running server: by its OpenAPI description, with damaged uploads, and with raw bodies."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class Asker:
     """Client that sends requests to one server and judges its responses.
 
     Args:
-        url: of the server.
-        process: of the server, whose memory is watched.
+        url: address of the server.
+        process: process of the server, whose memory is measured.
     """
 
     def __init__(self, url: str, process: psutil.Process) -> None:
@@ -121,7 +121,7 @@ class Asker:
         }
 
     def judge(self, tally: Tally, status: int, text: str, kind: str, example: Any) -> None:
-        """Notes an answer: its class, how much the server has grown, and a 5xx or a refusal without a sentence."""
+        """Record an answer: its class, how much the server has grown, and a 5xx or a refusal without a sentence."""
         tally.grown_mib.append(resident_mib(self.process) - tally.rest_mib)
         tally.outcomes[f"{status // 100}xx"] += 1
         if status >= 500:
@@ -181,7 +181,7 @@ def send(case: Any) -> Any:
 
 
 def _example(case: Any) -> dict[str, str]:
-    """Return the data that repeat a case, also one that no curl command can hold."""
+    """Return the data that repeat a case, even if no curl command can express it."""
     return {
         "request": f"{case.method} {case.path}",
         "path": repr(case.path_parameters),
@@ -203,7 +203,7 @@ def _steer(case: Any, rng: np.random.Generator, extras: dict[str, Any], known: M
     if isinstance(case.body, dict) and case.media_type == "application/json" and rng.random() < 0.8:
         case.body = {**case.body, **extras} if rng.random() < 0.3 else extras
     if case.path in _TASKS and case.method.upper() == "POST":
-        # Nothing is to be started that goes on for minutes.
+        # Tasks of several minutes must not be started.
         case.query = {**(case.query or {}), "run_sync": "true"}
         if case.path == "/train/{model}" and isinstance(case.body, dict):
             case.body = {**case.body, "members": 0}
@@ -214,7 +214,7 @@ def _steer(case: Any, rng: np.random.Generator, extras: dict[str, Any], known: M
 def fuzz_uploads(asker: Asker, wanted: int, number: int) -> Tally:
     """Damaged volumes as labels, images, sessions and inputs of a model."""
     tally, valid, images = Tally("uploads"), volumes(), asker.known["image"]
-    for name, content in valid.items():  # what the server imports when it is first needed is not caused by the file
+    for name, content in valid.items():  # imports at first use are not caused by the file
         packed = pack(name, content, content, [], whole=True)
         asker.http.put(
             "/datastore/image", params={"image": "fuzzed"}, files={"file": (name, packed)}

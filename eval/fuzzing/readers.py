@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The readers of volumes and segmentations on damaged files: each answers, or refuses with an error that speaks."""
+"""The readers of volumes and segmentations on damaged files: each returns, or raises an error with a clear message."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def fuzz_volumes(wanted: int, number: int) -> Tally:
     cases = st.tuples(st.sampled_from(sorted(valid)), st.sampled_from(sorted(READERS)), EDITS, st.integers(0, 3))
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in valid.items():  # what is imported when it is first needed is not caused by the file
+        for name, content in valid.items():  # imports at first use are not caused by the file
             path = Path(folder) / name
             path.write_bytes(pack(name, content, content, [], whole=True))
             load_image(path)
@@ -192,7 +192,7 @@ def _read(tally: Tally, read: Callable[[], object], example: Mapping[str, Any]) 
 
 
 def _change(item: Dataset, path: list[int], value: Any) -> str:
-    """Follows `path` through the elements of nested items and gives the last one another value, or removes it."""
+    """Follow `path` through the elements of nested items and change the value of the last one, or remove it."""
     place = ""
     for step in path:
         elements = list(item)

@@ -3,12 +3,12 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Broken and hostile input at random: readers of files in this process, a server of its own over HTTP.
+"""Random damaged and hostile input: for readers of files in this process, and for a separate server over HTTP.
 
 Half of the cases go to the readers of volumes and segmentations. The other half goes to the server: its OpenAPI
-description, damaged uploads, bodies of any bytes, and requests written byte by byte. A case has failed where the server
-answers 5xx or refuses without one sentence, where a reader raises anything but an error that speaks, and where either
-grows by more than 300 MiB. It has also failed where a foreign page is served.
+description, damaged uploads, bodies of any bytes, and requests written byte by byte. A case fails if the server returns
+5xx or refuses without a sentence, if a reader raises any other error than one with a clear message, or if either grows
+by more than 300 MiB. It also fails if a foreign page is served.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def summary(tallies: list[Tally], seed: int, seconds: float) -> dict[str, Any]:
 
 
 def fuzz_text(found: dict[str, Any]) -> str:
-    """A line a surface, then what failed."""
+    """One line per surface, then the failures."""
     lines = []
     for one in found["surfaces"]:
         ends = ", ".join(f"{count} {name}" for name, count in one["outcomes"].items())

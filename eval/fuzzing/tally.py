@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 MOST_FAILURES = 20
 MOST_MIB = 300.0
-# What the second half of many cases may add: what is imported or set aside at first use has been by then.
+# Permitted growth in the second half of many cases: imports and caches of the first use are complete by then.
 MOST_LATER_MIB = 50.0
 MANY = 1000
 

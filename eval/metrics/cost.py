@@ -66,8 +66,8 @@ def foreground_slices(label_xyz: NDArray[np.integer[Any]], *, axis: int = 2, who
 def border_length(label_xyz: NDArray[np.integer[Any]], spacing: Sequence[float], *, axis: int = 2) -> float:
     """Length in mm of all lines between voxels of different classes, drawn in the slices along `axis`.
 
-    A change from voxel to voxel along one in-plane axis is a line as long as a voxel on the other; the region's own
-    faces are not drawn.
+    A change between voxels along one in-plane axis is a line with the length of a voxel along the other; the faces of
+    the region do not count.
     """
     first, second = (a for a in range(3) if a != axis)
     changes = {a: int(np.count_nonzero(np.diff(label_xyz.astype(np.int16), axis=a))) for a in (first, second)}

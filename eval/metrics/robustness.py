@@ -62,7 +62,7 @@ def efficiency_interval(
     x0 = min(float(curve.min()) for curve in x) if start_fraction is None else start_fraction
     start = float(np.mean([curve[0] for curve in y])) if start_dice is None else start_dice
 
-    @cache  # a few seeds can be drawn in few ways, and a fit is what costs
+    @cache  # few seeds have few distinct draws, and the fit is the expensive step
     def fit(drawn: tuple[int, ...]) -> float:
         reached, found = (np.concatenate([curves[i] for i in drawn]) for curves in (x, y))
         return foreground_efficiency(reached, found, full_dice, start_fraction=x0, start_dice=start, bounded=True)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Oracles that err as people do: what an annotator of a profile paints in a region, seeded by (seed, query)."""
+"""Simulated annotators with human errors: labels of a region by a profile, seeded by (seed, query)."""
 
 from __future__ import annotations
 

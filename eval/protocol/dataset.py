@@ -84,7 +84,7 @@ def read_dataset(root: Path) -> Dataset:
 def split_by_hash(ids: Iterable[str], test_fraction: float) -> tuple[list[str], list[str]]:
     """(pool, test): ids sorted by the SHA-256 of their name, the first round(test_fraction * n) are for testing.
 
-    Adding a case to a dataset moves few others, and no random state decides.
+    An additional case of a dataset moves few others, and no random state is involved.
     """
     ranked = sorted(ids, key=lambda case_id: hashlib.sha256(case_id.encode()).hexdigest())
     n_test = round(test_fraction * len(ranked))

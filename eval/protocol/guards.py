@@ -15,10 +15,10 @@ from eval.errors import RefereeError
 from eval.files import read_json
 from eval.protocol.study import FULL_DATA, Study
 
-# Fewer seeds cannot tell a better method from luck, whatever the test says: with two, a t-test has one degree of
+# Fewer seeds cannot distinguish a better method from chance with any test: with two, a t-test has one degree of
 # freedom, and a bootstrap draws one of three means.
 SEEDS_OF_A_CLAIM = 3
-# Parts of a trained model's description that the study, not the method, decides.
+# Parts of a trained model's description that depend on the study, not on the method.
 _RECIPE = ("bundle", "classes", "members", "recipe", "spacing")
 _HARDWARE = ("cpu", "cores", "gpu", "system")
 _VERSIONS = ("python", "packages")
@@ -119,11 +119,11 @@ def check_same_recipe(cells: Iterable[Steps]) -> None:
 def check_same_origin(manifests: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Results must come from one kind of machine, one set of versions and one state of the project.
 
-    `manifests` holds (name, manifest); the state of the project is the digest of the code that decides the numbers
-    where both manifests have it, else the commit.
+    `manifests` holds (name, manifest); the state of the project is the digest of the code that determines the numbers
+    if both manifests have it, else the commit.
 
     Raises:
-        RefereeError: two that differ; names what.
+        RefereeError: two that differ, with the difference.
     """
     if not manifests:
         return
@@ -161,12 +161,12 @@ def check_seeds(seeds: Mapping[str, int], claim: str) -> None:
 
 
 def check_no_test_image(held: Mapping[str, str], test: Mapping[str, str], pool: Mapping[str, str]) -> None:
-    """A server's images, told by content and not by name, must hold no test scan, and the pool's must be the pool's.
+    """A server's images must not include a test scan by content, and pool cases must have the content of the pool.
 
     All three map ids to content digests.
 
     Raises:
-        RefereeError: a test scan that could be learnt from, or another scan under a pool case's name.
+        RefereeError: a test scan in the training pool, or another scan under a pool case's name.
     """
     tested = {digest: case for case, digest in test.items()}
     for image, digest in held.items():

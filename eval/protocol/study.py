@@ -116,7 +116,7 @@ class Study(_Part):
     size: tuple[int, int, int] | None = None
     starting_budget: StartingBudget | None = None
     rounds: int = Field(ge=1, description="trainings: the starting budget's and one after every query")
-    batch: int = Field(default=1, ge=1, description="regions asked for in a round")
+    batch: int = Field(default=1, ge=1, description="regions per round")
     methods: tuple[Annotated[Method, BeforeValidator(_method)], ...]
     full_data: bool = Field(default=False, description="also train once on every label of the pool, for each seed")
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -130,7 +130,7 @@ class Study(_Part):
     hints_per_class: int = Field(default=8, ge=1)
     oracle: Annotated[Oracle, BeforeValidator(_oracle)] = Oracle()
     published: str = Field(default="", description="paper/dataset/regime of eval/published that this repeats")
-    factors: dict[str, tuple[str, ...]] = Field(default={}, description="what methods have in common: name to labels")
+    factors: dict[str, tuple[str, ...]] = Field(default={}, description="factors of the methods: name to labels")
     expected: Expected = Expected()
     server: Server = Server()
 

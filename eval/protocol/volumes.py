@@ -122,6 +122,6 @@ def _itk() -> Any:
     import SimpleITK
 
     itk: Any = SimpleITK
-    # Its warnings name a temporary file; what matters of them is an error here.
+    # Its warnings contain the name of a temporary file; the relevant ones are errors here.
     itk.ProcessObject.SetGlobalWarningDisplay(False)
     return itk

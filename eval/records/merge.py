@@ -35,7 +35,7 @@ def merge_parts(parts: Sequence[Path], out: Path, *, mixed: bool = False) -> tup
     studies = [_study(part) for part in parts]
     manifests: list[dict[str, Any]] = [read_json(part / "manifest.json") for part in parts]
     for part, study, manifest in zip(parts, studies, manifests, strict=True):
-        # Where the data lies may differ from machine to machine; that it is the same, its digest says.
+        # The path of the data may differ between machines; the digest shows that the content is equal.
         if study.model_copy(update={"data": studies[0].data}) != studies[0]:
             raise RefereeError(f"{part} and {parts[0]} ran different studies; see study.yaml of both")
         if manifest["data"]["digest"] != manifests[0]["data"]["digest"]:

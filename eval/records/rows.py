@@ -33,8 +33,8 @@ def case_rows(
 ) -> list[dict[str, Any]]:
     """One row per class with every segmentation measure; undefined values are None, so that JSON can hold them.
 
-    Distances in mm, all from one pass over both surfaces; `tolerance` in mm of the surface Dice; `axis` whose slices
-    the 2D Dice is a mean of.
+    Distances in mm, all from one pass over both surfaces; `tolerance` in mm of the surface Dice; `axis`: the 2D Dice is
+    a mean over the slices across it.
     """
     rows = []
     for name, value in foreground.items():

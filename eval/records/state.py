@@ -26,7 +26,7 @@ class State:
         self.content: dict[str, Any] = read_json(path) or {"sessions": {}, "steps": {}}
 
     def get(self, round_: int, step: str) -> dict[str, Any] | None:
-        """Result of a step, or None when it was not finished."""
+        """Result of a step, or None if it was not finished."""
         found: dict[str, Any] | None = self.content["steps"].get(f"{round_}.{step}")
         return found
 
@@ -36,5 +36,5 @@ class State:
         self.save()
 
     def save(self) -> None:
-        """Write what is known now."""
+        """Write the present state."""
         write_json(self.path, self.content)

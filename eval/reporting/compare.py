@@ -27,7 +27,7 @@ _TESTS: tuple[Test, ...] = ("t", "wilcoxon", "permutation")
 
 
 def complete(rounds: pd.DataFrame) -> pd.DataFrame:
-    """Rounds of the seeds that every query method has finished; what is paired and ranked."""
+    """Rounds of the seeds that every query method has finished, for pairing and ranking."""
     own = only_methods(rounds)
     lengths = own.groupby(["method", "seed"]).size().unstack(fill_value=0)
     seeds = lengths.columns[(lengths == lengths.to_numpy().max(initial=0)).all(axis=0)]

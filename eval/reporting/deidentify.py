@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Reports for people who may not know the patients: ids of images replaced, paths, users and hosts left out."""
+"""De-identified reports: ids of images are replaced, and paths, users and hosts left out."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ FOLDER = "deidentified"
 _COLUMNS = ("image", "case")  # of a run's tables; nothing else there names an image
 _PREFIXES = ("case", "scan", "image", "volume")
 _HIDDEN = "[hidden]"
-# What a manifest says beyond this (the command, a digest of every image) leads back to the data.
+# Other entries of a manifest (the command, a digest of every image) identify the data.
 _MANIFEST = ("study", "started", "finished", "workers", "seeds", "methods", "versions", "hardware")
 _DATA = ("name", "labels", "digest")
 _SET = ("cases", "voxels", "classes")
 _INLINE = re.compile(rb"data:[a-z/+]+;base64,[A-Za-z0-9+/=]+")
-_SHORT = 4  # words of fewer letters stand in texts by chance; tables name images in columns of their own
+_SHORT = 4  # shorter words occur in texts by chance; tables have images in separate columns
 _EVERYWHERE = ("", "/", "root", "localhost")  # users and hosts of no meaning
 
 
@@ -100,7 +100,7 @@ def hidden_of(folder: Path, *places: str) -> Hidden:
 
 
 def write_tables_without_ids(folder: Path, out: Path, hidden: Hidden) -> None:
-    """Copies a run's tables and manifest, without what leads back to a patient or a machine."""
+    """Copy a run's tables and manifest, without data that identify a patient or a machine."""
     shutil.rmtree(out, ignore_errors=True)
     for name in FILES:
         table = read_table(folder, name, required=False)
@@ -122,10 +122,10 @@ def manifest_without_ids(manifest: Mapping[str, Any], hidden: Hidden) -> dict[st
 
 
 def check_without_ids(out: Path, hidden: Hidden) -> None:
-    """Looks through every file, its name included.
+    """Check the name and content of every file.
 
     Raises:
-        RefereeError: one still says what it must not; the folder is gone then.
+        RefereeError: a file still contains hidden data; the folder is removed.
     """
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         found = hidden.found_in(path.read_bytes()) or hidden.found_in(str(path.relative_to(out)).encode())

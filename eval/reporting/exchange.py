@@ -27,7 +27,7 @@ _ENDING = ".nii.gz"
 
 
 def write_loops(folder: Path, method: str, seed: int, out: Path, names: Mapping[str, str] | None = None) -> list[Path]:
-    """Write what a cell asked for as nnActive's loop_000.json, loop_001.json, ...: a round's new patches, axes z, y, x.
+    """Write the queries of a cell as nnActive's loop_000.json, loop_001.json, ...: new patches per round, axes z, y, x.
 
     `names` gives other names to images.
 
@@ -54,11 +54,11 @@ def write_nnunet(
 ) -> Path:
     """Write the pool as annotated after `round_` as an nnU-Net dataset whose unlabelled voxels are its ignore label.
 
-    Images without a region are left out, as nnU-Net cannot train on them. The ignore label is the largest class id
-    plus one, as nnU-Net wants it. `names` gives other names to images, whose headers then hold the grid and no more.
+    Images without a region are left out, as nnU-Net cannot train on them. The ignore label is the largest class id plus
+    one, as nnU-Net requires. `names` gives other names to images, whose headers then hold the grid and no more.
 
     Raises:
-        RefereeError: a folder in use, no such method and seed, or scans that are not at hand.
+        RefereeError: a folder in use, no such method and seed, or missing scans.
     """
     if out.exists() and any(out.iterdir()):
         raise RefereeError(f"{out} is not empty; name a new folder")

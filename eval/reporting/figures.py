@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from eval.metrics.cost import TITLES as COST_TITLES
 from eval.reporting.summary import full_line, mean_curves
 
-# Okabe and Ito's colours, told apart with any colour vision; markers tell apart in print.
+# Okabe and Ito's colours are distinct with any colour vision; markers are distinct in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TITLES = {
@@ -113,7 +113,7 @@ def penalty_matrix(matrix: pd.DataFrame) -> Figure:
 
 
 def region_pictures(pictures: Sequence[Picture], columns: int = 4) -> Figure:
-    """A sheet of regions: the box that was asked for in yellow, outlines of the true classes in colour."""
+    """A sheet of regions: the queried box in yellow, outlines of the true classes in colour."""
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

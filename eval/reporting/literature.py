@@ -75,7 +75,7 @@ def beside(setting: str, numbers: Numbers) -> tuple[pd.DataFrame, pd.DataFrame]:
 def measured(metrics: Iterable[str], numbers: Numbers) -> pd.DataFrame:
     """The run's own values of published metrics (see `eval/published/README.md`): columns metric, method, ours.
 
-    Metrics that the run does not know, and values that are not defined, are left out.
+    Metrics that the run does not have, and undefined values, are left out.
     """
     parts = [_values(metric, numbers).rename("ours").rename_axis("method").reset_index() for metric in metrics]
     named = [part.assign(metric=metric) for metric, part in zip(metrics, parts, strict=True)]

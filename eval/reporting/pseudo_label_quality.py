@@ -25,7 +25,7 @@ _AXES = (("x", "dx"), ("y", "dy"), ("z", "dz"))
 def pseudo_quality(queries: pd.DataFrame, dataset: Dataset, train: Mapping[str, Any]) -> pd.DataFrame:
     """Mean Dice of the pseudo-labelled slices of every method after its last round, for every class.
 
-    Columns method, slices (pseudo labelled, over images and seeds) and a class each. `train` holds the study's
+    Columns: method, slices (pseudo-labelled, over images and seeds) and one per class. `train` holds the study's
     `pseudo_labels`, `pseudo_thickness` and `pseudo_axis`; empty where it makes none by signed distance, or where no two
     annotated slices are close enough (Burmeister et al. 2022, Table 10).
     """

@@ -19,7 +19,7 @@ from eval.records.state import KEPT_PICTURES
 def reasons_of(folder: Path, pictures: bool, name: Callable[[str], str] = str) -> list[dict[str, Any]]:
     """Method, picture (as a data address, or None) and sentence of the last round's first regions of every cell.
 
-    `name` gives what an image is called there.
+    `name` returns the displayed name of an image.
     """
     found = []
     for cell in sorted((folder / "cells").glob("*")):

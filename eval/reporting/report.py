@@ -126,7 +126,7 @@ def _write(
 
 
 def check_folders(folders: Sequence[Path], *, claim: bool, mixed: bool) -> None:
-    """Refuse to report together what cannot be compared, and with `claim` what too few seeds were run for.
+    """Refuse a report on runs that are not comparable, and with `claim` on too few seeds.
 
     Raises:
         RefereeError: see `eval.protocol.guards`.

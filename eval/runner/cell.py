@@ -6,7 +6,7 @@
 """A cell of a study: one method with one seed, replayed round by round against its own server.
 
 Every finished step is in `state.json` before the next begins. Each step is harmless to repeat: a query carries a
-request id, a training its seed, an answer the numbers of its queries. So a killed cell goes on where it stopped.
+request id, a training its seed, an answer the numbers of its queries. So a killed cell continues at its last step.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from eval.runner.replayed_queries import replayed
 from eval.runner.server import ServerProcess
 from eval.runner.shared_start import SharedStart
 
-# Methods that a person (here the oracle) helps by pointing at what was seen while screening.
+# Methods with hints of an annotator (here the oracle): points of classes that were seen in a screening.
 HINTED = frozenset({"starting_budget", "random_fg33", "random_fg66"})
 
 
 class CancelledError(Exception):
-    """The run was told to stop."""
+    """The run was stopped."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Material:
 
 
 class Cell:
-    """Drives one method with one seed; `stop` ends it between requests.
+    """Run of one method with one seed; `stop` ends it between requests.
 
-    `notice(cell, text)` hears what it is about to do, `finished_step(cell, step)` that a step is in its state.
+    `notice(cell, text)` is called before each action, `finished_step(cell, step)` after a step is in the state.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Cell:
         return self.state.get(self.rounds - 1, "test") is not None
 
     def run(self) -> None:
-        """Bring the cell to its end, from wherever it stands.
+        """Complete the cell, from its present state.
 
         Raises:
             RefereeError: a request that failed, with the server's sentence.
@@ -125,7 +125,7 @@ class Cell:
                 server.stop()
 
     def abort(self) -> None:
-        """End the cell from another thread: its server stops, so that a request under way fails at once."""
+        """End the cell from another thread: its server stops, so that a request in progress fails at once."""
         self.stop.set()
         if self.server is not None:
             self.server.stop()
@@ -139,7 +139,7 @@ class Cell:
             "test": self._test,
         }
         for step in STEPS:
-            # Scoring is repeated before a query that was not finished: cached moments cost nothing, missing ones all.
+            # Scoring is repeated before an unfinished query: cached moments take no time, missing ones are computed.
             done = "query" if step == "score" else step
             if self.state.get(round_, done) is not None:
                 continue
@@ -192,12 +192,12 @@ class Cell:
             request["hints"] = self._hints(round_, with_background=method.name == "starting_budget")
         regions = client.query(method.name, request)
         if not regions:
-            raise RefereeError(f"{self.name}: round {round_}: {method.name} has nothing left to ask; use fewer rounds")
+            raise RefereeError(f"{self.name}: round {round_}: {method.name} has no region left; use fewer rounds")
         keep_pictures(client, regions, self.folder / "pictures")
         return {"regions": [self._described(region) for region in regions]}
 
     def _described(self, region: Mapping[str, Any]) -> dict[str, Any]:
-        """A region as the server gave it, with the voxels of every class that the oracle finds inside."""
+        """A region from the server, with the voxels of every class in the ground truth."""
         image = region["image"]
         if image not in self._by_id:
             raise RefereeError(f"{self.name}: the server asked for image {image}, which is not in the pool")
@@ -354,7 +354,7 @@ class Cell:
         leaked = sorted({case.id for case in self.material.test} & held)
         if leaked:
             raise RefereeError(f"the server's pool holds test case {leaked[0]} ({len(leaked)} in all); remove them")
-        if self.url is not None:  # somebody else filled that server
+        if self.url is not None:  # another client filled that server
             digests = [
                 {c.id: content_digest(c.image) for c in cases} for cases in (self.material.test, self.material.pool)
             ]

@@ -27,7 +27,7 @@ _BUSY = ("SUBMITTED", "RUNNING")
 
 
 class LabelClient:
-    """Talks to one MONAI Label server that runs the app; `client_id` is who asks and answers."""
+    """Client of one MONAI Label server that runs the app; `client_id` is the id of the annotator."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class LabelClient:
         self.url = url
         self.client_id = client_id
         limits = httpx.Timeout(timeout, connect=30)
-        # The server closes connections after 5 idle seconds; a request that crosses that on its way gets no answer.
+        # The server closes connections after 5 idle seconds; a request at that moment gets no response.
         kept = httpx.Limits(keepalive_expiry=_KEPT_SECONDS)
         self._http = httpx.Client(base_url=url, timeout=limits, limits=kept, transport=transport)
 
@@ -62,17 +62,17 @@ class LabelClient:
         self._json("POST", f"/scoring/{uncertainty}", params={"run_sync": "true"}, json=dict(request))
 
     def query(self, method: str, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Regions to annotate next; empty when nothing is left to ask."""
+        """Regions to annotate next; empty if none is left."""
         reply = self._json("POST", f"/activelearning/{method}", json={**request, "client_id": self.client_id})
         return list(reply.get("regions", []))
 
     def picture(self, query: int) -> bytes | None:
-        """The server's picture of a region; None where it has none."""
+        """The server's picture of a region; None if there is none."""
         reply = self._send("GET", f"/patchwise/queries/{query}/picture.png", allow=(404,))
         return reply.content if reply.status_code == 200 else None
 
     def minutes(self, query: int) -> float | None:
-        """Minutes from handing out a region to its answer, as the server's ledger has them; None where it has none."""
+        """Minutes from the lease of a region to its answer, from the server's ledger; None if unknown."""
         reply = self._send("GET", f"/patchwise/queries/{query}", allow=(404,))
         found = reply.json().get("minutes") if reply.status_code == 200 else None
         return None if found is None else float(found)
@@ -113,7 +113,9 @@ class LabelClient:
         try:
             return from_nifti(reply.content)
         except Exception as error:
-            raise RefereeError(f"POST /infer/{bundle} answered {len(reply.content)} bytes that are no NIfTI") from error
+            raise RefereeError(
+                f"POST /infer/{bundle} answered {len(reply.content)} bytes that are not NIfTI"
+            ) from error
 
     def _task(self, kind: str, name: str, request: Mapping[str, Any], watch: Callable[[], None] | None) -> None:
         task = self._json("POST", f"/{kind}/{name}", json=dict(request))
@@ -144,7 +146,7 @@ class LabelClient:
             try:
                 reply = self._http.request(verb, path, **options)
             except httpx.RemoteProtocolError:
-                # A connection that ended without an answer must not end a study of hours where asking again is safe.
+                # A broken connection must not end a study of hours if the request can be repeated safely.
                 if verb != "GET":
                     raise
                 reply = self._http.request(verb, path, **options)
@@ -168,6 +170,6 @@ def _detail(reply: httpx.Response) -> str:
 
 
 def _reason(lines: list[str]) -> str:
-    """The line of a task's last output that says why: the exception, else the end."""
+    """Line of a task's last output with the reason: the exception, else the last line."""
     errors = [line for line in lines if "Error" in line or "Exception" in line]
     return (errors or lines)[-1].strip()

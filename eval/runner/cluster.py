@@ -37,8 +37,8 @@ def run_on_cluster(
     """Run cells (method label, seed) on the workers of the scheduler at `address`; the sentences of those that failed.
 
     Every worker must see the data and `out` under the same paths. A cell whose worker is lost is given to another one
-    and goes on from its folder (three times, as Dask is set by itself). With `gpu` a cell asks for the resource GPU, of
-    which a worker started with `--resources GPU=1` has one. `progress` is called while they run.
+    and continues from its folder (three times, Dask's default). With `gpu` a cell asks for the resource GPU, of which a
+    worker started with `--resources GPU=1` has one. `progress` is called while they run.
 
     Raises:
         RefereeError: no scheduler at the address, or no worker with a GPU.

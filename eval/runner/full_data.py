@@ -15,14 +15,14 @@ from eval.runner.client import LabelClient
 
 
 class FullDataCell(Cell):
-    """One round in which nothing is asked for: every pool label is uploaded whole, then trained on and measured."""
+    """One round without queries: every pool label is uploaded whole, then trained on and measured."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.rounds = 1
 
     def _query(self, client: LabelClient, round_: int) -> dict[str, Any]:
-        """Every pool image as one region; the server is not asked."""
+        """Every pool image as one region, without a query to the server."""
         regions = []
         for case in self.material.pool:
             label_xyz = self._truth(case.id).label_xyz

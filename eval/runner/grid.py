@@ -30,8 +30,8 @@ def load_grid(path: Path) -> list[Study]:
     """The studies of a file: one without axes, else one for every dataset, regime and option.
 
     An axis maps names to entries of a study, which replace those of the file; entries that are maps are merged. A
-    dataset may have `regimes` of its own, for budgets that only it has. `{dataset}` and `{regime}` in a text stand for
-    the names. A study of a grid is called after the file and its point: `nnactive_acdc_low`.
+    dataset may have its own `regimes`, for its own budgets. `{dataset}` and `{regime}` in a text are replaced by the
+    names. The name of a study of a grid consists of the file and its point: `nnactive_acdc_low`.
 
     Raises:
         RefereeError: missing file, broken YAML, an axis without entries, unusable entries.
@@ -47,7 +47,7 @@ def load_grid(path: Path) -> list[Study]:
 def forecast(study: Study, only: Collection[str] | None = None) -> dict[str, float]:
     """Expected hours (all cells or `only` some, by name; one after another), and GB of disk; NaN without the data.
 
-    hours = trainings * members * steps * seconds of a step, a fifth more for scoring and querying, and the test cases.
+    hours = trainings * members * steps * seconds per step, a fifth more for scoring and querying, and the test cases.
     The methods of a seed share the training of round 0.
     disk = moments of the pool (classes + 2 maps of 4 bytes per voxel), checkpoints of every round and answers.
     """
@@ -120,10 +120,10 @@ def _twice(names: list[str]) -> str:
 
 
 def calibrated(study: Study, run: Path) -> Study:
-    """The study with the seconds of a step and of a case that a finished run on this machine took.
+    """The study with the seconds per step and per case of a finished run on this machine.
 
-    seconds of a step = training seconds / (trainings * members * steps of that run), likewise of a tested case. The
-    run must have the same bundle and crops for this to hold.
+    Seconds per step = training seconds / (trainings * members * steps of that run), likewise per tested case. The run
+    must have the same bundle and crops.
 
     Raises:
         RefereeError: no run, no finished round, or a run of another bundle or crop.
@@ -176,7 +176,7 @@ def _asked(study: Study, method: Method) -> str:
 def plan_grid(studies: list[Study], only: str | None = None, calibration: Path | None = None) -> list[str]:
     """Every cell of every study, each study with its expected hours and disk, and the sum.
 
-    `only` is the filter of `run`, `calibration` a finished run whose seconds are taken.
+    `only` is the filter of `run`, `calibration` a finished run that provides the seconds.
     """
     lines, hours, gigabytes = [], 0.0, 0.0
     for given in studies:
@@ -185,7 +185,9 @@ def plan_grid(studies: list[Study], only: str | None = None, calibration: Path |
         expected = forecast(study, kept)
         hours, gigabytes = hours + expected["hours"], gigabytes + expected["gb"]
         lines += [f"{study.name}: data {study.data}", *plan(study, kept), f"expected: {_sizes(expected)}"]
-        lines.append(f"at {study.expected.step_seconds:.3g} s a step and {study.expected.case_seconds:.3g} s a case")
+        lines.append(
+            f"at {study.expected.step_seconds:.3g} s per step and {study.expected.case_seconds:.3g} s per case"
+        )
     if len(studies) > 1:
         lines.append(f"in all: {len(studies)} studies, {_sizes({'hours': hours, 'gb': gigabytes})}")
     return lines

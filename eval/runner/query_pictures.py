@@ -17,7 +17,7 @@ from eval.runner.client import LabelClient
 
 
 def keep_pictures(client: LabelClient, regions: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Fetches the pictures of a round's first regions into `folder`; a server without pictures leaves none."""
+    """Download the pictures of a round's first regions into `folder`, if the server has any."""
     for region in regions[:KEPT_PICTURES]:
         picture = client.picture(int(region["query"]))
         if picture is not None:

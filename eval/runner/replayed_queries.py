@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Regions that another run asked for, to be asked for again under another recipe."""
+"""Queried regions of another run, replayed under another recipe."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def read_loop(path: Path) -> list[dict[str, Any]]:
 
 
 def replayed(folder: Path, method: str, seed: int, round_: int) -> list[dict[str, Any]]:
-    """Regions of one method, seed and round of the run in `folder`, as the method `precomputed` takes them.
+    """Regions of one method, seed and round of the run in `folder`, in the format of the method `precomputed`.
 
-    A folder with loop files of nnActive gives those of the round, whatever the method and seed.
+    For a folder with loop files of nnActive, the result is the regions of the round, for any method and seed.
 
     Raises:
         RefereeError: no such run, or none of its regions belongs to the method, seed and round.

@@ -139,7 +139,7 @@ class ServerProcess:
 
     def _environment(self) -> dict[str, str]:
         env = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(self.threads))}
-        # Threads that spin while they wait slow everybody down as soon as the machine has other work.
+        # Threads that spin while they wait slow down all processes as soon as the machine has other work.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         env["MONAI_LABEL_AUTO_UPDATE_SCORING"] = "false"
         env["MONAI_LABEL_TRACKING_ENABLED"] = "false"
@@ -169,7 +169,7 @@ class ServerProcess:
 
 
 def stop_leftover(note: Path) -> None:
-    """Stop what a killed run left behind, by the process group it noted."""
+    """Stop the processes that a killed run left behind, by the recorded process group."""
     noted = read_json(note)
     if noted is None:
         return

@@ -5,9 +5,9 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """The first training of a seed, done once for all methods of a study.
 
-Round 0 asks every method for the same regions, so its training is the same work. The server names a training's files
-by everything that decides them (labels, images, recipe, seeds, network) and goes on with members that are there; files
-that were lent for other labels are never looked at.
+In round 0 all methods have the same regions, so their trainings are equal. The server names a training's files by the
+digest of its inputs (labels, images, recipe, seeds, network) and continues with existing members; linked files of other
+labels are never read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SharedStart:
         found = sorted(self.lent.glob("[!.]*")) if self.lent.is_dir() else []
         for source in found:
             _link(source, self.models / source.name)
-        # Also those that were there before: a cell that was killed in between borrowed them then.
+        # Also those that existed before: a cell that was killed in between linked them then.
         self.borrowed = {source.name for source in found}
 
     def keep(self, digest: str) -> bool:
@@ -52,7 +52,7 @@ class SharedStart:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link the finished members of `source` into `target`, whole or not at all; an existing folder stays unchanged."""
+    """Link the finished members of `source` into `target`, all or none; an existing folder stays unchanged."""
     if target.exists() or not source.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def _link(source: Path, target: Path) -> None:
         made.mkdir()
         for file in _members(source):
             place(file, made / file.name)
-        with suppress(OSError):  # another cell was first
+        with suppress(OSError):  # another cell has linked them first
             os.rename(made, target)
 
 

@@ -5,7 +5,8 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """Sizes that keep the code readable: at most 12 modules per folder and 400 lines per module.
 
-`python -m eval.upkeep.layout` prints what is larger and ends with 1. Import rules are contracts in pyproject.toml.
+`python -m eval.upkeep.layout` prints folders and modules above a limit and ends with 1. Import rules are contracts in
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def oversized(root: Path, folders: Sequence[str] = FOLDERS) -> list[str]:
 
 
 def main() -> int:
-    """Print what is too large; 1 if anything is."""
+    """Print folders and modules above a limit; return 1 if there is one."""
     found = oversized(Path(__file__).resolve().parents[2])
     print("\n".join(found) or f"no folder above {MOST_MODULES} modules, no module above {MOST_LINES} lines")
     return 1 if found else 0

@@ -43,7 +43,7 @@ _FAMILIES = {
     "proprietary": r"proprietary|nvidia",
 }
 UNKNOWN = "unknown"
-# Families that ask something of whoever passes this project on, or say nothing: such a package needs a reason.
+# Families with conditions on redistribution, or without a statement: such a package needs a reason.
 NEED_REASON = frozenset({"AGPL", "GPL", "SSPL", "proprietary", UNKNOWN})
 # By name, or by the beginning of names where a * ends it.
 REASONS = {
@@ -111,7 +111,7 @@ def reason(name: str) -> str | None:
 def refused(licences: Mapping[str, str]) -> list[str]:
     """A sentence for every package whose licence needs a reason and has none."""
     return [
-        f"{name} is under {licence}: leave it out, or say in REASONS of eval/upkeep/licences.py why it may be there"
+        f"{name} is under {licence}: leave it out, or add the reason for it to REASONS of eval/upkeep/licences.py"
         for name, licence in licences.items()
         if NEED_REASON & set(licence.split(", ")) and reason(name) is None
     ]

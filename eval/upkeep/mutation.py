@@ -28,13 +28,13 @@ from eval.protocol.manifest import describe_run, now
 from eval.upkeep.licences import ROOT
 
 BAR = 0.85
-# How many times as long as the tests usually take one may take: a change that uses that up is tried once more, alone
-# and with more patience, since a busy machine looks the same as a loop without end.
+# Limit of a test run as a multiple of its usual time. A change that exceeds it is tried once more, alone and with a
+# higher limit, since a busy machine is indistinguishable from an endless loop.
 PATIENCE, MORE_PATIENCE = 15, 45
-# What mutmut calls a change that a test noticed; one that hangs or breaks the process was noticed too.
+# mutmut's statuses of a change that a test noticed; one that hangs or breaks the process counts as noticed.
 NOTICED = frozenset({"killed", "timeout", "suspicious", "segfault", "caught by type check"})
 _NOT_RUN = frozenset({"skipped", "not checked", "check was interrupted by user"})
-# SQL is written with keywords in capitals here; SQLite reads what is not in quotes without regard to case.
+# SQL keywords are written in capitals here; outside of quotes, SQLite ignores case.
 _SQL = re.compile(
     r"\b(SELECT|INSERT|UPDATE|DELETE|CREATE|FROM|WHERE|AND|OR|ORDER BY|GROUP BY|LIMIT|VALUES|SET|JOIN|AS|ON)\b"
 )
@@ -96,7 +96,7 @@ def settings(group: Group, patience: int = PATIENCE) -> str:
 
 
 def lay_out(group: Group, folder: Path) -> None:
-    """A folder with copies of `lib`, `eval` and `tests`; what was there is replaced."""
+    """A folder with copies of `lib`, `eval` and `tests`; an existing one is replaced."""
     shutil.rmtree(folder, ignore_errors=True)
     leave = shutil.ignore_patterns("__pycache__", "results")
     for source in (ROOT / "apps" / "activelearning" / "lib", ROOT / "eval", ROOT / "tests"):

@@ -42,7 +42,7 @@ _UNRESOLVED = (
 
 
 class Moved(NamedTuple):
-    """A package that is required: what is asked for, what is newest, and whether that is beyond what is asked for."""
+    """A required package: the requirement, the newest version, and whether that is outside of the requirement."""
 
     package: str
     asked: str

@@ -68,7 +68,7 @@ def judged(audit: Audit, known: Mapping[str, str]) -> tuple[list[str], list[str]
 
 
 def known_of(path: Path) -> dict[str, str]:
-    """Ids of vulnerabilities and why each does no harm here.
+    """Ids of vulnerabilities with the reason why each is harmless here.
 
     Raises:
         ValueError: an id without a reason.
@@ -76,7 +76,7 @@ def known_of(path: Path) -> dict[str, str]:
     listed = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     empty = [name for name, why in listed.items() if not str(why or "").strip()]
     if empty:
-        raise ValueError(f"{path.name} says of {empty[0]} not why it does no harm here")
+        raise ValueError(f"{path.name} has no reason why {empty[0]} is harmless here")
     return {str(name): str(why) for name, why in listed.items()}
 
 

@@ -26,7 +26,7 @@ _OFF_GRID_MM = 0.1
 def write_segmentation(
     label_xyz: NDArray[np.uint8], classes: Mapping[str, int], slices: Sequence[Dataset], key: str
 ) -> Dataset:
-    """A binary segmentation over the series of `slices`: one segment a class, in the order of their ids.
+    """A binary segmentation over the series of `slices`: one segment per class, in the order of their ids.
 
     Raises:
         DicomError: voxels that are unlabelled (255) or of a class without a name, another shape than the series.

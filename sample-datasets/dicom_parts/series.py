@@ -41,10 +41,10 @@ class Grid:
 def write_series(
     values_xyz: NDArray[Any], affine: NDArray[np.float64], case: str, modality: str, key: str
 ) -> list[FileDataset]:
-    """One dataset a slice: x runs along the columns, y along the rows, z over the slices.
+    """One dataset per slice: x runs along the columns, y along the rows, z over the slices.
 
-    Orientation, position, spacing and values say exactly what the affine and the array say. Whole numbers are stored
-    as they are (with the intercept or the common factor they need); fractions are stored in 65,535 steps.
+    Orientation, position, spacing and values equal the affine and the array exactly. Whole numbers are stored unchanged
+    (with an intercept or common factor if necessary); fractions are stored in 65,535 steps.
 
     Raises:
         DicomError: a sheared affine, values that are NaN or infinite, another modality than CT or MR.

@@ -40,7 +40,7 @@ def abdomen(rng: np.random.Generator, knobs: Knobs) -> tuple[Scene, Warp]:
     parts += bowel(rng, 8 + round(6 * knobs.lookalikes), low, high, everything, (15.0, 85.0))
     values = dict(zip(LABELS, (vary(rng, float(v), 0.05) for v in VALUES), strict=True))
     inside = ("spleen", "liver", "stomach", "right kidney", "left kidney")
-    # Painted from what yields to what is never covered: soft and large first.
+    # Painted in the order of precedence: soft and large structures first, those that are never covered last.
     for name in (
         "stomach", "liver", "spleen", "right kidney", "left kidney", "duodenum", "pancreas", "gallbladder",
         "oesophagus", "postcava", "aorta", "right adrenal gland", "left adrenal gland", "prostate or uterus", "bladder",

@@ -51,13 +51,13 @@ class Knobs:
 
     @property
     def lookalikes(self) -> float:
-        """Factor on the number of structures that look like a class and are none: 0, 1, 2."""
+        """Factor on the number of structures that resemble a class without being one: 0, 1, 2."""
         return 2 * self.difficulty
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """One case as it is written: image and label (X, Y, Z) in the file's axis order, affine to RAS mm, what it has."""
+    """One case for writing: image and label (X, Y, Z) in the file's axis order, affine to RAS mm, and its contents."""
 
     image_xyz: NDArray[np.int16]
     label_xyz: NDArray[np.uint8]
@@ -66,10 +66,10 @@ class Phantom:
 
 
 def grid(knobs: Knobs, field_mm: Spacing, spacing: Spacing) -> tuple[Size, Spacing]:
-    """Voxels and spacing (mm) of a preset: its own spacing over its own field of view, unless a knob says otherwise.
+    """Voxels and spacing (mm) of a preset: its own spacing over its own field of view, unless an option changes them.
 
-    `spacing` keeps the field of view, so does `shape`; both together crop it or widen it. `scale` s puts s voxels
-    where there was one, along each axis.
+    `spacing` keeps the field of view, and so does `shape`; both together crop or extend it. `scale` s replaces one
+    voxel by s along each axis.
     """
     wanted = knobs.spacing or spacing
     if knobs.shape is not None and knobs.spacing is None:
@@ -90,7 +90,7 @@ def scan(rng: np.random.Generator, scene: Scene, warp: Warp, size: Size, spacing
     v = knobs.variation
     stretch = 1 + v * rng.uniform(-1, 1, size=2) * (0.06, 0.08)
     if knobs.spacing is not None or knobs.shape is not None:
-        stretch = np.ones(2)  # the spacing was asked for
+        stretch = np.ones(2)  # the spacing was requested
     steps = np.round(np.array([spacing[0] * stretch[0], spacing[1] * stretch[0], spacing[2] * stretch[1]]), 4)
     shift = v * rng.normal(0, 1, size=3) * (3.0, 3.0, 2.0)
     noise = scene.noise * knobs.noise * float(np.exp(0.22 * v * rng.normal()))

@@ -80,7 +80,7 @@ def trunk(half: Triple, lung_base: float, fatness: float) -> tuple[list[Part], E
 def bowel(
     rng: np.random.Generator, count: int, low: Triple, high: Triple, keep_out: Shape, values: tuple[float, float]
 ) -> list[Part]:
-    """Loops of unlabelled bowel in a box, some with gas, outside of `keep_out`: what organs are confused with."""
+    """Loops of unlabelled bowel in a box, some with gas, outside of `keep_out`, which resemble organs."""
     parts = []
     rng = rng.spawn(1)[0]  # their number must not change the rest of the patient
     for _ in range(count):

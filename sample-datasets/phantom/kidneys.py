@@ -33,7 +33,7 @@ def kidneys(rng: np.random.Generator, knobs: Knobs) -> tuple[Scene, Warp]:
     enhancement = vary(rng, 175.0, 0.08)
     findings: list[str] = []
     lesions: list[Part] = []
-    found = rng.spawn(1)[0]  # what this patient has must not change the rest of the patient
+    found = rng.spawn(1)[0]  # the lesions of a patient must not change the rest of the patient
     for label, value, chance, name in ((TUMOUR, 85.0, rate, "tumour"), (CYST, WATER, 0.75 * rate, "cyst")):
         if found.uniform() >= chance:
             continue

@@ -104,8 +104,8 @@ def make_case(
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8], tuple[float, float, float]]:
     """One phantom: image (X, Y, Z), label map (X, Y, Z) with 0 background and 1..N, and spacing in mm.
 
-    A voxel at distance d mm from a bent centre line of local radius r(t) is inside when d < r(t); its grey value is
-    tissue + contrast / (1 + exp((d - r) / edge)), times exp(bias field), plus noise.
+    A voxel at distance d mm from a bent centre line of local radius r(t) is inside if d < r(t); its intensity is tissue
+    + contrast / (1 + exp((d - r) / edge)), times exp(bias field), plus noise.
     """
     jitter = rng.integers(-preset.shape_jitter, preset.shape_jitter + 1, size=3)
     shape = tuple(int(n + j) for n, j in zip(preset.shape, jitter, strict=True))

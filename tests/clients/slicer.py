@@ -63,7 +63,7 @@ class SlicerModule:
         self._client().train_status(check_if_running=True)
 
     def config(self, section: str, name: str) -> dict[str, Any]:
-        """What the table of options holds for a model, trainer or strategy: of a list the first entry."""
+        """Values of the table of options for a model, trainer or strategy: of a list the first entry."""
         config = self.info[section].get(name, {}).get("config", {})
         return {key: value[0] if isinstance(value, list) else value for key, value in config.items()}
 

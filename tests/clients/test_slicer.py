@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""3D Slicer against the real server: its requests byte for byte, and what of its exports ends up in a label."""
+"""3D Slicer against the real server: its requests byte for byte, and the labels that its exports become."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def work_on(slicer: SlicerModule, studies: Path, image: str, *boxes: tuple[Seque
 
 
 def drawn() -> np.ndarray:
-    """What was drawn, as class ids."""
+    """Drawn segments as class ids."""
     label = np.zeros(SHAPE, np.uint8)
     label[ANTERIOR] = 1
     label[POSTERIOR] = 2

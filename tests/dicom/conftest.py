@@ -144,7 +144,7 @@ class PacsServer(ServerProcess):
 
 
 def until(true: Callable[[], Any], seconds: float, what: str) -> float:
-    """Waits until something is true; the seconds it took."""
+    """Wait for a condition; return the time in seconds."""
     started = time.monotonic()
     while not true():
         if time.monotonic() - started > seconds:
@@ -178,7 +178,7 @@ def real_scans(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> lis
 
 @pytest.fixture(scope="session")
 def make_orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Orthanc]]:
-    """Starts an empty Orthanc each call; all of them are stopped at the end."""
+    """Start an empty Orthanc per call; all of them are stopped at the end."""
     if not Path(ORTHANC).exists() or not PLUGINS:
         pytest.skip("no Orthanc with its DICOMweb plugin; `make system-test-dicom` installs them on Debian")
     started: list[Orthanc] = []
@@ -210,7 +210,7 @@ Serve = Callable[..., ServerProcess]
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory, bundles: Path) -> Iterator[Serve]:
-    """Starts the app on a DICOMweb address; all servers are stopped at the end."""
+    """Start the app on a DICOMweb address; all servers are stopped at the end."""
     started: list[ServerProcess] = []
 
     def start(url: str, state: Path, **conf: Any) -> ServerProcess:

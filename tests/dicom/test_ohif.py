@@ -71,7 +71,7 @@ class Viewer:
 
 
 def coloured(picture):
-    """Pixels that are no grey: what is drawn over the scan, and the marks of the views."""
+    """Pixels with a colour: overlays of the scan, and the marks of the views."""
     return np.ptp(picture, axis=-1) > 40
 
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the referee's tests share: a small dataset, a study on it, and the stand-in server."""
+"""Shared parts of the referee's tests: a small dataset, a study on it, and the stand-in server."""
 
 import importlib.util
 import sys
@@ -35,7 +35,7 @@ def data(phantoms, tmp_path) -> Path:
 
 @pytest.fixture
 def write_study(data, tmp_path, monkeypatch):
-    """Writes a valid study with some entries replaced, or removed where the value is None."""
+    """Write a valid study with some entries replaced, or removed if the value is None."""
     monkeypatch.delenv("DATA", raising=False)
 
     def write(**changes) -> Path:

@@ -3,10 +3,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A stand-in for the server's HTTP surface, for tests of the referee: no network is trained, nothing is learnt.
+"""A stand-in for the server's HTTP surface, for tests of the referee: without training of a network.
 
-It answers the routes the referee uses with values that depend on what it was sent, and keeps what must outlive a
-restart in its studies folder, as the real server does.
+Its responses to the referee depend on the requests. Like the real server, it keeps its persistent state in the studies
+folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eval.runner.server import free_port
 
 
 class StandIn:
-    """Looks like `eval.runner.server.ServerProcess` to a cell. Class attributes say what goes wrong, and when."""
+    """Stand-in for `eval.runner.server.ServerProcess`; class attributes define the failures and their time."""
 
     fail_on: str | None = None  # "route count": that call of a route is refused
     calls: ClassVar[list[str]] = []

@@ -36,7 +36,7 @@ def deck(count: int, rng: np.random.Generator, faults: Mapping[Fault, int] = FAU
 
 
 def strike(world: World, faults: Sequence[Fault], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Lets one fault after the other happen, restarts the server after each and checks everything; a row for each."""
+    """Cause one fault after the other, restart the server after each and check everything; yield a row per fault."""
     world.working.set()
     for number, fault in enumerate(faults, start=1):
         before = len(world.told.answers)

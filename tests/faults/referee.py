@@ -24,10 +24,10 @@ TABLES = ("rounds", "cases", "queries")
 
 
 class BackgroundStudy:
-    """One run after the other, each compared with a run that nobody disturbed.
+    """One run after the other, each compared with an undisturbed run.
 
     Args:
-        folder: for the runs.
+        folder: folder for the runs.
         data: a decathlon folder.
     """
 
@@ -41,7 +41,7 @@ class BackgroundStudy:
         self.process = self._next()
 
     def strike(self, rng: np.random.Generator) -> list[str]:
-        """Kills the referee, with its server or without, and lets it resume; starts the next run after a good end."""
+        """Kill the referee, with its server or without, and let it resume; start the next run after a success."""
         if self.process.poll() is not None:
             problems = self.compare()
             self.process = self._next()
@@ -60,12 +60,12 @@ class BackgroundStudy:
         return []
 
     def finish(self) -> list[str]:
-        """Waits for the run at hand; how it differs from the undisturbed one."""
+        """Wait for the present run; return its differences from the undisturbed one."""
         self.process.wait(timeout=900)
         return self.compare()
 
     def stop(self) -> None:
-        """Ends the run at hand, if any, and its server."""
+        """End the present run, if any, and its server."""
         self.process.kill()
         self.process.wait()
         for note in self._out().glob("cells/*/server.pid.json"):

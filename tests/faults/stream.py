@@ -26,7 +26,7 @@ CLASSES = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 
 @dataclass
 class Told:
-    """What the server acknowledged, and what was sent without an answer coming back."""
+    """Acknowledged submissions, and those that were sent without a response."""
 
     answers: dict[int, tuple[str, int]] = field(default_factory=dict)
     withdrawn: set[int] = field(default_factory=set)
@@ -37,16 +37,16 @@ class Told:
 
 
 class Annotator(threading.Thread):
-    """Asks for a region and answers it with the truth, again and again; now and then takes an answer back.
+    """Annotator that answers regions with the ground truth in a loop, and sometimes withdraws an answer.
 
     Args:
-        name: its client id.
-        url: of the server, which may be away.
+        name: client id.
+        url: address of the server.
         labels: image -> file of its true label.
-        told: shared by all annotators.
-        working: cleared while nobody may send.
-        ended: set when the work is over.
-        pause: seconds between two requests.
+        told: record of all annotators.
+        working: cleared during a pause.
+        ended: set at the end.
+        pause: seconds between requests.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ def write_all(store: Datastore, names: list[str], side: str, start: multiprocess
 
 
 def kept_by_two(make: Open, folder: Path, names: list[str]) -> dict[str, int]:
-    """How many notes of each of two processes, which note something about every image, are there in the end."""
+    """Number of stored infos of each of two processes that both write an info about every image."""
     start = FORK.Barrier(2)
     writers = [FORK.Process(target=write_all, args=(make(folder), names, side, start)) for side in ("one", "two")]
     for writer in writers:
@@ -73,7 +73,7 @@ def test_this_datastore_keeps_what_two_processes_write(tmp_path: Path) -> None:
 
 
 def write_on(store: Datastore, names: list[str], said: int) -> None:
-    """Counts up in the info of one image after the other and says each number once it has been stored."""
+    """Write increasing numbers into the infos of the images, and print each number after it has been stored."""
     number = 0
     while True:
         number += 1

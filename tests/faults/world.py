@@ -56,19 +56,15 @@ class FaultsServer(WarmServer):
 
 
 class World:
-    """Everything that a fault can break.
+    """Server, studies and annotators that a fault can break.
 
-    Args:
-        folder: empty; the studies lie in a file system of their own below it, where this may be mounted.
-        labels: image -> file of its true label.
-        images: image -> its file.
-        annotators: how many work at once.
-        cold: every so-manyth start is that of a new process, as in a hospital; the others come from a process that has
-            imported everything. 0: none.
-        pause: seconds that an annotator rests between two requests.
-        room: of the file system, as mount has it.
-        trouble: longest time in seconds that a full disk and the like last.
-        standstill: seconds that a stopped clock stands.
+    - `folder` is empty at first; the studies are in a separate file system below it, if it can be mounted.
+    - `labels` and `images` map images to the files of true labels and scans.
+    - `annotators` is the number of concurrent annotators, `pause` their seconds between two requests.
+    - Every `cold`-th start is that of a new process, as in a hospital; 0 for none. Other starts use a process with all
+      imports.
+    - `room` is the size of the file system, in the format of mount.
+    - `trouble` is the longest time of a full disk and the like, `standstill` that of a stopped clock, in seconds.
     """
 
     def __init__(
@@ -128,7 +124,7 @@ class World:
             shutil.copytree(self.state / name, self.folder / "kept" / name)
 
     def restore_models(self) -> None:
-        """Puts models and moments back as `prepare` left them; a fault has taken the last ones."""
+        """Restore models and moments of `prepare`, after a fault has removed them."""
         for name in KEPT:
             shutil.copytree(self.folder / "kept" / name, self.state / name, dirs_exist_ok=True)
 
@@ -215,7 +211,7 @@ class World:
     # --- afterwards --------------------------------------------------------------------------------------------------
 
     def restart(self) -> float:
-        """Kills what is left of the server and starts it; seconds until it answers."""
+        """Kill the remains of the server and start it; return the seconds until it answers."""
         self.kill()
         began = time.monotonic()
         self.server.start()
@@ -223,7 +219,7 @@ class World:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Nobody sends anything, and nothing that was sent is on its way."""
+        """Pause all annotators; inside of the block no request is in progress."""
         self.working.clear()
         for person in self.people:
             person.busy.acquire()
@@ -234,7 +230,7 @@ class World:
                 person.busy.release()
 
     def problems(self) -> list[str]:
-        """What the record lacks or has wrong; only while it is quiet."""
+        """Missing or wrong entries of the record; only valid without requests in progress."""
         told = self.told
         found = list(told.failures)
         kept = {answer["answer"]: answer for answer in self.http.get("/patchwise/answers").raise_for_status().json()}
@@ -286,7 +282,7 @@ def _mount(folder: Path, room: str) -> bool:
 
 
 def _remount(folder: Path, size: int) -> bool:
-    """Sets the size of the file system; False where it holds more already."""
+    """Set the size of the file system; return False if it holds more already."""
     command = ["mount", "-o", f"remount,size={size}", str(folder)]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 

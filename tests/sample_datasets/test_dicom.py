@@ -32,7 +32,7 @@ def affine(turn=(0.0, 0.0, 0.0), spacing=(1.1, 0.9, 5.0), flip=(1, 1, 1), origin
 
 @pytest.fixture
 def case(tmp_path):
-    """Writes an image and a label of an odd shape as NIfTI; the paths."""
+    """Write an image and a label of an odd shape as NIfTI; return the paths."""
     rng = np.random.default_rng(5)
     label_xyz = rng.choice(np.array([0, 0, 0, 1, 2, 7], np.uint8), size=(9, 7, 5))
     label_xyz[:, :, 3] = 0  # an empty slice: its frames are left out of the file

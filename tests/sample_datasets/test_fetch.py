@@ -36,7 +36,7 @@ def archive(*extra, top=TASK):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content` by path, by range unless told not to, and breaks off after `limit` bytes."""
+    """Serve `content` by path, by range unless disabled, and break off after `limit` bytes."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -190,7 +190,7 @@ def test_hostile_members_leave_nothing(fetch, server, tmp_path, capsys, info, wo
     [
         (None, "does not exist (404)"),
         (503, "answers 503"),
-        (b"no tar at all", "no complete tar"),
+        (b"no tar at all", "not a complete tar"),
         (archive(top="Task04_Other"), "outside"),
     ],
     ids=["missing", "unavailable", "no tar", "another task"],

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def load_script(path: Path) -> ModuleType:
-    """A script whose folder is no package, as a module."""
+    """A script as a module, although its folder is not a package."""
     import sys
 
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -115,7 +115,7 @@ Start = Callable[..., tuple[ServerProcess, Client]]
 
 @pytest.fixture(scope="session")
 def start_server(phantoms: Path, warm: WarmProcess) -> Iterator[Start]:
-    """Starts servers on studies folders; all of them are stopped at the end."""
+    """Start servers on studies folders; all of them are stopped at the end."""
     started: list[ServerProcess] = []
 
     def start(studies: Path, **conf: Any) -> tuple[ServerProcess, Client]:

@@ -40,7 +40,7 @@ ROLES = {
 
 
 def claims(user: str, **changes: Any) -> dict[str, Any]:
-    """What a token of the realm says of a user; a change to None leaves a claim out."""
+    """Claims of a user's token of the realm; a change to None leaves a claim out."""
     said = {"preferred_username": user, "realm_access": {"roles": ROLES[user]}, "exp": time.time() + 300, **changes}
     return {name: value for name, value in said.items() if value is not None}
 
@@ -78,7 +78,7 @@ class Realm(BaseHTTPRequestHandler):
 
 
 class GuardedServer(ServerProcess):
-    """Counts as started when it refuses who is not signed in."""
+    """Server that counts as started once it refuses requests without a token."""
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A short run of what `python -m eval bench fuzz` does at length, on a real server: never a 5xx, always a sentence."""
+"""A short run of the cases of `python -m eval bench fuzz` on a real server: no 5xx, always a sentence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def asker(start_server: Start, tmp_path_factory: pytest.TempPathFactory, phantom
 
 
 def needs_schemathesis() -> None:
-    """Skips where it is not installed, but never on CI."""
+    """Skip if it is not installed, except on CI."""
     if importlib.util.find_spec("schemathesis") is None and not os.environ.get("CI"):
         pytest.skip("schemathesis is not installed; pip install -r requirements-dev.txt")
 

@@ -45,7 +45,7 @@ def plan(studies: Path, count: int) -> list[dict[str, Any]]:
 
 
 class Annotator(threading.Thread):
-    """Asks for one region after the other and answers it, until told to stop; a server that is away is waited for."""
+    """Request and answer one region after the other until stopped; wait for a server that is down."""
 
     def __init__(self, name: str, url: str, phantoms: Path, done: threading.Event) -> None:
         super().__init__(name=name, daemon=True)
@@ -119,7 +119,7 @@ def work_through(
 
 
 def training(server: ServerProcess) -> psutil.Process:
-    """The process of a training on what was answered so far; started unless one runs already."""
+    """The process of a training on the present answers; started unless one is running."""
     deadline = time.monotonic() + 60
     assert server.process
     while time.monotonic() < deadline:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Who the patient is stays in the DICOM objects: what the real server writes and shows about series from a PACS."""
+"""Data of the patient stay in the DICOM objects: files and responses of the real server about series of a PACS."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Address(str):
 
 
 def named(items: list[Dataset]) -> list[Dataset]:
-    """The objects with a patient that nobody may read about elsewhere."""
+    """Objects with data of a patient that must not appear elsewhere."""
     for item in items:
         for keyword, value in PERSON.items():
             setattr(item, keyword, value)

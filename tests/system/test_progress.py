@@ -55,7 +55,9 @@ def wait_for(client: Client, ready: Callable[[dict[str, Any]], Any], seconds: fl
 
 
 def answer_batch(client: Client, method: str, who: str, early: str | None = None) -> list[dict[str, Any]]:
-    """Asks singly and answers, as Slicer does, until the batch is done; `early` asks while its last region is open."""
+    """Request and answer single regions, as Slicer does, until the batch is done.
+
+    `early` requests a region while the last one is open."""
     done = []
     for number in range(3):
         region = client.ask(method, client_id=who).json()["regions"][0]

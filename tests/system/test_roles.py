@@ -173,7 +173,7 @@ def call(http: httpx.Client, route: str, token: str | None) -> int:
 
 @cache
 def wrong_tokens() -> dict[str, str | None]:
-    """What nobody may come in with; each claims to be an administrator, as far as it can."""
+    """Invalid credentials; each claims to be an administrator, if it can."""
     stranger = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = f"-----BEGIN PUBLIC KEY-----\n{base64.b64encode(PUBLIC).decode()}\n-----END PUBLIC KEY-----"
     said = claims("admin")

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Start-up: what is refused, and what a broken torchvision does not break."""
+"""Start-up: refused options, and a broken torchvision without effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ APP = ROOT / "apps" / "activelearning"
 
 
 def start(studies: Path, *conf: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Loads the app as the server does, in a process of its own."""
+    """Load the app as the server does, in a separate process."""
     code = (
         "import sys; from monailabel.interfaces.utils.app import app_instance;"
         f"app = app_instance({str(APP)!r}, {str(studies)!r}, dict(zip(sys.argv[1::2], sys.argv[2::2])));"
@@ -55,7 +55,7 @@ def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_pat
 
 
 def refused(studies: Path, *conf: str) -> SystemExit:
-    """How the app ends with such options, without a process of its own."""
+    """Error of the app with such options, without a separate process."""
     with pytest.raises(SystemExit) as ended:
         PatchwiseApp(str(APP), str(studies), dict(zip(conf[::2], conf[1::2], strict=True)))
     return ended.value

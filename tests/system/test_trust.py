@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What the server trusts: pages of other origins, names, half-sent requests, a second server, and its own end."""
+"""Trust of the server: pages of other origins, names, incomplete requests, a second server, and shutdown."""
 
 from __future__ import annotations
 

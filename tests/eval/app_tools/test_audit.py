@@ -62,7 +62,7 @@ def test_missing_changed_and_stray_files_are_named(studies):
     kept = raw.read_bytes()
     raw.write_bytes(b"changed")
     stray = write(studies.label.with_name("c.nii.gz"), np.zeros(SHAPE))
-    assert "is not what was submitted" in problems(studies)[raw.name]
+    assert "differs from the submission" in problems(studies)[raw.name]
     assert "cannot be compared" in problems(studies)["a.nii.gz"]
     assert "no recorded answer" in problems(studies)[stray.name]
     raw.unlink()
@@ -163,7 +163,7 @@ def test_what_was_found_right_is_rebuilt_only_when_something_changed(studies, mo
     assert look() == ([], [])
     studies.raw(studies.answers[0]).write_bytes(b"changed")
     (problem,), _ = look()
-    assert "is not what was submitted" in problem
+    assert "differs from the submission" in problem
 
 
 def test_a_folder_without_a_ledger_is_refused(tmp_path, capsys):

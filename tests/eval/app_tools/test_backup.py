@@ -32,7 +32,7 @@ def studies(tmp_path):
 
 
 def restored(studies, saved):
-    """Puts a backup beside the images, as the administrators' page says, and opens it as a starting server does."""
+    """Put a backup beside the images, as on the administrators' page, and open it as a starting server does."""
     folder = saved.parent / "restored"
     folder.mkdir()
     for image in studies.folder.glob("*.nii.gz"):
@@ -47,7 +47,7 @@ def restored(studies, saved):
 def test_a_restored_backup_has_every_answer_and_the_same_labels(studies, tmp_path, capsys):
     saved = tmp_path / "saved"
     assert main(["backup", str(studies.folder), str(saved)]) == 0
-    assert "3 answers, 0 labels that nobody answered for" in capsys.readouterr().out
+    assert "3 answers, 0 labels without an answer" in capsys.readouterr().out
     folder, ledger, made = restored(studies, saved)
     assert made == ["a", "b"]
     assert audit(folder).problems == []
@@ -123,7 +123,7 @@ def test_labels_that_nobody_answered_for_and_the_current_model_are_kept(studies,
 
 def test_a_damaged_raw_file_is_named_and_nothing_is_left(studies, tmp_path):
     studies.raw(studies.answers[0]).write_bytes(b"changed")
-    with pytest.raises(RefereeError, match="answer 1, is not what was submitted"):
+    with pytest.raises(RefereeError, match="answer 1, differs from the submission"):
         backup(studies.folder, tmp_path / "saved")
     studies.raw(studies.answers[0]).unlink()
     with pytest.raises(RefereeError, match="answer 1, is missing"):

@@ -61,5 +61,5 @@ def test_what_cannot_be_exchanged_is_refused(run, tmp_path, capsys):
     assert "no query of bald with seed 1; it has random 1" in capsys.readouterr().err
     assert main(["export", str(run), "--method", "random", "--seed", "1"]) == 2
     (tmp_path / "loop_000.json").write_text('{"patches": [{"file": "a.nii.gz", "size": "whole"}]}')
-    with pytest.raises(RefereeError, match="no loop file of nnActive"):
+    with pytest.raises(RefereeError, match="not a loop file of nnActive"):
         read_loop(tmp_path / "loop_000.json")

@@ -78,7 +78,7 @@ def test_a_connection_that_ends_twice_is_one_sentence():
 
 
 def test_prediction_that_is_no_image():
-    with pytest.raises(RefereeError, match="answered 4 bytes that are no NIfTI"):
+    with pytest.raises(RefereeError, match="answered 4 bytes that are not NIfTI"):
         client(lambda request: httpx.Response(200, content=b"oops")).infer("net", "s")
 
 

@@ -57,7 +57,7 @@ def test_expected_hours_and_disk_by_hand(write_study, data):
     assert forecast(study)["cells"] == 3
     said = plan_grid([study])
     assert any("hours one cell at a time" in line for line in said)
-    assert said[-1] == "at 10 s a step and 1 s a case"
+    assert said[-1] == "at 10 s per step and 1 s per case"
     away = study.model_copy(update={"data": Path("nowhere")})
     assert "the data is not there" in plan_grid([study, away])[-1]
 

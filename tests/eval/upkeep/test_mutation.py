@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Mutation testing: where it runs, how its words are read, and what counts as noticed."""
+"""Mutation testing: its folder, the parsing of its output, and the changes that count as noticed."""
 
 import json
 

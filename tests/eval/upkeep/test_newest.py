@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Newest versions: requirements loosened, pip's and pytest's words read, and what the command makes of them."""
+"""Newest versions: requirements loosened, output of pip and pytest parsed, and the result of the command."""
 
 import json
 import sys

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Vulnerabilities: pip-audit's report read, judged, and what is said where nobody can be asked."""
+"""Vulnerabilities: pip-audit's report parsed and judged, and the message if the advisory service is out of reach."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def test_reasons_are_sentences(tmp_path):
     path.write_text("CVE-1: only in a server that we do not start\n")
     assert known_of(path) == {"CVE-1": "only in a server that we do not start"}
     path.write_text("CVE-1:\n")
-    with pytest.raises(ValueError, match="says of CVE-1 not why"):
+    with pytest.raises(ValueError, match="has no reason why CVE-1"):
         known_of(path)
     path.write_text("# nothing\n")
     assert known_of(path) == {}

@@ -19,7 +19,7 @@ from lib.regions import Region
 
 
 class Chooser:
-    """Chooses one region after the other along an axis, and counts its calls."""
+    """Choose one region after the other along an axis, and count the calls."""
 
     def __init__(self, twice=()):
         self.calls, self.recorded, self.twice, self.next = [], [], twice, 0

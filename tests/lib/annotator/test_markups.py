@@ -20,7 +20,7 @@ REGION = Region("a", (4, 2, 1), (3, 4, 2))
 
 
 def corners(centre, size, axes):
-    """The eight corners of a box, as whoever reads the file computes them."""
+    """The eight corners of a box, as computed by a reader of the file."""
     signs = itertools.product((-0.5, 0.5), repeat=3)
     return np.array([centre + axes @ (np.array(s) * size) for s in signs])
 

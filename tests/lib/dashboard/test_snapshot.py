@@ -249,7 +249,7 @@ def test_how_a_run_ended_is_one_sentence(failures):
     assert how_it_ended("scoring", {"status": "STOPPED"}, failures, 0) == "the scoring was stopped by hand"
     failures.note("train", "no space left")
     assert how_it_ended("train", task, failures, 0) == "no space left"
-    assert "without saying why" in how_it_ended("train", task, failures, time.time() + 60)
+    assert "without an error message" in how_it_ended("train", task, failures, time.time() + 60)
 
 
 def test_waiting_second_readings_do_not_hold_a_round_up(store):

@@ -21,7 +21,7 @@ def rng():
 
 
 def regions(dices, size=1000):
-    """One class; proposal and answer of `size` voxels each that share `dice` of them."""
+    """One class; prediction and answer of `size` voxels each that share `dice` of them."""
     return np.array([[[round(d * size), size, size]] for d in dices])
 
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A DICOMweb server in memory: as much of QIDO-RS, WADO-RS and STOW-RS as the app asks for."""
+"""A DICOMweb server in memory: the parts of QIDO-RS, WADO-RS and STOW-RS that the app uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eval.runner.server import free_port
 
 
 class Archive:
-    """Objects by UID, served on the loopback address; `status` other than 200 is what every request gets."""
+    """Objects by UID, served on the loopback address; a `status` other than 200 is the response to every request."""
 
     def __init__(self) -> None:
         self.objects: dict[str, Dataset] = {}

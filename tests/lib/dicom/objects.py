@@ -65,7 +65,7 @@ def series(patient: str = "case_1", study: str | None = None, slope: float = 2, 
 
 
 def segmentation(slices: list[Dataset], label_xyz: np.ndarray, names: list[str], **changes: object) -> Dataset:
-    """What an annotator's program stores: segment n is value n of `label_xyz`."""
+    """Segmentation of an annotator's program: segment n is value n of `label_xyz`."""
     described = [
         hd.seg.SegmentDescription(
             segment_number=number,

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The gate in front of all routes: what it lets through, and the sentence for what it does not."""
+"""Checks in front of all routes: accepted requests, and the sentences for refused ones."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_pairs_hold_json_too():
 
 
 def ask(pieces, headers=(), path="/activelearning/random", query=b"", upload_bytes=1000):
-    """What reaches a route behind the gate; how many pieces were received besides."""
+    """Request that reaches a route behind the checks, and the number of pieces received besides."""
     got, waiting = [], list(pieces)
 
     async def route(scope, receive, send):

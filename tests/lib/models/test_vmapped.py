@@ -56,7 +56,7 @@ def test_an_ensemble_predicts_the_same_in_one_pass(monkeypatch):
 
 
 class Stubborn(torch.nn.Module):
-    """Looks at values, which a mapped pass cannot."""
+    """Network that reads values, which a mapped pass cannot."""
 
     def __init__(self):
         super().__init__()

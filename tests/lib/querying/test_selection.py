@@ -35,8 +35,11 @@ def class_entropy(moments: Moments, c: int) -> np.ndarray:
 
 
 class Stage:
-    """A published query stage. Two of its four images came with their probabilities; of the others, which were searched
-    before, the shape is known, which decides how much noise was drawn, and what was kept."""
+    """A published query stage.
+
+    Two of its four images have published probabilities. Of the others, which the published code searched first, only
+    the shape, which determines the number of drawn values, and the kept candidates are published.
+    """
 
     def __init__(self, reference: Path, run: str) -> None:
         self.inputs = np.load(reference / "nnactive/query_inputs.npz")
@@ -67,18 +70,18 @@ class Stage:
         return {name: grid.astype(np.float64) for name, grid in scores.items()}
 
     def kept(self, method: str, image: str, part: str = "") -> list[tuple]:
-        """What the published code kept of an image: (image, start, score), best first."""
+        """Candidates that the published code kept of an image: (image, start, score), best first."""
         names, starts, scores = (self.found[f"{method}__top_{part}{what}"] for what in ("file", "coords", "score"))
         rows = zip(names, starts, scores, strict=True)
         return [(image, tuple(map(int, s)), float(v)) for name, s, v in rows if name == f"{image}.nii.gz"]
 
     def chosen(self, method: str) -> list[tuple]:
-        """What the published code chose: (image, start), best first."""
+        """Regions that the published code chose: (image, start), best first."""
         rows = zip(self.found[f"{method}__sel_file"], self.found[f"{method}__sel_coords"], strict=True)
         return [(str(name).removesuffix(".nii.gz"), tuple(map(int, s))) for name, s in rows]
 
     def compared(self, method: str, image: str, mine: list[tuple], part: str = "") -> list[tuple]:
-        """`mine`, if it is what was published; what was published where there is nothing to compute it from."""
+        """`mine`, if it equals the published candidates; these, if there is no input to compute them."""
         published = self.kept(method, image, part)
         if image not in self.probs:
             return published

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The datastore as a pool: what it lists, and what that costs when there is much of it."""
+"""The datastore as a pool: its lists, and their cost for many images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_listing_names_images_and_labels(store, tmp_path):
 
 
 class Looks:
-    """Counts what costs time in proportion to files: entries of folders that are read, and files that are looked at."""
+    """Counter of operations whose cost grows with the number of files: entries of read folders, and checked files."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, listdir, scandir, stat = 0, os.listdir, os.scandir, os.stat

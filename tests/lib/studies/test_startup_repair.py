@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What a start of the server makes good: cut files of every kind, the model in force, the ledger's file."""
+"""Start-up recovery: truncated files of every kind, the current model, the ledger's file."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Annotator:
 
 @pytest.fixture(scope="session")
 def serve(warm: WarmProcess) -> Iterator[Callable[..., Annotator]]:
-    """Starts servers on studies folders; all of them are stopped at the end."""
+    """Start servers on studies folders; all of them are stopped at the end."""
     started: list[WarmServer] = []
 
     def start(studies: Path, **conf: Any) -> Annotator:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""What these requests are made of, and what is looked at afterwards."""
+"""Parts of hostile requests, and checks afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UID = "0" * 8
 def surroundings(place: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file around and inside of the studies; the server's log and databases may grow.
 
-    What an upload leaves in the temporary folder for a moment is looked at when all is over.
+    Temporary files of an upload exist for a moment, so the temporary folder is checked at the end.
     """
     return {
         str(path.relative_to(place)): (path.stat().st_size, path.stat().st_mtime_ns)

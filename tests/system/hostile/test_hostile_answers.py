@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Queries that are replayed, stale, somebody else's or none, and what is left behind in the end."""
+"""Submissions for replayed, stale, foreign or unknown queries, and the files that remain at the end."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_label_info_of_every_shape(client: Client, place: Path, asked: list[dict
 
 
 def test_replayed_and_stale_query_ids(client: Client, place: Path, asked: list[dict[str, Any]]):
-    """Who answered may answer again, with the same label to the same effect; nobody else may, late or early."""
+    """Only the client that answered may answer again, early or late, and the same label has the same effect."""
     region, held = asked[0], asked[3]
     path = {"label": region["image"], "tag": "final"}
     stored = client.http.get("/datastore/label", params=path).content

@@ -50,7 +50,7 @@ BOMBS = [
     ("negative.nii.gz", lambda: gzip.compress(header((-5, 4, 4))), r"found shape \(-5, 4, 4\)"),
     ("axes.nii", lambda: header((4, 4, 4), dim=[77, 4, 4, 4, 4, 4, 4, 4]), r"77 axes|not readable as NIfTI"),
     ("nowhere.nii", lambda: header((4, 4, 4), srow_x=[np.nan] * 4) + bytes(64), r"no size or place; repair the affine"),
-    ("complex.nii", lambda: header((4, 4, 4), np.complex64) + bytes(512), r"no grey values"),
+    ("complex.nii", lambda: header((4, 4, 4), np.complex64) + bytes(512), r"are not intensities"),
     ("empty.nii.gz", lambda: b"", r"not readable as NIfTI"),
     ("noise.nrrd", lambda: b"NRRD0004\n" + b"x" * 5 * MIB, r"not readable as NRRD"),
     ("elsewhere.nrrd", lambda: NRRD.replace(b"gzip", b"raw\ndata file: /etc/passwd") + b"\n", r"says 'data file'"),

@@ -103,7 +103,7 @@ def _kill(pid: int) -> None:
 
 
 def _end(stop_rounds: Callable[[], None], number: int) -> None:
-    logger.info("the server goes down: tasks are ended")
+    logger.info("the server is shutting down: tasks are ended")
     until = time.monotonic() + GRACE
     end_tasks()
     stop_rounds()

@@ -113,12 +113,12 @@ def advise(
     """Return whether `next_regions` regions after `annotated` ones are expected to raise the Dice by `rules.gain`.
 
     Fit q(x) = a + b z_c(x) over regions x, with z_c(x) = (1 - x^-c) / c and z_0 = log x: a power law that levels off,
-    or a logarithm, by least squares weighted by regions, for each exponent c of `EXPONENTS`. The gain is q(x + n) -
-    q(x), where q never exceeds 1, averaged over c with weights exp(-RSS_c / 2 sigma^2), since few batches do not
-    distinguish the shapes. sigma^2 = max(mean s_b^2, RSS / (B - 2)), with s_b^2 the sampling variance of each of the B
-    batches. The interval is a percentile interval over replicates. In each of them the regions of each batch are
-    reweighted, each batch is shifted by tau e, e ~ N(0, 1), tau^2 = sigma^2 - mean s_b^2, and the shape is drawn by its
-    weight.
+    or a logarithm. The fit is least squares weighted by regions, for each exponent c of `EXPONENTS`. The gain is q(x +
+    n) - q(x), where q never exceeds 1. It is averaged over c with weights exp(-RSS_c / 2 sigma^2), since few batches do
+    not distinguish the shapes. Here sigma^2 = max(mean s_b^2, RSS / (B - 2)), and s_b^2 is the sampling variance of
+    each of the B batches. The interval is a percentile interval over replicates. In each of them the regions of each
+    batch are reweighted, each batch is shifted by tau e, e ~ N(0, 1), tau^2 = sigma^2 - mean s_b^2, and the shape is
+    drawn by its weight.
     """
     counted = [b for b in batches if len(b.overlaps_ncv) >= FEWEST_REGIONS and _shows_classes(b)]
     sizes = len({b.known for b in counted})

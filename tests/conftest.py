@@ -22,7 +22,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_SERVERS = ("clients", "faults", "system")
 
-# How long an example takes says more of the machine than of the code.
+# The duration of an example depends more on the machine than on the code.
 settings.register_profile("patchwise", deadline=None)
 settings.load_profile("patchwise")
 

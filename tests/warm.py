@@ -23,7 +23,7 @@ PROGRAM = Path(__file__).parent / "faults" / "warm_monailabel.py"
 
 
 class Forked:
-    """A server that is the child of the warm process, as far as `ServerProcess` has to know."""
+    """A server that is a child of the warm process, with the interface that `ServerProcess` needs."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

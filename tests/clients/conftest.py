@@ -21,7 +21,7 @@ from tests.system.conftest import BUNDLE, ROOT
 from tests.warm import WarmProcess, WarmServer
 
 SHAPE = (20, 16, 12)
-# Turned about the axis of the patient by the angle of a 3-4-5 triangle, stored left-handed; voxels of 2 x 1 x 3 mm.
+# Rotated about the axis of the patient by the angle of a 3-4-5 triangle, stored left-handed; voxels of 2 x 1 x 3 mm.
 AFFINE = np.array([[-1.6, -0.6, 0, 10], [-1.2, 0.8, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1]], dtype=float)
 
 
@@ -45,7 +45,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle with a recipe of two steps: Slicer cannot ask for fewer."""
+    """The bundle with a recipe of two steps, since Slicer cannot request a number of steps."""
     folder = tmp_path_factory.mktemp("bundles")
     shutil.copytree(ROOT / "bundles" / BUNDLE, folder / BUNDLE)
     path = folder / BUNDLE / "configs" / "network.json"

@@ -5,8 +5,7 @@
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
 """A stand-in of 3D Slicer's MONAI Label module: the requests it makes, in its order, through MONAI Label's client.
 
-What Slicer itself does beside them (loading volumes, importing and exporting segments) is done with ITK, which Slicer
-reads and writes images with too.
+ITK, which Slicer also reads and writes images with, loads volumes, and imports and exports segments.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class SlicerModule:
         folder.mkdir(parents=True, exist_ok=True)
 
     def _client(self) -> MONAILabelClient:
-        # A new one for each request, which asks first whether it has to log in.
+        # A new one per request; it first checks whether a login is necessary.
         client = MONAILabelClient(self.url, str(self.folder), self.client_id)
         assert not client.auth_enabled()
         return client
@@ -143,17 +142,17 @@ class SlicerModule:
         return saved
 
     def train(self, trainer: str) -> dict[str, Any]:
-        """The button Train; the panel is drawn anew a second later."""
+        """The button Train; the panel is redrawn a second later."""
         started = self._client().train_start(trainer, self.config("trainers", trainer))
         time.sleep(1)
         return started
 
     def training_runs(self) -> bool:
-        """Asked whenever the panel is drawn anew."""
+        """Request at every redraw of the panel."""
         return bool(self._client().train_status(check_if_running=True))
 
     def training_status(self) -> dict[str, Any]:
-        """Asked every five seconds while a training runs."""
+        """Request every five seconds during a training."""
         return self._client().train_status(check_if_running=False)
 
     def stop_training(self) -> dict[str, Any]:

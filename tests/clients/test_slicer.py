@@ -73,7 +73,7 @@ def drawn() -> np.ndarray:
 
 
 def only(label: np.ndarray, *boxes: tuple[slice, slice, slice]) -> np.ndarray:
-    """A label map that knows nothing outside of some boxes."""
+    """A label map that is unlabelled outside of some boxes."""
     kept = np.full(SHAPE, UNLABELLED, np.uint8)
     for box in boxes:
         kept[box] = label[box]
@@ -214,7 +214,7 @@ def test_what_was_painted_into_the_frame_by_mistake_is_refused(slicer: SlicerMod
         slicer.submit()
     assert "3 voxels inside of the region are painted into the segment query_region" in refused.value.msg
     assert not stored(studies, "scan_06")
-    # Moved to its class and submitted again, as the sentence says.
+    # Moved to its class and submitted again, as the message requires.
     slicer.segments["query_region"][7:10, 6, 5] = False
     slicer.submit()
     assert np.array_equal(final(studies, "scan_06"), only(drawn(), INSIDE))
@@ -309,7 +309,7 @@ def test_regions_as_markups_are_boxes_in_millimetres(
     assert "query_region" not in slicer.segments
     first, second = slicer.rois
     # Middle of voxels 6-10, 5-8, 4-6 is 8, 6.5, 5; x = -1.6 i - 0.6 j + 10, y = -1.2 i + 0.8 j - 20, z = 3 k + 5;
-    # LPS negates x and y. The image is stored left-handed, so the last axis of the box is turned round.
+    # LPS negates x and y. The image is stored left-handed, so the last axis of the box is reversed.
     assert first["center"] == pytest.approx([6.7, 24.4, 20.0], abs=1e-4)
     assert first["size"] == pytest.approx([5 * 2, 4 * 1, 3 * 3], abs=1e-4)
     assert first["orientation"] == pytest.approx([0.8, 0.6, 0, 0.6, -0.8, 0, 0, 0, -1], abs=1e-6)
@@ -360,7 +360,7 @@ def test_training_from_slicer_is_started_watched_stopped_and_used(
     assert slicer.model == BUNDLE
     assert slicer.segments["anterior"].shape == SHAPE
     assert not (slicer.segments["anterior"] & slicer.segments["posterior"]).any()
-    # Slicer asks for 300 lines; all servers of an app folder write into one log.
+    # Slicer requests 300 lines; all servers of an app folder write into one log.
     code, log, _, _ = MONAILabelUtils.http_method("GET", server.url, "/logs/?lines=100000&text=true")
     assert code == 200
     assert b"member 1/1 step 2/2" in log

@@ -37,7 +37,7 @@ PLUGINS = [
 ]
 KEPT = ROOT / "runs" / "dicom"
 CLASSES = {"anterior": 1, "posterior": 2}
-# What the server promises: new series, and segmentations of annotators, count after this many seconds.
+# Seconds after which the server must have imported new series and segmentations of annotators.
 SOON = 10.0
 
 

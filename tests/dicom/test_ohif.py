@@ -34,7 +34,7 @@ class Viewer:
         self.page, self.server, self.requests, self.failed = page, server, [], []
         page.on("request", lambda r: self.requests.append((r.method, r.url.removeprefix(server))))
         page.on("response", lambda r: self.failed.append(r.url) if r.status >= 400 and server in r.url else None)
-        # It asks whether it may leave the page.
+        # Leaving the page opens a dialog.
         page.on("dialog", lambda dialog: dialog.accept())
         # Fonts are all that it wants from elsewhere.
         page.route("**/*", lambda route: route.continue_() if server in route.request.url else route.abort())

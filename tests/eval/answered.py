@@ -30,7 +30,7 @@ def geometry(_):
 
 
 class Studies:
-    """A studies folder with an answer to one region of `a` by each of two people, and a class-wise one on `b`."""
+    """A studies folder with answers of two annotators to one region of `a`, and a class-wise one on `b`."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -32,7 +32,7 @@ class StandIn:
 
     fail_on: str | None = None  # "route count": that call of a route is refused
     calls: ClassVar[list[str]] = []
-    minutes_each: float | None = None  # what its ledger recorded for query 1; twice that for query 2
+    minutes_each: float | None = None  # minutes in its ledger for query 1; twice that for query 2
 
     def __init__(self, studies: Path, conf: dict, *, log: Path, threads: int, env=None, port=None) -> None:
         self.studies, self.conf, self.threads = studies, conf, threads

@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cold", type=int, default=5, help="every so-manyth start is that of a new process; 1: all")
     parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each fault, then a summary")
     options = parser.parse_args(arguments)
-    # Whoever ends the run wants neither its server nor its file system left behind.
+    # Neither the server nor the file system may remain after the end of the run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     began, rows, rng = time.monotonic(), [], np.random.default_rng(options.seed)
     setting = {"images": options.images, "seed": options.seed, "cold": options.cold}

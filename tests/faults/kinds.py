@@ -103,7 +103,7 @@ def freeze_server(world: World, rng: np.random.Generator) -> None:
 
 
 def stop_clock(world: World, rng: np.random.Generator) -> None:
-    """The time of day stands still, and jumps when it goes on."""
+    """Stop the time of day, which jumps when it continues."""
     world.clock.touch()
     try:
         time.sleep(world.standstill)
@@ -132,7 +132,7 @@ def _cut(path: Path, rng: np.random.Generator) -> None:
     os.truncate(path, int(path.stat().st_size * rng.uniform(0, 1)))
 
 
-# How often each comes up in a hundred: what happens most in hospitals most.
+# Frequency of each in percent, similar to that in hospitals.
 FAULTS: dict[Fault, int] = {
     kill_server: 20,
     kill_server_alone: 6,
@@ -149,5 +149,5 @@ FAULTS: dict[Fault, int] = {
     freeze_server: 4,
     stop_clock: 4,
 }
-# A study that goes on beside the annotators costs as much as they do, so it is only there in long runs.
+# A study beside the annotators doubles the cost, so only long runs have it.
 LONG_FAULTS: dict[Fault, int] = {**FAULTS, kill_referee: 5}

@@ -72,7 +72,7 @@ class BackgroundStudy:
             stop_leftover(note)
 
     def compare(self) -> list[str]:
-        """Every number of the finished run that is not what it should be."""
+        """Every wrong number of the finished run."""
         out = self._out()
         if self.process.returncode:
             return [f"{out}: the referee ended with {self.process.returncode}; see {out}.log"]
@@ -81,7 +81,7 @@ class BackgroundStudy:
             one, two = (pd.read_csv(path / f"{name}.csv") for path in (self.folder / "reference", out))
             kept = [column for column in one.columns if not column.endswith("_s")]
             if not one[kept].equals(two[kept]):
-                found.append(f"{out / name}.csv differs from that of the run that nobody disturbed")
+                found.append(f"{out / name}.csv differs from that of the undisturbed run")
         return found
 
     def _out(self) -> Path:

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Annotators who work on while the server breaks, and remember what they were told has been stored."""
+"""Annotators that continue during faults of the server, and record all acknowledged answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-# What a server in trouble may say: nothing free, a lease that ran out, a query that a cut log lost, no room, read-only.
+# Permitted refusals after a fault: no free region, expired lease, query lost with a log, full or read-only disk.
 EXPECTED = frozenset({400, 404, 409, 507})
 CLASSES = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 

@@ -23,7 +23,7 @@ COUNT, SEED = 16, 1
 
 
 def do_harm(world: World) -> tuple[int, Path]:
-    """An answer taken out of ledger and journal, and a voxel changed in a label of another image."""
+    """An answer removed from ledger and journal, and a voxel changed in a label of another image."""
     with world.quiet():
         world.kill()
         lost, (image, _) = next(iter(world.told.answers.items()))

@@ -82,7 +82,7 @@ def write_on(store: Datastore, names: list[str], said: int) -> None:
 
 
 def killed_while_writing(store: Datastore, names: list[str], seconds: float) -> int:
-    """The last number that a process said to have stored before it was killed."""
+    """The last number that a process printed as stored before it was killed."""
     heard, said = os.pipe()
     writer = FORK.Process(target=write_on, args=(store, names, said))
     writer.start()
@@ -117,6 +117,6 @@ def test_a_kill_while_this_datastore_writes_loses_nothing_that_was_stored(tmp_pa
     for _ in range(10):
         last = killed_while_writing(ours(tmp_path / "studies"), names, float(rng.uniform(0, 0.1)))
         kept = {name: ours(tmp_path / "studies").get_image_info(name)["number"] for name in names[1 : last + 1]}
-        # The number after the last one may be stored too: it was on its way to be said.
+        # The number after the last printed one may be stored too.
         assert kept[names[last % 300]] in (last, last + 300)
         assert all(1 <= number <= last + 1 for number in kept.values())

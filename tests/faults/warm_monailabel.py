@@ -59,7 +59,7 @@ def serve(wanted: dict) -> None:
 
 
 def main() -> None:
-    # Whatever the imports print goes to the log.
+    # Output of the imports goes to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for module in MODULES:

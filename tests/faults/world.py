@@ -172,7 +172,7 @@ class World:
         """No room for anything."""
         if self.mounted:
             size = shutil.disk_usage(self.disk).total
-            # What is being written meanwhile may need more than was used a moment ago.
+            # Concurrent writes may need more than was used a moment ago.
             assert any(_remount(self.disk, shutil.disk_usage(self.disk).used) for _ in range(100))
             try:
                 yield
@@ -243,7 +243,7 @@ class World:
         for number, answer in kept.items():
             if not all((answer["image"], query) in told.sent for query in answer["queries"]):
                 found.append(f"answer {number} was never sent: {answer}")
-        # What was not acknowledged is settled now, one way or the other.
+        # The outcome of unacknowledged requests is final now.
         for number in list(told.unsure):
             told.unsure.discard(number)
             (told.withdrawn.discard if kept[number]["active"] else told.withdrawn.add)(number)

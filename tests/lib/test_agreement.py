@@ -16,7 +16,7 @@ def test_dice_of_each_class_where_both_labelled():
     mine = np.array([[[1, 1, 1, 0, 2, UNLABELLED]]], np.uint8)
     other = np.array([[[1, 1, 0, 0, 1, 2]]], np.uint8)
     found = class_agreement(mine, other, {"one": 1, "two": 2, "three": 3})
-    # one: A has 3, B has 3 voxels, 2 shared; two: A has 1, B has none where A labelled; three: nobody drew it.
+    # one: A has 3, B has 3 voxels, 2 shared; two: A has 1, B has none where A labelled; three: in neither.
     assert found["one"] == (pytest.approx(4 / 6), 3, 3)
     assert found["two"] == (0.0, 1, 0)
     assert found["three"] == (None, 0, 0)

@@ -16,7 +16,7 @@ LABELS = {"background": 0, "one": 1, "two": 2}
 
 
 class Members:
-    """Evidence from member probabilities in memory; counts what is read."""
+    """Evidence from member probabilities in memory; counts the reads."""
 
     def __init__(self, members: dict[str, np.ndarray]) -> None:
         self.members, self.read = members, list[str]()

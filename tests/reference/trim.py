@@ -130,7 +130,7 @@ def first_channel(arrays: Arrays) -> Arrays:
 
 
 N, S = "nnactive/golden", "strategies/golden"
-# file here -> files there, and what is kept of them
+# file here -> files there, and their kept arrays
 FILES: dict[str, tuple[list[str], Callable[..., Any]]] = {
     "nnactive/uncertainty.npz": ([f"{N}/a_uncertainty.npz"], uncertainty),
     "nnactive/aggregation.npz": ([f"{N}/b_aggregation.npz"], only("*")),

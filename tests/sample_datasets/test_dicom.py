@@ -140,7 +140,7 @@ def test_same_case_same_bytes_other_voxels_other_uids(dicom, case, tmp_path):
     paths = case(affine())
     one, two = (dicom.to_dicom(*paths, CLASSES, "MR", tmp_path / name, "set") for name in ("a", "b"))
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
-    image, _ = case(affine())  # the generator goes on: other voxels
+    image, _ = case(affine())  # the generator advances: other voxels
     (other, *_) = dicom.to_dicom(image, None, {}, "MR", tmp_path / "c", "set")
     assert pydicom.dcmread(other).SeriesInstanceUID != pydicom.dcmread(one[0]).SeriesInstanceUID
 

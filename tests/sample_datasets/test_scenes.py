@@ -109,7 +109,7 @@ def test_difficulty_lowers_contrast_to_noise_and_leaves_the_patient(phantoms, na
         shapes.append(phantom.label_xyz)
         image = phantom.image_xyz.astype(float)
         one = inside(phantom.label_xyz == of)
-        # Muscle between skin and organs stands for soft tissue where no second class is compared.
+        # Muscle between skin and organs represents soft tissue if no second class is compared.
         other = (
             inside(phantom.label_xyz == against) if against else (image > 20) & (image < 90) & (phantom.label_xyz == 0)
         )

@@ -24,7 +24,7 @@ from tests.warm import WarmProcess, WarmServer
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = "segmentation_dynunet_3d"
-# A study of seconds; where its data lies is for the test to say.
+# A study of seconds; the test sets the folder of its data.
 TINY_STUDY = {
     "name": "tiny",
     "split": {"test_fraction": 0.25},
@@ -78,7 +78,7 @@ def fill(studies: Path, phantoms: Path, count: int = 6) -> None:
 
 
 class Client:
-    """A MONAI Label client as small as can be: what Slicer sends, as it sends it."""
+    """A minimal MONAI Label client with the requests of Slicer."""
 
     def __init__(self, url: str, phantoms: Path) -> None:
         self.http = httpx.Client(base_url=url, timeout=300)

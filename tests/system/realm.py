@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A stand-in for an OpenID realm, and a server that asks it who is who."""
+"""A stand-in for an OpenID realm, and a server that uses it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from eval.runner.server import ServerProcess
 KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 PUBLIC = KEY.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
-# A user a role, without the roles below it: what a route lets in is then exactly what it asks for.
+# One user per role, without the roles below it, so that a route admits exactly the roles that it requires.
 ROLES = {
     "guest": [],
     "user": ["monailabel-user"],
@@ -51,7 +51,7 @@ def signed(user: str, **changes: Any) -> str:
 
 
 class Realm(BaseHTTPRequestHandler):
-    """As much of an OpenID realm as MONAI Label asks for; every user's password is their name."""
+    """The parts of an OpenID realm that MONAI Label uses; every user's password is their name."""
 
     def do_GET(self) -> None:
         base = f"http://{self.headers['Host']}"

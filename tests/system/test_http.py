@@ -98,7 +98,7 @@ def test_regions_are_new_inside_and_leased(trained: Client, studies: Path, metho
     ],
 )
 def test_methods_of_every_kind_work_live(trained: Client, method: str) -> None:
-    """Score for the method's own posterior, then ask; what it holds is given back by a short lease."""
+    """Score for the method's own posterior, then query with a short lease, which frees the regions."""
     options = {"passes": 2} if method == "uss" else {}
     scoring = {"query_method": method, **options}
     scored = trained.http.post("/scoring/bald", params={"run_sync": "true"}, json=scoring)

@@ -61,7 +61,7 @@ class Annotator(threading.Thread):
                 if reply.status_code == 200 and reply.json():
                     self._answer(reply.json()["regions"][0])
                 else:
-                    # Nothing is free at the moment: others hold what is left.
+                    # No region is free at the moment: others hold the remaining ones.
                     time.sleep(0.2)
             except httpx.TransportError:
                 time.sleep(0.2)
@@ -166,7 +166,8 @@ def test_eight_annotators_answer_every_region_once(start_server: Start, tmp_path
 def test_eight_annotators_and_killed_servers_and_trainers(start_server: Start, tmp_path: Path, phantoms: Path) -> None:
     count = 500
     fill(tmp_path / "studies", phantoms, count=8)
-    # A region whose holder never heard of it, because the server died on the way, is free again after half a minute.
+    # If the server is killed before the response, the holder never learns of its region, which is free after half a
+    # minute.
     server, client = start_server(tmp_path / "studies", size="4,4,4", lease_minutes=0.5)
     work_through(server, client, tmp_path / "studies", count, kills=6, seconds=1500)
     check(client, tmp_path / "studies", count)

@@ -130,7 +130,7 @@ def test_a_patient_is_in_no_log_ledger_name_or_page(archive: Archive, server: Se
     for file in server.log.parent.rglob("*"):
         assert MARK not in str(file)
         assert PATIENT not in str(file)
-        # A segmentation is kept as it came: the object itself is what its author signed.
+        # A segmentation is kept unchanged, since its author signed the object itself.
         if file.is_file() and file.suffix != ".dcm":
             assert not holds(file.read_bytes(), MARK), file
 

@@ -70,16 +70,16 @@ def answer_batch(client: Client, method: str, who: str, early: str | None = None
 
 @pytest.mark.slow
 def test_an_answered_batch_leads_to_the_next_one(client: Client) -> None:
-    # A client set to a method that needs a model is handed a random batch first.
+    # A client with a method that needs a model first gets a random batch.
     first = answer_batch(client, "predictive_entropy", "ann")
     assert {(r["method"], r["round"]) for r in first} == {("random", 0)}
     found = wait_for(client, lambda p: p["regions"]["planned"] == 3)
     assert found["work"]["model"]["round"] == 0
     assert found["failures"] == []
-    # Whatever the client is set to, it is handed what was planned.
-    # Who asks when all of it is handed out gets other regions, for which the round does not wait.
+    # With any method, the client gets the planned regions.
+    # Requests after the last region of the batch return others, for which the round does not wait.
     second = answer_batch(client, "random", HOSTILE, early="eve")
-    # Until the new model has scored the pool, others are handed what was planned beside it.
+    # Until the new model has scored the pool, other clients get the regions planned before.
     wait_for(client, lambda p: p["work"]["step"] == "score")
     reply = client.ask("bald", client_id="fay")
     assert [(r["method"], r["round"]) for r in reply.json()["regions"]] == [("random", 1)], reply.text
@@ -112,7 +112,7 @@ def test_a_failed_training_is_told_and_annotation_goes_on(client: Client, studie
     assert client.submit(planned[2]["image"], queries=[planned[2]["query"]], client_id="ben").status_code == 200
     label = next((studies / "labels" / "final").glob("*.nii.gz"))
     label.write_bytes(b"not a label any more")
-    # A training would make the label anew, but for a raw answer that is not what was submitted.
+    # A training would rebuild the label, but a raw answer differs from its submission.
     raw = next((studies / ".patchwise" / "raw" / label.name.removesuffix(".nii.gz")).iterdir())
     whole = raw.read_bytes()
     raw.write_bytes(whole[:-1])
@@ -124,7 +124,7 @@ def test_a_failed_training_is_told_and_annotation_goes_on(client: Client, studie
     told = client.http.get("/info/").json()["patchwise"]
     assert raw.name in told["rounds"]["failure"]["sentence"]
     assert told["model"]["round"] == 1
-    # The last good model stays in use: it chooses for who asks meanwhile.
+    # The last good model stays in use and serves requests in the meantime.
     assert client.ask("power_pe", client_id="ben").json()["regions"][0]["round"] == 2
     raw.write_bytes(whole)
     found = wait_for(client, lambda p: p["work"]["model"]["round"] == 2 and not p["failures"])

@@ -56,7 +56,7 @@ def test_clients_that_save_one_image_at_once_lose_nothing(client: Client, studie
     assert len(replies) == 6
     for query, reply in replies.values():
         assert reply.status_code == 200, reply.text
-        # Everybody is told about their own submission.
+        # Every response concerns the client's own submission.
         assert reply.json()["queries"] == [query]
     label = np.asarray(nib.load(studies / "labels" / "final" / f"{image}.nii.gz").dataobj)
     truth = np.asarray(nib.load(client.phantoms / "labelsTr" / f"{image}.nii.gz").dataobj)

@@ -29,7 +29,7 @@ from tests.system.realm import PUBLIC, GuardedServer, claims, signed
 pytestmark = pytest.mark.xdist_group("guarded server")
 
 PEOPLE = ("guest", "user", "annotator", "reviewer", "admin")
-# Pages and files that are the same for everybody, and what signing in itself needs.
+# Pages and files that are equal for all users, and those that the sign-in needs.
 OPEN = {
     "GET /",
     "GET /auth/",
@@ -151,13 +151,13 @@ def test_every_route_is_in_the_table(guarded: GuardedServer, known: set[str]) ->
 
 @pytest.fixture(scope="module")
 def http(guarded: GuardedServer) -> Iterator[httpx.Client]:
-    # A connection a request: the server ends one on which a route failed.
+    # One connection per request: the server ends one on which a route failed.
     with httpx.Client(base_url=guarded.url, timeout=60, headers={"Connection": "close"}) as client:
         yield client
 
 
 def call(http: httpx.Client, route: str, token: str | None) -> int:
-    """Status of a request to a route that gets past the check of roles and then does nothing: its content is wrong."""
+    """Status of a request to a route that passes the check of roles and then fails, since its content is wrong."""
     method, path = route.split(" ")
     for field in ("query_id", "answer_id"):
         path = path.replace(f"{{{field}}}", "999")
@@ -166,7 +166,7 @@ def call(http: httpx.Client, route: str, token: str | None) -> int:
     head = {"Authorization": f"Bearer {token}"} if token is not None else {}
     content = {"json": []} if method in ("POST", "PUT") else {}
     answer = http.request(method, path, headers=head, **content)
-    # A route that refuses everybody says something else; an answer to HEAD says nothing.
+    # A route that refuses all clients returns another message; a response to HEAD has none.
     refuses_all = answer.status_code == 403 and answer.text and "is required to perform this action" not in answer.text
     return 200 if refuses_all else answer.status_code
 

@@ -94,7 +94,8 @@ def test_classes_that_answers_exist_for_cannot_be_renumbered(tmp_path: Path, cap
 
 
 def test_the_server_itself_ends_with_one_sentence_and_no_traceback(tmp_path: Path, phantoms: Path) -> None:
-    # Every network has to be asked for. Within the running server the process ends at once, before exit handlers.
+    # Access from every network must be explicit. Within the running server the process ends at once, before exit
+    # handlers.
     fill(tmp_path / "studies", phantoms, 1)
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies"]
     env = {**os.environ, "PYTHONPATH": str(APP)}

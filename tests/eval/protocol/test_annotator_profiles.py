@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Oracle profiles: what each may change, and that (seed, query) decides it."""
+"""Oracle profiles: the permitted changes of each, and their dependence on (seed, query) only."""
 
 import numpy as np
 import pandas as pd

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Guards: each refuses in one sentence that names what differs, and lets equal things pass."""
+"""Guards: each refuses with one sentence that names the difference, and accepts equal inputs."""
 
 import copy
 import json

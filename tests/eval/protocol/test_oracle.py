@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""The oracle: hints lie where they say, answers hold truth in regions only, label maps survive the wire."""
+"""The oracle: hints at the right place, answers with truth in regions only, lossless transfer of label maps."""
 
 from collections import Counter
 

@@ -23,7 +23,7 @@ from eval.runner.run import Options, start_run
 
 @pytest.fixture
 def patients(data):
-    """The dataset under names of people, one the beginning of another, who are in the headers too."""
+    """The dataset with names of patients, one a prefix of another, that are also in the headers."""
     for kind in ("imagesTr", "labelsTr"):
         for number, path in enumerate(sorted((data / kind).glob("*.nii.gz"))):
             image = nib.load(path)

@@ -17,7 +17,7 @@ PAPERS = ("nnactive", "usim", "burmeister", "stochastic_batches", "uss")
 NOTHING = Numbers(*[pd.DataFrame(columns=["method"])] * 4)
 
 
-# A second reading of the papers: setting, method, metric, mean and deviation, and where it is printed.
+# A second reading of the papers: setting, method, metric, mean and deviation, and the place in the paper.
 FACTS = [
     ("nnactive/acdc/low", "power_bald", "aubc", (0.8118, 0.0058), "Table 6"),
     ("burmeister/heart/slices", "stratified", "final_dice", (0.899, 0.001), "Table 1, iteration 50"),

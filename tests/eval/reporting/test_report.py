@@ -75,7 +75,7 @@ def test_case_rows_leave_undefined_measures_out():
 
 def test_case_rows_by_hand():
     truth, prediction = np.zeros((1, 2, 10), dtype=np.uint8), np.zeros((1, 2, 10), dtype=np.uint8)
-    prediction[0, 0, 2], truth[0, 0, [3, 5]] = 1, 1  # on a line, 2.5 mm a step: directed {2.5}; {2.5, 7.5}
+    prediction[0, 0, 2], truth[0, 0, [3, 5]] = 1, 1  # on a line, 2.5 mm per step: directed {2.5}; {2.5, 7.5}
     row = case_rows(prediction, truth, {"one": 1}, (1, 1, 2.5), tolerance=2.5)[0]
     assert row == pytest.approx(
         {

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Grids: what they expand to, and that every study in the folder is valid and asks for methods that exist."""
+"""Grids: their expansion, and validity of every study in the folder, with existing methods."""
 
 from pathlib import Path
 

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Server processes: busy port, early death, children, what a killed run leaves behind. A fake `monailabel` serves."""
+"""Server processes: busy port, early exit, children, remains of a killed run. A fake `monailabel` serves."""
 
 import json
 import os

@@ -36,7 +36,7 @@ def test_the_first_cell_lends_finished_members_to_the_others(tmp_path):
     assert models(second).joinpath("member_1.pt").read_text() == "member_1.pt of random_s1"
     assert start.keep(DIGEST) is True
     assert SharedStart(second, 1, "net").keep(DIGEST) is True  # resumed after a kill, it is still the other's work
-    assert start.keep("f" * 64) is False  # it trained for other labels: what was lent is not its work
+    assert start.keep("f" * 64) is False  # trained on other labels: the linked files are not its own
 
 
 def test_another_seed_borrows_nothing_and_what_is_there_stays(tmp_path):

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Licences by hand-made packages: what they need, what they say of themselves, what is refused."""
+"""Licences of hand-made packages: their requirements, their metadata, and refused ones."""
 
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path

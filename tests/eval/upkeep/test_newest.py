@@ -122,7 +122,7 @@ def test_the_table_lines_up():
 
 @pytest.fixture
 def made(monkeypatch):
-    """The steps that take minutes, replaced; a test says what they answer."""
+    """Replacements of the steps that take minutes; a test sets their results."""
     asked = {}
 
     def use(reason=None, junit=JUNIT):

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Files that inference sends: the same voxels on the same grid, whatever way a scan lies."""
+"""Result files of inference: the same voxels on the same grid, for any orientation of a scan."""
 
 import nibabel as nib
 import numpy as np

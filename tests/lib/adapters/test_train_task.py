@@ -37,7 +37,7 @@ def weights(world):
 def test_fine_tuning_goes_on_from_the_last_training_and_can_be_repeated(world):
     first = world.train(round=0)
     before = weights(world)
-    # A step of almost no length, so that what comes out is what it began with.
+    # A step of almost no length, so that the weights stay the initial ones.
     small = {"steps": 1, "learning_rate": 1e-9, "weight_decay": 0.0, "ema": 0.0}
     tuned = world.train(round=1, start="last", **small)
     assert tuned["model"] != first["model"]

@@ -119,7 +119,7 @@ def test_a_proposal_is_the_most_probable_class_inside_of_the_region(store, propo
     proposals.wait()
     assert np.array_equal(proposals.get(queries[0].id), predicted[0:2, 0:2, 0:2])
     assert proposals.model(queries[0].id) == MODEL.digest
-    # A second reading is compared with the proposal of the first.
+    # A second reading is compared with the prediction of the first.
     assert proposals.listed() == {query.id for query in queries if query.twin is None}
 
 

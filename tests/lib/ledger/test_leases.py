@@ -132,7 +132,7 @@ def test_freed_regions_are_offered_one_at_a_time_to_those_who_may_have_them(ledg
         ledger.leases.release(query, "ann")
     assert [q.id for q in ledger.leases.freed("random", 0, "patch", "ben")] == [first]
     assert [q.id for q in ledger.leases.freed("random", 0, "patch", "ben", limit=5)] == [first, second]
-    # Of a region that two people are to read nobody gets both readings.
+    # No client gets both readings of a region.
     ledger.leases.lease([twice], "ben", 60)
     ledger.leases.lease([reading.id], "carl", 60)
     ledger.leases.release(reading.id, "carl")

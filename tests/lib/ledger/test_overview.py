@@ -77,7 +77,7 @@ def test_standing_counts_regions_and_voxels_and_sees_leases_run_out(ledger, cloc
         (0, "proposed", None, 1, 24),
         (1, "proposed", None, 1, 24),
     ]
-    # Only told: the lease itself is still there until somebody clears it away.
+    # Only reported as expired: the lease itself stays until the next cleanup.
     assert ledger.query(third).status == "open"
     assert ledger.counts() == {"answered": 1, "open": 2, "proposed": 2}
     assert ledger.query(later).round == 1

@@ -72,7 +72,7 @@ def _gradient(layer, image, way, half):
         answer = layer(image)
     layer.zero_grad()
     dirty = [torch.full((size,), float("nan")) for size in (64, 1000, 4096, 10_000, 100_000) for _ in range(3)]
-    del dirty  # what is freed here is what the gradient's buffers are made of
+    del dirty  # the buffers of the gradient reuse the memory that is freed here
     answer.float().square().sum().backward()
     return answer.dtype, layer.weight.grad.clone()
 

@@ -66,7 +66,7 @@ def test_the_head_learns_which_crops_are_hard():
     network = BUNDLE.network(1)
     cases = []
     for i in range(4):
-        # Half of the scans show nothing but noise, whose labels cannot be learnt.
+        # Half of the scans are noise only, whose labels cannot be learnt.
         truth = np.zeros((16, 16, 16), np.uint8)
         truth[4:12, 4:12, 4:12] = 1
         noise = rng.integers(0, 2, truth.shape).astype(np.uint8)

@@ -198,7 +198,7 @@ def test_a_fingerprint_depends_on_the_pool_alone(scans):
     assert found.median_shape((0.8, 0.8, 2.5)) == (20, 24, 18)
     assert found.median_shape((1.6, 0.8, 2.5)) == (10, 24, 18)
     assert found.modality == "CT"
-    assert found.foreground is None  # 720 voxels say too little
+    assert found.foreground is None  # 720 voxels are too few
     grown = take_fingerprint({**images, "d": images["c0"]}, {})
     assert len(grown.shapes) == 6
 

@@ -37,7 +37,7 @@ def test_an_unsure_component_goes_to_the_next_class_and_a_sure_one_stays():
     given = probs((8, 8, 8), (1, SURE, 0.9, 0), (1, DOUBTED, 0.7, 2))
     expected = np.zeros((8, 8, 8))
     expected[SURE] = 1
-    # Class 2 is next, with 0.3: unsure as well, so what is left is background.
+    # Class 2 is next, with 0.3: unsure as well, so background remains.
     assert np.array_equal(label_map(given, 0.8), expected)
     expected[DOUBTED] = 1
     assert np.array_equal(label_map(given, 0.6), expected)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Layers of windows give what whole arrays give, on disk and off it, with one slab of every class in memory."""
+"""Layers of windows equal whole arrays, on disk and in memory, with one slab of every class in memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPE = (16, 28, 40)
 def ensemble_at(spacing=None, members=2):
     torch.manual_seed(0)
     networks = [BUNDLE.network(3, dropout=0.1) for _ in range(members)]
-    # What is equal is shown in float32: reduced precision rounds by the number of windows that go through together.
+    # Equality holds in float32: the rounding of reduced precision depends on the number of windows per pass.
     return Ensemble(networks, PATCH, BUNDLE.divisor, spacing, torch.device("cpu"), precision="full")
 
 

@@ -155,7 +155,7 @@ def test_utilities_of_every_step_are_told_on_request(name: str, unit: str) -> No
     if selector in FALLING:
         known = [u for u in utilities if u is not None]
         assert known == sorted(known, reverse=True)
-    if selector not in ("kmeans_plus_plus", "peaks"):  # a draw, and peaks before what is not
+    if selector not in ("kmeans_plus_plus", "peaks"):  # a draw, and peaks before other slices
         for record in steps:
             others = [c["utility"] for c in record["candidates"]]
             assert others == sorted(others, key=lambda u: -np.inf if u is None else -u)

@@ -156,7 +156,7 @@ def test_greedy_picks_of_the_engine_are_the_published_ones(reference: Path) -> N
         assert [p.size for p in picks] == [stage.sizes[image] for image, _, _ in published]
 
 
-# --- what every answer carries -------------------------------------------------------------------------------------
+# --- content of every response -------------------------------------------------------------------------------------
 
 
 def test_a_pick_says_why() -> None:
@@ -249,7 +249,7 @@ def test_an_exhausted_pool_gives_what_is_left() -> None:
         select(resolve("random"), pool, None, 3, size=(4, 4, 4))
     with pytest.raises(PoolExhausted, match="asked 2, 0 left"):
         select(resolve("random"), [], None, 2, size=(4, 4, 4))
-    with pytest.raises(PoolExhausted, match="asked 3, 1 left with at most 1 an image"):
+    with pytest.raises(PoolExhausted, match="asked 3, 1 left with at most 1 per image"):
         select(resolve("bald"), world(1)[0], world(1)[1], 3, size=(4, 4, 4), n_per_image=1)
 
 

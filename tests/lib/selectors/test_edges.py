@@ -56,7 +56,7 @@ def test_streams_of_one_image_share_its_room() -> None:
     orders: set[int] = set()
     for seed in range(8):
         found = pick_streams(grids, (2, 1, 1), (1, 1, 1), [], {ALL: 1, 1: 1}, np.random.default_rng(seed))
-        # Whoever comes first gets the best box, the other one the best that does not touch it.
+        # The first stream gets the best box, the other one the best that does not overlap it.
         first, second = ((ALL, 1), (1, ALL))[found[1][0][1] == 9.0]
         assert found[first] == [((1, 0, 0), 9.0)]
         assert found[second] == [((4, 0, 0), 7.0)]

@@ -130,5 +130,5 @@ def test_saturated_background_is_never_first() -> None:
             assert np.isfinite(utility)
             assert boxes_overlap((first, (6, 6, 6)), ((4, 4, 4), (6, 6, 6)))
             everything = best_boxes(noisy, (6, 6, 6))
-            assert len(everything) > 8  # zero scores can still be asked, last
+            assert len(everything) > 8  # zero scores can still be chosen, last
             assert [u for _, u in everything] == sorted((u for _, u in everything), reverse=True)

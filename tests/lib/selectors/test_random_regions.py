@@ -178,7 +178,7 @@ def test_behind_every_class_come_regions_of_random_33_with_the_same_hints():
         assert [d.label for d in draws[:2]] == ["organ", "organ"]
         assert [(d.area, d.start) for d in draws[:2]] == [("border", (4, 4, 4))] * 2
         labels.append(draws[2].label)
-    # A third of 60 asks for foreground; two of three images have none left that is free: 6.7 expected.
+    # A third of 60 draws is foreground; two of three images have no free one left: 6.7 expected.
     assert 1 <= labels.count("organ") <= 20
 
 

@@ -24,7 +24,7 @@ def most_typical(rows: np.ndarray, neighbours: int) -> int:
 
 
 def test_clusters_are_visited_by_size_and_again_once_each_had_its_turn() -> None:
-    # Two places, so two clusters however many are asked for: three rows here, two there.
+    # Two places, so two clusters for any requested number: three rows here, two there.
     places = np.array([[5.0], [0.0], [0.0], [5.0], [0.0]])
     assert typiclust(places, None, 5, rng()).tolist() == [1, 0, 2, 3, 4]
 
@@ -62,7 +62,7 @@ def test_a_small_cluster_counts_all_of_its_rows() -> None:
 
 
 def test_features_count_alike_whatever_their_scale() -> None:
-    # Two groups a thousandth apart, noise a million times larger, and a column that says nothing.
+    # Two groups a thousandth apart, noise a million times larger, and a constant column.
     groups = np.repeat([0.0, 0.001], 20)
     rows = np.stack([groups, groups, 1000 * rng().uniform(-1, 1, 40), np.full(40, 7.0)], axis=1)
     for group, noise in [(0, -900.0), (0, 900.0), (1, -900.0), (1, 900.0)]:
@@ -75,7 +75,7 @@ def test_more_rows_than_there_are_are_all() -> None:
 
 
 def test_clusters_are_as_many_as_labelled_rows_and_asked_ones_together() -> None:
-    # Four groups, one row of two of them labelled: the two others are asked for.
+    # Four groups, one row of two of them labelled: the two others are chosen.
     rows = np.repeat([0.0, 10.0, 20.0, 30.0], [9, 8, 4, 3])[:, None] + np.random.default_rng(5).normal(0, 0.1, (24, 1))
     chosen = typiclust(rows, np.array([[0.0], [10.0]]), 2, rng())
     assert [17 <= i < 21 for i in chosen] == [True, False]

@@ -45,7 +45,7 @@ def sheared(cosine: float) -> np.ndarray:
 
 
 def of_itk(path: Path) -> np.ndarray:
-    """Affine to RAS of what ITK reads."""
+    """Affine to RAS of a file in ITK."""
     image = sitk.ReadImage(str(path))
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) @ np.diag(image.GetSpacing())

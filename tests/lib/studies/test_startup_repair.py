@@ -31,7 +31,7 @@ def cut(path, share=0.5):
 
 
 def trained(root, *rounds):
-    """A store with a training a round, the last one current."""
+    """A store with one training per round, the last one current."""
     store = ModelStore(root, "net")
     for round_ in rounds:
         digest = str(round_) * 64

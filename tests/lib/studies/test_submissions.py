@@ -96,7 +96,7 @@ def test_the_label_kept_up_to_date_is_the_one_made_anew(script):
                 change = world.annotations.withdraw if found.active else world.annotations.restore
                 change(found.id, world.geometry, "ann")
             elif what == "damage" and answers and (world.folder / "final" / "a.nii.gz").exists():
-                # Whoever edits the file is overruled by the next save.
+                # The next save overwrites a manual edit of the file.
                 write(world.folder / "final" / "a.nii.gz", np.ones(SHAPE, np.uint8))
                 continue
             elif what == "restart":

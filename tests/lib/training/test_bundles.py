@@ -237,7 +237,7 @@ def test_the_stage_at_full_resolution_is_as_wide_as_there_are_classes_and_absent
     folded, organs = bundle.network(2), bundle.network(15)
     bundle._config = {**bundle._config, "factor": [1, 1, 1]}
     assert folded.refine == 8
-    # Fewer channels than classes cannot tell them apart: at 8, six of fifteen organs stayed at Dice 0.
+    # Fewer channels than classes cannot separate them: at 8, six of fifteen organs stayed at Dice 0.
     assert organs.refine == 16
     assert bundle.network(2).refine == 0
 

@@ -99,7 +99,7 @@ def test_replicas_train_the_member_that_one_process_trains(tmp_path):
     alone, shared = make_job(tmp_path / "a", 1, **options), make_job(tmp_path / "b", 1, **options)
     run(alone, Layout((("cpu",),), threads=1), tmp_path / "a")
     run(shared, Layout((("cpu", "cpu"),), threads=2), tmp_path / "b")
-    # What a replica would come to if gradients were not averaged: the same steps on its half of every batch.
+    # Result of a replica without averaged gradients: the same steps on its half of every batch.
     half = make_job(tmp_path / "c", 1, **options | {"batch": 2})
     run(half, Layout((("cpu",),), threads=1), tmp_path / "c")
     # Single weights may differ: AdamW turns a gradient of rounding errors into a step of full length, here 1e-4.

@@ -36,7 +36,7 @@ def found(*labels: np.ndarray, spacing: tuple[float, float, float] = (1, 1, 1)) 
 def test_the_smallest_component_of_a_class_that_an_image_lacks_counts_in_mm3() -> None:
     both = label((1, cube(0, 4)), (2, cube(4, 3)), (2, cube(8, 2)))
     healthy = label((1, cube(0, 4)))
-    # The organ is in every image; nobody has seen a cyst. 8 voxels of 0.5 * 1 * 3 mm.
+    # The organ is in every image; no image has a cyst. 8 voxels of 0.5 * 1 * 3 mm.
     assert found(both, healthy, spacing=(0.5, 1, 3)) == {"lesion": 12}
 
 

@@ -59,7 +59,7 @@ def ras(image: Any) -> np.ndarray:
 
 
 class Annotator:
-    """A client of one server: asks, looks at frames, saves labels, trains and scores."""
+    """A client of one server: queries, reads frames, saves labels, trains and scores."""
 
     def __init__(self, url: str, studies: Path, log: Path, name: str = "ann") -> None:
         self.http = httpx.Client(base_url=url, timeout=300)

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Segmentations of 3D Slicer: their own names, values and layers decide, and they lie where they say."""
+"""Segmentations of 3D Slicer: their own names, values, layers and positions are used."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def world(tmp_path_factory, serve):
     folder = tmp_path_factory.mktemp("segments") / "studies"
     save(folder / "case.nii.gz", scan())
     client = serve(folder)
-    # The frame of this region is what `FRAME` shows.
+    # `FRAME` is the frame of this region.
     asked = client.ask("precomputed", batch=1, regions=[{"image": "case", "start": [3, 3, 3], "size": [5, 5, 5]}])
     assert asked.status_code == 200, asked.text
     return client

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""A server whose surroundings are watched."""
+"""A server whose surrounding files are checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(start_server: Start, place: Path, phantoms: Path) -> Client:
     fill(place / "studies", phantoms)
-    # What the server would write beside its studies has to be seen: its temporary files lie here too.
+    # Writes beside the studies must be detected, so the temporary files are here too.
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(place / "tmp")
     try:

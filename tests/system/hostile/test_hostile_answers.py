@@ -38,7 +38,7 @@ def asked(client: Client) -> list[dict[str, Any]]:
     regions = client.ask("random", batch=4, seed=11).json()["regions"]
     for region in regions[:2]:
         assert client.submit(region["image"], queries=[region["query"]]).status_code == 200
-    for region in regions:  # drawn after the reply; who asks for a picture waits until it is there
+    for region in regions:  # drawn after the reply; a request for the picture waits for it
         assert client.http.get(f"/patchwise/queries/{region['query']}/picture.png").status_code == 200
     return regions
 

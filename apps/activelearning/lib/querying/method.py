@@ -83,7 +83,7 @@ class Selector:
 
 @dataclass(frozen=True)
 class QueryMethod:
-    """Combination of posterior, uncertainty, unit and selector, with the values of its options."""
+    """Combination of posterior, uncertainty, unit and selector, with option values."""
 
     name: str
     posterior: str | None

@@ -121,4 +121,4 @@ def _check(ask: Ask, images: Sequence[PoolImage], evidence: Evidence | None) -> 
 def _limited_by(ask: Ask, picks: Sequence[Pick]) -> str:
     """Reason for a shortage that the limit per image causes, although free positions are left."""
     reached = ask.n_per_image is not None and max(Counter(p.image for p in picks).values(), default=0) >= ask.per_image
-    return f" with at most {ask.n_per_image} an image" if reached else ""
+    return f" with at most {ask.n_per_image} per image" if reached else ""

@@ -29,7 +29,7 @@ _FOREIGN = (
     *("http://{host}@evil.example", "http://evil.example#{host}", "http://127.0.0.1:1", "http://localhost:1"),
     *("http://[::1]:1", "http://127.0.0.1.nip.io", "chrome-extension://abc", "HTTP://EVIL.example", "//{host}", "x"),
 )
-# Names of Host that are no loopback name.
+# Names of Host that are not a loopback name.
 _OTHER_HOSTS = (
     *("evil.example", "evil.example:80", "127.0.0.1.nip.io", "localhost.evil.example", "10.0.0.1", "0x7f000001"),
     *("127.0.0.1@evil.example", "evil.example/127.0.0.1", "[2001:db8::1]", "", " ", "a b", "localhost,evil.example"),
@@ -72,8 +72,8 @@ class Wire:
 def fuzz_wire(asker: Asker, wanted: int, number: int) -> Tally:
     """Headers, declared lengths, origins and hosts, on routes that read and on routes that change.
 
-    A case has failed where a request of a foreign page or under a foreign name is served, where a wrong length is
-    accepted, where the answer is a 5xx, or where a whole request gets none.
+    A case fails if a request of a foreign page or under a foreign name is served, if a wrong length is accepted, if the
+    response is a 5xx, or if a complete request gets none.
     """
     tally = Tally("headers and lengths", rest_mib=resident_mib(asker.process))
     address = urlsplit(asker.url).netloc
@@ -90,7 +90,7 @@ def fuzz_wire(asker: Asker, wanted: int, number: int) -> Tally:
 
 
 def drawn_request(rng: np.random.Generator, extras: list[tuple[str, str]], address: str, asker: Asker) -> Wire:
-    """A request with at most one wrong thing that must be refused, among headers that may hold anything."""
+    """A request with at most one error that must be refused, among arbitrary other headers."""
     method, path, body = _targets(asker)[int(rng.integers(len(_targets(asker))))]
     kind = str(rng.choice(["origin", "host", "length", "site", "none"]))
     host, lines, forbidden, broken = address, list[bytes](), "", False
@@ -129,8 +129,8 @@ def drawn_request(rng: np.random.Generator, extras: list[tuple[str, str]], addre
 def fuzz_identifiers(asker: Asker, wanted: int, number: int) -> Tally:
     """Identifiers of clients, tags, images and sessions.
 
-    A case has failed where a client may have an id with a control character or the mark of derived ids, and where a
-    client renews the lease of another one.
+    A case fails if a client may have an id with a control character or the mark of derived ids, or if a client renews
+    the lease of another one.
     """
     tally = Tally("identifiers", rest_mib=resident_mib(asker.process))
     address = urlsplit(asker.url).netloc

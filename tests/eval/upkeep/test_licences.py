@@ -83,7 +83,8 @@ def test_requirements_lose_comments_and_includes(tmp_path):
 def test_what_binds_users_or_says_nothing_needs_a_reason():
     found = {"fine": "MIT", "weak": "LGPL, MIT", "strong": "AGPL", "dual": "BSD, GPL", "silent": "unknown"}
     assert [sentence.split()[0] for sentence in refused(found)] == ["strong", "dual", "silent"]
-    assert refused({"strong": "AGPL"})[0].startswith("strong is under AGPL: leave it out, or add the reason for it to REASONS")
+    said = refused({"strong": "AGPL"})[0]
+    assert said.startswith("strong is under AGPL: leave it out, or add the reason for it to REASONS")
     assert refused({"huey": "unknown", "nvidia-cublas": "proprietary"}) == []
 
 

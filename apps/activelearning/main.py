@@ -174,6 +174,7 @@ class PatchwiseApp(MONAILabelApp):
         if isinstance(self.store, DicomDatastore):
             self.store.connect()
         images = {image: self.store.image_path(image) for image in self.store.list_images()}
+        self.store.unused()
         models = [segmenter.store for segmenter in self.segmenters.values()]
         for sentence in repair_studies(self.store.annotations, images, models):
             logger.warning("%s", sentence)
@@ -219,6 +220,7 @@ class PatchwiseApp(MONAILabelApp):
             "training": {name: task.progress() for name, task in self.trainers.items()},
             "failures": {"train": self.failures.get("train"), "scoring": self.failures.get("scoring")},
             "rounds": self.rounds.told() if self.rounds else None,
+            "left_out": self.store.left_out(),
         }
         if isinstance(self.store, DicomDatastore):
             meta["patchwise"]["pacs"] = self.store.pacs_status()
@@ -285,7 +287,7 @@ class PatchwiseApp(MONAILabelApp):
 
     def _look_at_pool(self) -> None:
         try:
-            self.store.geometries(self.store.image_files())
+            self.store.left_out()
         except PatchwiseError as error:
             logger.warning("%s", error)
 

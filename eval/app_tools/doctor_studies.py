@@ -31,12 +31,15 @@ def studies_findings(studies: Path) -> Iterator[Finding]:
         yield Finding("studies", "problem", f"{studies}: no such folder", "name the folder with the images")
         return
     add_app()
-    shapes, unreadable = _shapes(studies)
+    shapes, unreadable, unused = _shapes(studies)
     if unreadable:
-        advice = "repair or remove it: scoring stops at such an image"
-        yield Finding("images", "problem", f"{len(unreadable)} cannot be read, first {unreadable[0]}", advice)
+        advice = "repair or remove them: they are left out of queries, scorings and trainings"
+        found = f"{len(shapes)} can be used, {len(unreadable)} cannot: {' | '.join(unreadable)}"
+        yield Finding("images", "problem", found, advice)
     else:
-        yield Finding("images", "ok" if shapes else "warning", f"{len(shapes)} can be read")
+        yield Finding("images", "ok" if shapes else "warning", f"{len(shapes)} can be used")
+    if unused:
+        yield Finding("images left out", "warning", f"{len(unused)} files: {' | '.join(unused)}", "they are not used")
     yield from _plans(studies)
     if shapes:
         yield _room(studies, shapes)
@@ -44,18 +47,28 @@ def studies_findings(studies: Path) -> Iterator[Finding]:
     yield from _leftovers(studies)
 
 
-def _shapes(studies: Path) -> tuple[list[tuple[int, ...]], list[str]]:
+def _shapes(studies: Path) -> tuple[list[tuple[int, ...]], list[str], list[str]]:
+    """Shapes of the images that can be used, and a sentence about every other image and every file that is none."""
+    from lib.storage.readers import why_unopenable
     from lib.storage.volume_headers import ImageError
-    from lib.storage.volumes import EXTENSIONS, image_geometry
+    from lib.storage.volumes import check_image, image_geometry
+    from lib.studies.folder_listing import FolderListing
+    from lib.studies.unused_files import unused_files
 
     shapes, unreadable = [], []
-    for path in sorted(studies.iterdir()):
-        if path.name.endswith(EXTENSIONS) and not path.name.startswith("."):
-            try:
-                shapes.append(tuple(image_geometry(path)[0]))
-            except (ImageError, OSError) as error:
-                unreadable.append(f"{path.name}: {error}")
-    return shapes, unreadable
+    for image, extension in FolderListing(studies).files().items():
+        path = studies / f"{image}{extension}"
+        try:
+            if sentence := why_unopenable(path):
+                raise ImageError(sentence)
+            shape = image_geometry(path)[0]
+            check_image(path)
+            shapes.append(tuple(shape))
+        except ImageError as error:
+            unreadable.append(str(error))
+        except OSError as error:
+            unreadable.append(f"{path.name}: not readable ({error.strerror})")
+    return shapes, unreadable, list(unused_files(studies).values())
 
 
 def _plans(studies: Path) -> Iterator[Finding]:

@@ -274,9 +274,15 @@ def test_an_unusable_image_in_the_pool_is_named(trained: Client, studies: Path, 
     try:
         before = snapshot(studies)
         reply = trained.http.post("/scoring/predictive_entropy", params={"run_sync": "true"}, json={})
-        assert reply.status_code == 400
-        assert f"broken_{damage}.nii.gz" in reply.json()["detail"]
-        assert snapshot(studies) == before
+        assert reply.status_code == 200
+        said = trained.http.get("/info/").json()["patchwise"]["left_out"]
+        assert said[path.name].startswith(f"{path.name}: ")
+        assert trained.http.get("/patchwise/progress").json()["left_out"] == said
+        asked = trained.ask("random", batch=1, regions=[], size=[6, 6, 6], client_id="after").json()
+        assert not asked or asked["id"] != path.name[:-7]
+        assert {k: v for k, v in snapshot(studies).items() if "labels" in str(k)} == {
+            k: v for k, v in before.items() if "labels" in str(k)
+        }
     finally:
         path.unlink()
 

@@ -44,7 +44,7 @@ def test_a_healthy_folder_is_told_line_by_line(studies, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["ok"] is True
     found = {row["check"]: (row["state"], row["found"]) for row in said["findings"]}
-    assert found["images"] == ("ok", "2 can be read")
+    assert found["images"] == ("ok", "2 can be used")
     assert found["ledger"] == ("ok", f"schema {SCHEMA_VERSION}")
     assert found["labels"] == ("ok", "2 from 3 answers (0 withdrawn), all equal their rebuild")
     assert found["plan"][1].startswith("none yet")
@@ -59,8 +59,8 @@ def test_a_table_says_what_to_do_below_what_is_wrong(studies, capsys):
     said = capsys.readouterr()
     lines = said.out.splitlines()
     number = next(n for n, line in enumerate(lines) if line.startswith("problem  images"))
-    assert "1 cannot be read, first broken.nii.gz" in lines[number]
-    assert lines[number + 1].strip() == "-> repair or remove it: scoring stops at such an image"
+    assert "1 cannot: broken.nii.gz" in lines[number]
+    assert lines[number + 1].strip() == "-> repair or remove them: they are left out of queries, scorings and trainings"
     assert said.err.startswith("1 problems, first: images")
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from lib.ledger.queries import QueryLedger
-from lib.storage.volumes import ImageError
 from lib.studies.datastore import PartialLabelDatastore
 from lib.studies.submissions import SubmissionStore
 from tests.lib.studies.test_datastore import AFFINE, CLASSES, INFO, SHAPE, store, studies, submit, truth, write
@@ -102,15 +101,18 @@ def test_grids_and_digests_of_a_pool_are_read_once(store, monkeypatch):
     assert (grid.shape, grid.spacing) == (SHAPE, (1.0, 1.5, 2.0))
     digests = store.digests(files)
     assert digests["a"] == store.image_digest("a")
-    monkeypatch.setattr("lib.studies.datastore.image_geometry", None)
+    monkeypatch.setattr("lib.studies.image_checks.image_geometry", None)
     again = PartialLabelDatastore(store.studies, CLASSES, QueryLedger(store.ledger.path))
     assert np.allclose(again.geometry("a")[1], AFFINE)
     assert again.digests(again.image_files()) == digests
 
 
 def test_an_unreadable_image_is_named_before_anybody_is_asked_about_it(store):
-    store.check_readable(["a", "b"])
+    assert store.unusable(["a", "b"]) == {}
     path = store.studies / "b.nii.gz"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ImageError, match=r"b\.nii\.gz"):
-        store.check_readable(["a", "b"])
+    wrong = store.unusable(["a", "b"])
+    assert list(wrong) == ["b"]
+    assert wrong["b"].startswith("b.nii.gz: not readable as NIfTI (Compressed file ended")
+    assert store.left_out() == {"b.nii.gz": wrong["b"]}
+    assert list(store.pool()[0]) == ["a"]

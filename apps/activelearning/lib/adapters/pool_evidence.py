@@ -112,7 +112,7 @@ def _labelled(
     datastore: PartialLabelDatastore, features: Callable[[str, Sequence[Box]], NDArray[np.float32]]
 ) -> NDArray[np.float32]:
     """Features of every annotated region, (L, D)."""
-    known = set(datastore.list_images())
+    known = set(datastore.pool()[0])
     answered = datastore.ledger.answers.regions()
     rows = [features(i, [r.box for r in regions]) for i, regions in sorted(answered.items()) if i in known]
     return np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)

@@ -79,6 +79,17 @@ class ChoiceParts:
     """Store of the predicted label maps of queries."""
 
 
+def no_image(datastore: PartialLabelDatastore) -> str:
+    """The refusal of a request that finds no image to work on."""
+    left_out = datastore.left_out()
+    if not left_out:
+        return f"the pool is empty: no image in {datastore.name()}; put images there first"
+    return (
+        f"the pool is empty: none of {len(left_out)} files in {datastore.name()} can be used, first: "
+        f"{next(iter(left_out.values()))}"
+    )
+
+
 class RegionChoice:
     """One request for regions of one method, on the pool as it is now.
 
@@ -102,12 +113,15 @@ class RegionChoice:
         """Return up to `count` regions.
 
         Raises:
-            PatchwiseError: 4xx with a sentence: an empty pool, missing scores, an unreadable image.
+            PatchwiseError: 4xx with a sentence: an empty pool, missing scores, a request that names an unusable image.
         """
-        pool, evidence = self._look()
-        note, asked = self._select(pool, evidence, count)
-        if not self.method.posterior:
-            self.datastore.check_readable(sorted({a.region.image for a in asked}))
+        self._refuse_left_out()
+        while True:
+            pool, evidence = self._look()
+            note, asked = self._select(pool, evidence, count)
+            # Of a scored image the voxels have been read. Each turn leaves an image out, so this ends.
+            if self.method.posterior or not self.datastore.unusable(sorted({a.region.image for a in asked})):
+                break
         self._shown = evidence if isinstance(evidence, ModelEvidence) else None
         return Choice(note, asked, self._twice(len(asked)))
 
@@ -193,13 +207,13 @@ class RegionChoice:
     def _look(self) -> tuple[list[PoolImage], ModelEvidence | DescriptorEvidence]:
         """The pool as it is now, and the evidence about it."""
         parts, method, model, datastore = self.parts, self.method, self.model, self.datastore
-        files = datastore.image_files()
+        files, grids = datastore.pool()
         if not files:
-            refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
+            refuse(no_image(datastore), 409)
         taken = {image: tuple(region.box for region in regions) for image, regions in datastore.ledger.taken().items()}
         pool = [
             PoolImage(id=image, shape=grid.shape, spacing=grid.spacing, taken=taken.get(image, ()))
-            for image, grid in datastore.geometries(files).items()
+            for image, grid in grids.items()
         ]
         if model is None:
             return pool, DescriptorEvidence(datastore)
@@ -215,6 +229,12 @@ class RegionChoice:
                 409,
             )
         return pool, ModelEvidence(parts.cache, model, spec, digests, self.segmenter, datastore, parts.classes)
+
+    def _refuse_left_out(self) -> None:
+        """Refuse a request that names an image which cannot be used, with the sentence about it."""
+        named = {str(entry.get("image")) for entry in (*self.wanted.regions, *self.wanted.hints)}
+        for sentence in self.datastore.unusable(sorted(named)).values():
+            refuse(sentence)
 
     def _size(self, pool: Sequence[PoolImage]) -> Triple:
         if self.wanted.size_mm is not None:

@@ -17,11 +17,13 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from lib.adapters.infer_tasks import SegmentationTask
 from lib.adapters.pool_evidence import COMPOSE, spec_of
 from lib.adapters.query_strategy import QueryStrategy
+from lib.adapters.region_choice import no_image
 from lib.errors import PatchwiseError, refuse
 from lib.prediction.moments_cache import MomentsCache
 from lib.prediction.posterior import DEEP_ENSEMBLE, PosteriorSpec
 from lib.querying.methods import compose, resolve
 from lib.querying.selection import SUMMARISED
+from lib.storage.volume_headers import one_line
 from lib.studies.datastore import PartialLabelDatastore
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class MomentsScoring(ScoringMethod):
         and the size of the batch, else of each listed method that ranks by this uncertainty.
 
         Raises:
-            PatchwiseError: 4xx: unknown model, nothing trained yet, an empty pool, an unreadable image (named).
+            PatchwiseError: 4xx: unknown model, nothing trained yet, a pool without an image that can be used.
         """
         name = str(request.get("model") or next(iter(self.segmenters)))
         if name not in self.segmenters:
@@ -61,12 +63,22 @@ class MomentsScoring(ScoringMethod):
         model = segmenter.store.current()
         if model is None:
             refuse(f"{name} has not been trained yet; POST /train/{name} first", 409)
-        files = datastore.image_files()
+        files, _ = datastore.pool()
         if not files:
-            refuse(f"the pool is empty: no image in {datastore.name()}; put images there first", 409)
+            refuse(no_image(datastore), 409)
         started = time.time()
         spec = _spec(request)
-        computed = self.cache.fill(model, segmenter.ensemble, datastore.digests(files), _log, spec)
+        left_out: dict[str, str] = {}
+
+        def failed(image: str, error: Exception) -> None:
+            if isinstance(error, PatchwiseError):
+                left_out[image] = str(error)
+                datastore.leave_out(image, files[image], str(error))
+                return
+            logger.error("%s could not be predicted", image, exc_info=error)
+            left_out[image] = f"{image} could not be predicted ({one_line(error)}); check its size and spacing"
+
+        computed = self.cache.fill(model, segmenter.ensemble, datastore.digests(files), _log, spec, failed)
         prepared = self._prepared(request, spec)
         for method in prepared:
             try:
@@ -74,8 +86,8 @@ class MomentsScoring(ScoringMethod):
             except PatchwiseError as refused:  # the moments are there all the same
                 logger.warning("queries of %s were not prepared: %s", method, refused)
         seconds = round(time.time() - started, 2)
-        done = {"images": len(files), "computed": computed, "prepared": prepared, "s": seconds}
-        return {"model": model.digest, "round": model.round, **done}
+        done = {"images": len(files) - len(left_out), "computed": computed, "prepared": prepared, "s": seconds}
+        return {"model": model.digest, "round": model.round, "left_out": left_out, **done}
 
     def _prepared(self, request: dict[str, Any], spec: PosteriorSpec) -> list[str]:
         """Methods whose first query is prepared: those that cache candidates and use these moments."""

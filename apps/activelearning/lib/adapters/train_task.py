@@ -155,10 +155,16 @@ class EnsembleTrainTask(TrainTask):
         wanted, recipe = self.parse(request)
         datastore.annotations.repair({i: datastore.image_path(i) for i in datastore.list_images()})
         started = time.time()
-        labels = {i: Path(datastore.get_label_uri(i, "final")) for i in datastore.get_labeled_images()}
+        labelled = datastore.get_labeled_images()
+        left_out = datastore.unusable(labelled)
+        labels = {i: Path(datastore.get_label_uri(i, "final")) for i in labelled if i not in left_out}
         if not labels:
-            refuse("nothing is annotated yet, so there is nothing to train on; annotate a region first", 409)
-        self.plans.ensure({i: datastore.image_path(i) for i in datastore.list_images()}, labels, wanted.replan)
+            refuse(
+                next(iter(left_out.values()), "nothing is annotated yet, so there is nothing to train on")
+                + "; annotate a region of another image first",
+                409,
+            )
+        self.plans.ensure({i: datastore.image_path(i) for i in datastore.pool()[0]}, labels, wanted.replan)
         wanted, recipe = self.parse({**request, "replan": False})
         wanted = self._with_round(wanted, recipe, datastore, labels)
         digest = self._digest(wanted, recipe, datastore, labels)

@@ -116,7 +116,7 @@ class ServerWork:
             self.store.ledger.set_meta("rounds:exhausted", model.digest)
 
     def _is_scored(self, model: Model) -> bool:
-        digests = self.store.digests(self.store.image_files())
+        digests = self.store.digests(self.store.pool()[0])
         return not self.cache.missing(model, digests, spec_of(resolve(self.method)))
 
 

@@ -153,6 +153,7 @@ class Snapshot:
             "generated": iso(time.time()),
             "project": self.store.studies.name,
             "images": {"total": len(self.store.list_images()), "annotated": len(self.store.get_labeled_images())},
+            "left_out": self.store.left_out(),
             "regions": _by_status(standing),
             "annotators": _annotators(standing, minutes),
             "minutes": {"used": sum(m for _, _, m in minutes), "budget": self.options.budget_minutes},
@@ -246,7 +247,7 @@ class Snapshot:
         return self._cues[query.id]
 
     def _work(self) -> dict[str, Any]:
-        model, images = self.trainer.store.current(), len(self.store.list_images())
+        model, images = self.trainer.store.current(), len(self.store.pool()[0])
         training, scoring = self.tasks.is_running("train"), self.tasks.is_running("scoring")
         scored = self.cache.root / model.digest[:16] if model else None
         done = sum(1 for _ in scored.glob("*.npz")) if scoring and scored and scored.is_dir() else 0

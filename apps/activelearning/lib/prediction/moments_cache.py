@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from lib.errors import PatchwiseError
 from lib.models.checkpoints import Model
 from lib.prediction.candidate_store import SummaryFile
 from lib.prediction.moments_archive import ArchivedMoments, has_slabs, save_slabs
@@ -88,26 +89,44 @@ class MomentsCache:
         digests: Mapping[str, str],
         report: Callable[[int, int], None],
         spec: PosteriorSpec = DEEP_ENSEMBLE,
+        failed: Callable[[str, Exception], None] | None = None,
     ) -> int:
-        """Compute missing moments and remove those of older models; return the number of computed images.
+        """Compute what is missing and remove the moments of older models.
 
-        Each image is read once, and files of equal content count as one. Files appear whole, so an interrupted scoring
-        continues with the next image.
+        Each image is read once, and files of one content count as one. Files appear whole, so a scorer that was killed
+        goes on with the next image. With `failed`, an image that cannot be read or predicted does not stop the others:
+        it is reported there with its error.
+
+        Returns:
+            The number of images computed.
+
+        Raises:
+            Exception: of an image, without `failed`; of the network, where it can predict no image at all.
         """
+        broken, computed = list[Exception](), 0
         missing = list({digests[image]: image for image in self.missing(model, digests, spec)}.values())
         loaded = ensemble() if missing else None
         for done, image in enumerate(tqdm(missing, desc="scoring", unit="image", mininterval=5, disable=None), start=1):
             assert loaded is not None, "an ensemble is loaded whenever an image is missing"
-            volume = load_image(self.path_of(image))
-            # Dropout and views depend on the image only, not on the order in which the pool is scored.
+            # Dropout and views follow from the image alone, whatever the order in which the pool is scored.
             seed = int(digests[image][:8], 16)
-            with loaded.lock:
-                write_atomic(
-                    self.path(model, image, spec), _writer(loaded, volume, spec, seed, len(model.facts.classes))
-                )
+            try:
+                volume = load_image(self.path_of(image))
+                with loaded.lock:
+                    write_atomic(
+                        self.path(model, image, spec), _writer(loaded, volume, spec, seed, len(model.facts.classes))
+                    )
+                computed += 1
+            except (PatchwiseError, OSError, RuntimeError, ValueError) as error:
+                if failed is None:
+                    raise
+                failed(image, error)
+                broken += [] if isinstance(error, PatchwiseError) else [error]
             report(done, len(missing))
+        if broken and not computed:
+            raise broken[0]
         self._prune(model)
-        return len(missing)
+        return computed
 
     def _prune(self, model: Model) -> None:
         if not self.root.is_dir():

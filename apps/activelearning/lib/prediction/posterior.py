@@ -200,7 +200,7 @@ class Ensemble:
         if not self.heads:
             return None
         image = network_image(volume, self.spacing, self.normalisation).to(self.device)
-        whole = (math.ceil(n / d) * d for n, d in zip(image.shape[1:], self.divisor, strict=True))
+        whole = self._whole(image.shape[1:])
         half = (max(2, math.ceil(p / 2 / d)) * d for p, d in zip(self.patch, self.divisor, strict=True))
         window = tuple(min(a, b) for a, b in zip(half, whole, strict=True))
         total = torch.zeros(volume.shape)
@@ -214,10 +214,23 @@ class Ensemble:
 
     def window(self, shape: Sequence[int]) -> Triple:
         """Input size for an image of `shape`: all of it, rounded up to the divisor, where that is small enough."""
-        whole = tuple(math.ceil(n / d) * d for n, d in zip(shape, self.divisor, strict=True))
+        whole = self._whole(shape)
         if math.prod(whole) <= WHOLE_IMAGE_FACTOR * math.prod(self.patch):
-            return cast(Triple, whole)
+            return whole
         return cast(Triple, tuple(min(p, w) for p, w in zip(self.patch, whole, strict=True)))
+
+    def _whole(self, shape: Sequence[int]) -> Triple:
+        """`shape` rounded up to the divisor, and to two voxels at the bottleneck where it would be one.
+
+        An instance norm divides by a deviation, which one voxel has not. Axes of a crop with several voxels there are
+        padded, as the network has been trained on them.
+        """
+        whole = [math.ceil(n / d) * d for n, d in zip(shape, self.divisor, strict=True)]
+        if tuple(whole) == tuple(self.divisor):
+            whole = [2 * d if p > d else d for d, p in zip(self.divisor, self.patch, strict=True)]
+        if tuple(whole) == tuple(self.divisor):
+            whole[0] *= 2
+        return whole[0], whole[1], whole[2]
 
     def _logits_of_all(self, image_cxyz: Tensor, overlap: float) -> Iterator[Tensor]:
         """Logits (C, X, Y, Z) of every network; after the first from one pass, where `batched` and room allow it."""

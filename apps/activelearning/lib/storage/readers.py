@@ -83,7 +83,7 @@ def why_unopenable(path: str | Path) -> str | None:
     name = Path(path).name
     if is_nifti(path) and check_nifti(Path(path))[0].sizeof_hdr == _NIFTI2_HEADER_BYTES:
         return f"{name}: 3D Slicer cannot open NIfTI-2 files; save the image as NIfTI-1 or NRRD"
-    if name.lower().endswith(".nrrd") and packed_by_bzip2(Path(path)):
+    if packed_by_bzip2(Path(path)):
         return f"{name}: 3D Slicer cannot open NRRD files packed by bzip2; save the image with gzip encoding"
     return None
 

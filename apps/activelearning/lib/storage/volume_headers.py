@@ -203,12 +203,20 @@ def read_nrrd_header(path: Path) -> str:
 
 
 def packed_by_bzip2(path: Path) -> bool:
-    """Return whether a file is an NRRD file whose voxels are packed by bzip2."""
-    with open(path, "rb") as stream:
-        start = stream.read(_MOST_HEADER)
-    if not start.startswith(b"NRRD"):
+    """Return whether a file is an NRRD file whose voxels are packed by bzip2.
+
+    Raises:
+        ImageError: an NRRD file by its name, without a header that can be read.
+    """
+    if path.suffix.lower() != ".nrrd":
         return False
-    return _nrrd_fields(_nrrd_header(start)).get("encoding", "").lower() in ("bzip2", "bz2")
+    try:
+        fields = _nrrd_fields(read_nrrd_header(path).encode())
+    except ValueError as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{path.name}: not readable as NRRD ({error}); replace the file") from error
+    return fields.get("encoding", "").lower() in ("bzip2", "bz2")
 
 
 def _nrrd_header(start: bytes) -> bytes:

@@ -31,6 +31,9 @@ LARGE_BYTES, MOST_PACKED = 2**28, 100
 _FLAT = 1e-12
 # File names a volume may have; where one id has several, the first of these counts.
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
+# As 3D Slicer saves segments; of labels of one id it counts last.
+SEGMENTATION = ".seg.nrrd"
+LABEL_EXTENSIONS = (*EXTENSIONS, SEGMENTATION)
 
 
 class Grid(NamedTuple):

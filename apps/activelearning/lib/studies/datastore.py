@@ -16,7 +16,7 @@ import threading
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
@@ -25,13 +25,15 @@ from numpy.typing import NDArray
 from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Answer
-from lib.regions import Triple, triple
+from lib.regions import Triple
 from lib.storage.atomic_files import atomic_path, file_digest, folded
-from lib.storage.volumes import EXTENSIONS, check_image, check_label_file, image_geometry, image_grid
+from lib.storage.volumes import EXTENSIONS, LABEL_EXTENSIONS, SEGMENTATION, check_image, check_label_file, image_grid
 from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.folder_listing import FolderListing, split_name
+from lib.studies.image_checks import Geometry, ImageChecks
 from lib.studies.request_context import SAVED_ANSWER, current_client
 from lib.studies.submissions import SubmissionStore
+from lib.studies.unused_files import unused_files
 
 FINAL = DefaultLabelTag.FINAL.value
 STATE_FOLDER = ".patchwise"
@@ -58,8 +60,7 @@ class PartialLabelDatastore(Datastore):
         self._labels: dict[str, FolderListing] = {}
         self._lock = threading.Lock()
         self._digests = FileCache[str](ledger, ":sha256", file_digest, str)
-        self._geometries = FileCache[Geometry](ledger, ":grid", _read_geometry, _parse_geometry)
-        self._readable: dict[str, Stamped] = {}
+        self._checks = ImageChecks(ledger)
         for tag in (FINAL, DefaultLabelTag.ORIGINAL.value):
             (studies / "labels" / tag).mkdir(parents=True, exist_ok=True)
         self.annotations = SubmissionStore(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger)
@@ -105,7 +106,7 @@ class PartialLabelDatastore(Datastore):
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         source = Path(image_filename)
         stem, extension = split_name(source.name) or refuse(
-            f"{source.name}: images must end in {', '.join(EXTENSIONS)}"
+            f"{source.name}: images must end in {', '.join(EXTENSIONS)}, and {SEGMENTATION} is no image"
         )
         image_id = _checked_name(image_id or stem, "image")
         check_image(source, uploaded=True)
@@ -141,7 +142,7 @@ class PartialLabelDatastore(Datastore):
         tag = self.tag(tag)
         with self._lock:
             if tag not in self._labels:
-                listing = FolderListing(self.studies / "labels" / tag)
+                listing = FolderListing(self.studies / "labels" / tag, labels=True)
                 if not listing.folder.is_dir():
                     return listing  # not cached: clients may request any tag
                 self._labels[tag] = listing
@@ -188,14 +189,15 @@ class PartialLabelDatastore(Datastore):
         here = current_client()
         if here and not info.get("client_id"):
             info["client_id"] = here
-        if split_name(source.name) is None:
-            refuse(f"label for {image_id}: files must end in {', '.join(EXTENSIONS)}, found {source.suffix or 'none'}")
+        if split_name(source.name, labels=True) is None:
+            endings = ", ".join(LABEL_EXTENSIONS)
+            refuse(f"label for {image_id}: files must end in {endings}, found {source.suffix or 'none'}")
         if tag == FINAL:
             SAVED_ANSWER.set(self.annotations.save(image_id, image, source, info))
         else:
             SAVED_ANSWER.set(None)
             check_label_file(source, image_grid(image, image_id))
-            extension = next(e for e in EXTENSIONS if source.name.endswith(e))
+            extension = next(e for e in reversed(LABEL_EXTENSIONS) if source.name.endswith(e))
             with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
                 shutil.copyfile(source, temporary)
         self.ledger.update_info(image_id, info, tag)
@@ -295,8 +297,42 @@ class PartialLabelDatastore(Datastore):
         return self._digests.of(files)
 
     def geometries(self, files: Mapping[str, Stamped]) -> dict[str, Geometry]:
-        """Shape, affine and spacing of image files; each header is read once until the file changes."""
-        return self._geometries.of(files)
+        """Shape, affine and spacing of image files; each header is read once until the file changes.
+
+        Raises:
+            ImageError: a file that cannot be used.
+        """
+        return self._checks.geometries(files)
+
+    def pool(self) -> tuple[dict[str, Stamped], dict[str, Geometry]]:
+        """Files and grids of the images that can be used, as far as their headers and earlier looks show."""
+        files = self.image_files()
+        grids, _ = self._checks.usable(files)
+        return {image: files[image] for image in grids}, grids
+
+    def unusable(self, images: Iterable[str]) -> dict[str, str]:
+        """Sentence about every one of these images that cannot be used, once its voxels have been read."""
+        files = self.image_files()
+        return self._checks.read({image: files[image] for image in images if image in files})
+
+    def leave_out(self, image: str, file: Stamped, sentence: str) -> None:
+        """Keep an image out of queries, scorings and trainings until its file changes."""
+        self._checks.note(image, file, sentence)
+
+    def unused(self) -> dict[str, str]:
+        """Sentence about every file and folder that is no image, by name; the log has each once."""
+        found = unused_files(self.studies)
+        for sentence in found.values():
+            self._checks.log_once(sentence)
+        return found
+
+    def left_out(self) -> dict[str, str]:
+        """Sentence about every file and folder here that is not used, by name."""
+        files = self.image_files()
+        _, wrong = self._checks.usable(files)
+        unused = self.unused()
+        images = {Path(files[image].path).name: sentence for image, sentence in wrong.items()}
+        return dict(sorted({**unused, **images}.items()))
 
     def image_digest(self, image_id: str) -> str:
         """SHA-256 of an image file."""
@@ -306,37 +342,6 @@ class PartialLabelDatastore(Datastore):
         """Shape and affine of an image."""
         found = self.geometries({image_id: Stamped.of(self.image_path(image_id))})[image_id]
         return found.shape, found.affine
-
-    def check_readable(self, images: Iterable[str]) -> None:
-        """Read images that have not been read yet, so that no unreadable image is chosen for annotation.
-
-        Raises:
-            ImageError: unreadable, named.
-        """
-        for image in images:
-            file = Stamped.of(self.image_path(image))
-            if self._readable.get(image) != file:
-                check_image(file.path)
-                self._readable[image] = file
-
-
-class Geometry(NamedTuple):
-    """Grid of an image: shape in voxels, 4 x 4 affine, spacing in mm along each axis."""
-
-    shape: Triple
-    affine: NDArray[np.float64]
-    spacing: tuple[float, float, float]
-
-
-def _read_geometry(path: Path) -> dict[str, Any]:
-    shape, affine = image_geometry(path)
-    return {"shape": shape, "affine": affine.tolist()}
-
-
-def _parse_geometry(fact: dict[str, Any]) -> Geometry:
-    affine = np.array(fact["affine"], dtype=np.float64)
-    x, y, z = (float((affine[:3, axis] ** 2).sum() ** 0.5) for axis in range(3))
-    return Geometry(triple(fact["shape"]), affine, (x, y, z))
 
 
 def _checked_name(name: str, what: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from lib.errors import PatchwiseError
 from lib.ledger.queries import QueryLedger
 
 T = TypeVar("T")
@@ -63,12 +64,25 @@ class FileCache(Generic[T]):
         self._known: dict[str, tuple[Stamped, T]] = {}
 
     def of(self, files: Mapping[str, Stamped]) -> dict[str, T]:
-        """The fact of every file, by image."""
+        """The fact of every file, by image.
+
+        Raises:
+            PatchwiseError: a file that cannot be read.
+            OSError: a file that cannot be opened.
+        """
+        found, failed = self.readable(files)
+        for error in failed.values():
+            raise error
+        return found
+
+    def readable(self, files: Mapping[str, Stamped]) -> tuple[dict[str, T], dict[str, PatchwiseError | OSError]]:
+        """The fact of every file that can be read, and the error of every other one, which is read again next time."""
         unknown = [image for image, file in files.items() if not self._knows(image, file)]
+        failed: dict[str, PatchwiseError | OSError] = {}
         if unknown:
             self._recall(unknown, files)
-            self._look([image for image in unknown if not self._knows(image, files[image])], files)
-        return {image: self._known[image][1] for image in files}
+            failed = self._look([image for image in unknown if not self._knows(image, files[image])], files)
+        return {image: self._known[image][1] for image in files if image not in failed}, failed
 
     def _knows(self, image: str, file: Stamped) -> bool:
         known = self._known.get(image)
@@ -82,12 +96,18 @@ class FileCache(Generic[T]):
             if info.get("stamp") == [file.size, file.changed] and "fact" in info:
                 self._known[image] = file, self.parse(info["fact"])
 
-    def _look(self, images: list[str], files: Mapping[str, Stamped]) -> None:
+    def _look(self, images: list[str], files: Mapping[str, Stamped]) -> dict[str, PatchwiseError | OSError]:
+        failed: dict[str, PatchwiseError | OSError] = {}
         for first in range(0, len(images), _CHUNK):
             found: dict[str, dict[str, Any]] = {}
             for image in images[first : first + _CHUNK]:
                 file = files[image]
-                fact = self.read(Path(file.path))
+                try:
+                    fact = self.read(Path(file.path))
+                except (PatchwiseError, OSError) as error:
+                    failed[image] = error
+                    continue
                 found[image] = {"stamp": [file.size, file.changed], "fact": fact}
                 self._known[image] = file, self.parse(fact)
             self.ledger.update_infos(found, self.tag)
+        return failed

@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from lib.storage.volumes import EXTENSIONS
+from lib.storage.volumes import EXTENSIONS, LABEL_EXTENSIONS, SEGMENTATION
 from lib.studies.file_cache import Stamped
 
 
@@ -22,8 +22,9 @@ class FolderListing:
     lookups thus cost the same at 20 and at 10,000 images.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, labels: bool = False) -> None:
         self.folder = folder
+        self.labels = labels
         # Replaced whole, so that threads may read while another one lists the folder.
         self._known: tuple[int, dict[str, str]] = (-1, {})
 
@@ -35,7 +36,8 @@ class FolderListing:
             return {}
         known, files = self._known
         if changed != known:
-            found = sorted(filter(None, map(split_name, os.listdir(self.folder))), key=_rank, reverse=True)
+            split = (split_name(name, self.labels) for name in os.listdir(self.folder))
+            found = sorted(filter(None, split), key=_rank, reverse=True)
             files = dict(sorted(dict(found).items()))
             # A folder changed within the clock's grain could change again unseen, so it is not remembered yet.
             self._known = changed if time.time_ns() - changed > 20_000_000 else -1, files
@@ -62,12 +64,19 @@ class FolderListing:
         return None if extension is None else self.folder / f"{file_id}{extension}"
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Id and extension of a volume's file name; None for hidden and other files."""
+def split_name(name: str, labels: bool = False) -> tuple[str, str] | None:
+    """Id and extension of a volume's file name; None for hidden and other files.
+
+    A `.seg.nrrd` is a segmentation of 3D Slicer: a label, never an image.
+    """
+    if name.startswith("."):
+        return None
+    if name.endswith(SEGMENTATION):
+        return (name[: -len(SEGMENTATION)], SEGMENTATION) if labels else None
     extension = next((e for e in EXTENSIONS if name.endswith(e)), None)
-    return (name[: -len(extension)], extension) if extension and not name.startswith(".") else None
+    return (name[: -len(extension)], extension) if extension else None
 
 
 def _rank(file: tuple[str, str]) -> int:
     """Place of a file's extension: sorted by it backwards, the one that counts is the last and stays in a dict."""
-    return EXTENSIONS.index(file[1])
+    return LABEL_EXTENSIONS.index(file[1])

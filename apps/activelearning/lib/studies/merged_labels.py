@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lib.partial_labels import LabelMap
 from lib.regions import Triple
 from lib.storage.atomic_files import write_atomic
-from lib.storage.volumes import EXTENSIONS
+from lib.storage.volumes import LABEL_EXTENSIONS
 
 # A label map is long runs of few values: harder compression costs twice the time and saves little of a small file.
 _GZIP_LEVEL = 1
@@ -87,6 +87,6 @@ class MergedLabels:
         return hashlib.sha256(content).hexdigest()
 
     def remove(self, image: str) -> None:
-        """Remove the label, in any format."""
-        for extension in EXTENSIONS:
+        """Takes the label away, whatever its format."""
+        for extension in LABEL_EXTENSIONS:
             (self.folder / f"{image}{extension}").unlink(missing_ok=True)

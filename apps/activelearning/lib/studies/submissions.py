@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +36,11 @@ from lib.regions import Region, Triple, triple
 from lib.storage.atomic_files import atomic_path, file_digest
 from lib.storage.class_labels import load_classes
 from lib.storage.volume_headers import ImageError
-from lib.storage.volumes import EXTENSIONS, Grid, Volume, image_geometry, image_grid, load_label
+from lib.storage.volumes import LABEL_EXTENSIONS, Grid, Volume, image_geometry, image_grid, load_label
 from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.merged_labels import MergedLabels
+
+logger = logging.getLogger(__name__)
 
 Geometry = Callable[[str], tuple[Triple, NDArray[np.float64]]]
 
@@ -217,9 +220,17 @@ class SubmissionStore:
         digests, expected = self._digests.of(there), self.ledger.answers.merged_digests()
         damaged = [image for image in kept if image not in there or digests[image] != expected.get(image)]
         behind = [image for image in sorted({*self.ledger.answers.unmerged(), *damaged}) if image in image_paths]
+        rebuilt = []
         for image in behind:
-            self.rebuild(image, *image_geometry(image_paths[image]))
-        return behind
+            try:
+                grid = image_geometry(image_paths[image])
+            except ImageError as error:
+                # The image is left out anyway; its label waits until it can be read again.
+                logger.warning("the label of %s was not rebuilt: %s", image, error)
+                continue
+            self.rebuild(image, *grid)
+            rebuilt.append(image)
+        return rebuilt
 
     def answer_label(self, answer: Answer) -> LabelMap:
         """Class ids of one submission, from its raw file.
@@ -287,8 +298,8 @@ class SubmissionStore:
         return query.id, query.region
 
     def _adopt(self, image_id: str, grid: Grid) -> None:
-        """Record a label that was in the folder before the first answer, so that a rebuild keeps it."""
-        existing = next((p for p in (self.merged / f"{image_id}{e}" for e in EXTENSIONS) if p.is_file()), None)
+        """Records a label that lay in the folder before its first answer, so that a rebuild keeps it."""
+        existing = next((p for p in (self.merged / f"{image_id}{e}" for e in LABEL_EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.answers.last(image_id):
             return
         load_classes(existing, self.classes, grid)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eval.app_path import add_app
 from eval.errors import RefereeError
+from eval.protocol.dataset import read_dataset
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
@@ -25,45 +26,49 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
         RefereeError: no such folder or bundle, no GPU to measure, no image that can be read, unusable class names.
     """
     add_app()
-    from lib.models.class_names import resolve_classes
-    from lib.models.plan import PlanError
+    from lib.errors import PatchwiseError
+    from lib.models.class_names import resolve_classes, unlabelled_values
     from lib.models.plan_files import write_plan
-    from lib.models.recipe import Bundle, RecipeError
-    from lib.options import OptionError
+    from lib.models.recipe import Bundle
     from lib.planning.fingerprint_reader import declared_modality, take_fingerprint
     from lib.planning.memory_budget import measure_budget
     from lib.planning.planner import make_plan, names_sides
-    from lib.storage.volumes import EXTENSIONS
-
-    def files(place: Path) -> dict[str, Path]:
-        found = (p for p in sorted(place.glob("*")) if p.name.endswith(EXTENSIONS) and not p.name.startswith("."))
-        return {p.name.split(".nii")[0].removesuffix(".nrrd"): p for p in found}
 
     if not folder.is_dir():
         raise RefereeError(f"{folder}: no such folder; give a decathlon-style folder or a studies folder")
-    classic = (folder / "imagesTr").is_dir()
-    images, labels = (
-        (files(folder / "imagesTr"), files(folder / "labelsTr"))
-        if classic
-        else (files(folder), files(folder / "labels" / "final"))
-    )
     if device == "cuda" and memory is None:
         import torch
 
         if not torch.cuda.is_available():
             raise RefereeError("this machine has no GPU to measure; give --memory GIB, or --device cpu")
     try:
+        images, labels, unused = _files(folder)
         recipe = Bundle(BUNDLES / bundle)
-        pool = take_fingerprint(images, labels, declared_modality(folder))
+        pool = take_fingerprint(images, labels, declared_modality(folder), unlabelled_values(folder))
         names = resolve_classes(None, folder, {}) if (folder / "dataset.json").is_file() else {}
         outputs, sided = len(names) + 1, names_sides(names)
         plan = make_plan(pool, measure_budget(device, memory), recipe.configuration, outputs, sided=sided)
         if out:
             write_plan(plan, out)
-    except (OptionError, PlanError, RecipeError) as error:
+    except PatchwiseError as error:
         raise RefereeError(str(error)) from error
     except OSError as error:
         raise RefereeError(f"{out}: the plan cannot be written there ({error.strerror})") from error
-    rows = pool.rows()
+    rows = [*pool.rows(), *(("left out", sentence) for sentence in unused)]
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", plan.table()])
+
+
+def _files(folder: Path) -> tuple[dict[str, Path], dict[str, Path], tuple[str, ...]]:
+    """Images and labels by id, and sentences about files of a dataset that belong to no case."""
+    from lib.storage.dataset_folder import paired_files
+    from lib.studies.folder_listing import FolderListing
+    from lib.studies.unused_files import unused_files
+
+    if (folder / "imagesTr").is_dir():
+        images, labels = paired_files(folder, missing_ok=True)
+        return images, labels, read_dataset(folder).unused if labels and (folder / "dataset.json").is_file() else ()
+    images = {i: folder / f"{i}{end}" for i, end in FolderListing(folder).files().items()}
+    there = folder / "labels" / "final"
+    labels = {i: there / f"{i}{end}" for i, end in FolderListing(there, labels=True).files().items()}
+    return images, labels, tuple(unused_files(folder).values())

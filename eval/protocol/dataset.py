@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +20,39 @@ from eval.errors import RefereeError
 from eval.protocol.volumes import check_openable, read_affine, read_volume
 
 BACKGROUND = "background"
+# Label value of voxels that nobody annotated, as the server has it.
+UNLABELLED = 255
+# Names for such voxels; nnU-Net reserves the first.
+_UNLABELLED_NAMES = ("ignore", "unlabelled")
+# Remainder of a whole number after the slope of a header, which has 24 bits: 255 x 2^-24, rounded up.
+ROUNDING = 2e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan with its ground truth; `id` is the file name without extension, as MONAI Label names images."""
+    """One scan with its ground truth; `id` is the file name without extension, as MONAI Label names images.
+
+    `ignored` is the value of voxels that nobody annotated, nnU-Net's `ignore`.
+    """
 
     id: str
     image: Path
     label: Path
+    ignored: int | None = None
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder with `dataset.json`; `labels` maps class names to ids, background (0) first."""
+    """A folder with `dataset.json`; `labels` maps class names to ids, background (0) first.
+
+    `unused` are sentences about files of imagesTr and labelsTr that belong to no case.
+    """
 
     root: Path
     name: str
     labels: dict[str, int]
     cases: tuple[Case, ...]
+    unused: tuple[str, ...] = ()
 
     @property
     def foreground(self) -> dict[str, int]:
@@ -48,7 +62,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Scan:
-    """Arrays of one case: `label_xyz` and the geometry both files share; spacing in mm."""
+    """Arrays of one case: `label_xyz` and the geometry both files share; spacing in mm.
+
+    Voxels that nobody annotated are UNLABELLED.
+    """
 
     label_xyz: NDArray[np.uint8]
     affine: NDArray[np.float64]
@@ -70,15 +87,16 @@ def read_dataset(root: Path) -> Dataset:
         card = json.loads(card_path.read_text())
     except ValueError as error:
         raise RefereeError(f"{card_path} is not valid JSON: {error}") from error
-    labels = _labels(card.get("labels"), card_path)
-    cases = _listed(root, card) if card.get("training") else _found(root)
+    labels, ignored = _labels(card.get("labels"), card_path)
+    cases = [replace(case, ignored=ignored) for case in (_listed(root, card) if card.get("training") else _found(root))]
     if not cases:
         raise RefereeError(f"{root} holds no labelled case; expected pairs imagesTr/ID.nii.gz and labelsTr/ID.nii.gz")
     ids = [case.id for case in cases]
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise RefereeError(f"{card_path} lists {twice[0]} more than once; keep one entry")
-    return Dataset(root, str(card.get("name", root.name)), labels, tuple(sorted(cases, key=lambda case: case.id)))
+    name, ordered = str(card.get("name", root.name)), tuple(sorted(cases, key=lambda case: case.id))
+    return Dataset(root, name, labels, ordered, tuple(_unused(root, ordered)))
 
 
 def split_by_hash(ids: Iterable[str], test_fraction: float) -> tuple[list[str], list[str]]:
@@ -111,21 +129,25 @@ def load_scan(case: Case, labels: dict[str, int]) -> Scan:
     if bad:
         raise RefereeError(f"{case.image} holds {bad} voxels that are NaN or infinite; repair or remove the case")
     found = np.unique(label.values_xyz)
-    unknown = [float(v) for v in found if v not in labels.values()]
+    expected = {*labels.values(), UNLABELLED} | ({case.ignored} if case.ignored is not None else set())
+    unknown = [float(v) for v in found if not abs(v - np.round(v)) <= ROUNDING or int(np.round(v)) not in expected]
     if unknown:
         known = ", ".join(f"{value} {name}" for name, value in labels.items())
-        raise RefereeError(f"{case.label} holds label value {unknown[0]:g}; dataset.json names only {known}")
-    return _scan(label.values_xyz, image.affine)
+        raise RefereeError(f"{case.label} holds label value {unknown[0]:.9g}; dataset.json names only {known}")
+    return _scan(case, label.values_xyz, image.affine)
 
 
 def load_truth(case: Case) -> Scan:
     """Ground truth of a case that was checked when the run began, on the grid of its image."""
-    return _scan(read_volume(case.label, placed=False).values_xyz, read_affine(case.image))
+    return _scan(case, read_volume(case.label, placed=False).values_xyz, read_affine(case.image))
 
 
-def _scan(label_xyz: NDArray[np.float32], affine: NDArray[np.float64]) -> Scan:
+def _scan(case: Case, values_xyz: NDArray[np.float32], affine: NDArray[np.float64]) -> Scan:
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
-    return Scan(label_xyz.astype(np.uint8), affine, (float(x), float(y), float(z)))
+    label_xyz = np.round(values_xyz).astype(np.uint8)
+    if case.ignored is not None:
+        label_xyz[label_xyz == case.ignored] = UNLABELLED
+    return Scan(label_xyz, affine, (float(x), float(y), float(z)))
 
 
 def content_digest(path: Path) -> str:
@@ -157,8 +179,8 @@ def refuse_overlap(pool: Sequence[Case], test: Sequence[Case]) -> dict[str, str]
     return digests
 
 
-def _labels(given: object, path: Path) -> dict[str, int]:
-    """Names to ids from the decathlon's {"1": "name"} or nnU-Net's {"name": 1}."""
+def _labels(given: object, path: Path) -> tuple[dict[str, int], int | None]:
+    """Names to ids from the decathlon's {"1": "name"} or nnU-Net's {"name": 1}, and the id of nnU-Net's `ignore`."""
     if not isinstance(given, dict) or len(given) < 2:
         raise RefereeError(f"{path} names no classes; expected `labels` with background and at least one class")
     try:
@@ -173,7 +195,10 @@ def _labels(given: object, path: Path) -> dict[str, int]:
     if len(zero) != 1 or len(set(pairs.values())) != len(given) or not all(0 <= v < 255 for v in pairs.values()):
         raise RefereeError(f"{path}: `labels` needs one class 0 and ids from 1 to 254, each used once; found {given!r}")
     pairs = {BACKGROUND if value == 0 else name: value for name, value in pairs.items()}
-    return dict(sorted(pairs.items(), key=lambda item: item[1]))
+    ignored = [pairs.pop(name) for name in list(pairs) if name.lower() in _UNLABELLED_NAMES]
+    if len(ignored) > 1 or len(pairs) < 2:
+        raise RefereeError(f"{path}: `labels` needs a class beside {BACKGROUND} and `ignore`; found {given!r}")
+    return dict(sorted(pairs.items(), key=lambda item: item[1])), ignored[0] if ignored else None
 
 
 def _listed(root: Path, card: dict[str, list[dict[str, str]]]) -> list[Case]:
@@ -198,6 +223,20 @@ def _found(root: Path) -> list[Case]:
     images = [p for p in (root / "imagesTr").glob("*.nii*") if not p.name.startswith("._")]
     pairs = ((p, labels.get(_case_id(p)) or labels.get(_case_id(p).removesuffix("_0000"))) for p in images)
     return [Case(_case_id(image), image, label) for image, label in pairs if label is not None]
+
+
+def _unused(root: Path, cases: Sequence[Case]) -> Iterator[str]:
+    """A sentence about every file of imagesTr and labelsTr that belongs to no case."""
+    used = {path for case in cases for path in (case.image, case.label)}
+    for folder in ("imagesTr", "labelsTr"):
+        for path in sorted((root / folder).glob("*")):
+            if path in used or path.name.startswith("."):
+                continue
+            if path.name.endswith((".nii", ".nii.gz")):
+                other = "label" if folder == "imagesTr" else "image"
+                yield f"{folder}/{path.name}: not used, as no case with {other} is made of it"
+            else:
+                yield f"{folder}/{path.name}: not used, as only .nii.gz and .nii files are read; convert it"
 
 
 def _case_id(path: Path) -> str:

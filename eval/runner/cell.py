@@ -26,7 +26,7 @@ from eval.errors import RefereeError
 from eval.files import place, write_json
 from eval.metrics.cost import region_costs
 from eval.protocol.annotator_profiles import answers
-from eval.protocol.dataset import Case, Dataset, Scan, content_digest, load_truth
+from eval.protocol.dataset import UNLABELLED, Case, Dataset, Scan, content_digest, load_truth
 from eval.protocol.guards import check_no_test_image
 from eval.protocol.oracle import child_rng, count_voxels, draw_hints, region_slices, to_nifti
 from eval.protocol.study import Method, Study
@@ -291,9 +291,11 @@ class Cell:
                     f"the prediction for {case.id} has shape {predicted_xyz.shape} or an affine that is not its "
                     f"image's {truth.label_xyz.shape}; the server must answer on the original grid"
                 )
+            # Of voxels that nobody annotated no prediction is wrong.
+            ignored_xyz = truth.label_xyz == UNLABELLED
             found = case_rows(
-                predicted_xyz,
-                truth.label_xyz,
+                np.where(ignored_xyz, 0, predicted_xyz).astype(np.uint8),
+                np.where(ignored_xyz, 0, truth.label_xyz).astype(np.uint8),
                 self.material.dataset.foreground,
                 truth.spacing,
                 tolerance=self.study.surface_tolerance,

@@ -157,6 +157,8 @@ def chosen_cells(study: Study, out: Path) -> list[tuple[Method, int]]:
 def _prepare(study: Study, options: Options) -> tuple[Material, dict[str, Any]]:
     """Data, checked file by file, and its description for the manifest."""
     dataset = read_dataset(study.data)
+    for sentence in () if options.quiet else dataset.unused:
+        print(sentence, file=sys.stderr)
     pool, test = split_cases(study, dataset)
     digests = refuse_overlap(pool, test)
     totals = dict.fromkeys(dataset.labels, 0)
@@ -171,6 +173,7 @@ def _prepare(study: Study, options: Options) -> tuple[Material, dict[str, Any]]:
     data = {
         "name": dataset.name,
         "labels": dataset.labels,
+        "unused": list(dataset.unused),
         "digest": data_digest(digests, [case.label for case in (*pool, *test)]),
         "pool": {"cases": len(pool), "voxels": voxels, "classes": totals, "images": _of(digests, pool)},
         "test": {"cases": len(test), "images": _of(digests, test)},

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,10 @@ def check_values(label_xyz: LabelMap, classes: Mapping[str, int], allow_unlabell
 
 
 def remap_by_name(
-    label_xyz: LabelMap, label_info: Iterable[Mapping[str, Any]] | None, classes: Mapping[str, int]
+    label_xyz: LabelMap,
+    label_info: Iterable[Mapping[str, Any]] | None,
+    classes: Mapping[str, int],
+    ignored: Collection[int] = (),
 ) -> LabelMap:
     """Values of a client's export turned into class ids by the names in `label_info`.
 
@@ -73,16 +76,22 @@ def remap_by_name(
     segment with voxels whose name is not a class is refused, so that no voxel is dropped silently. Entries for helper
     segments (`background`, `query_region`) are read as background.
 
-    Without `label_info` the values are taken as class ids.
+    `ignore` and `unlabelled` are UNLABELLED.
+
+    Without `label_info` the values are taken as class ids, and those in `ignored` as UNLABELLED.
 
     Raises:
         LabelError: a segment with voxels whose name is not a class, two segments with one value, or a value without
             name.
     """
     if not label_info:
+        others = [value for value in ignored if value not in classes.values()]
+        if others:
+            label_xyz = np.where(np.isin(label_xyz, others), np.uint8(UNLABELLED), label_xyz)
         check_values(label_xyz, classes)
         return label_xyz.copy(order="K")
-    ids = {name.lower(): value for name, value in classes.items()}
+    ids = {"ignore": UNLABELLED, "unlabelled": UNLABELLED}
+    ids.update({name.lower(): value for name, value in classes.items()})
     ids.update({"background": BACKGROUND, "query_region": BACKGROUND})
     meaning = {BACKGROUND: BACKGROUND, UNLABELLED: UNLABELLED}
     names = _names_by_value(label_info)

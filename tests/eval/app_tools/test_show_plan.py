@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from eval.__main__ import main
+from tests.eval.protocol.test_dataset import nnunet
 
 
 @pytest.fixture
@@ -69,3 +70,25 @@ def test_what_cannot_be_planned_is_said_in_a_sentence(folder, tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_and_labels_of_nnunet_are_paired(tmp_path, capsys):
+    """By the rows of the plan: foreground is annotated, so the percentiles are those of the structures."""
+    folder = nnunet(tmp_path / "d", ignore=3)
+    assert main(["plan", str(folder), "--memory", "4"]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    paired = rows["annotated foreground"]
+    assert "none" not in paired
+    for path in list((folder / "imagesTr").iterdir()):
+        path.rename(path.with_name(path.name.replace("_0000", "")))
+    assert main(["plan", str(folder), "--memory", "4"]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    assert rows["annotated foreground"] == paired
+
+
+def test_a_label_that_cannot_be_used_is_named(tmp_path, capsys):
+    folder = nnunet(tmp_path / "d")
+    values = np.full((24, 20, 16), 0.5, np.float32)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), folder / "labelsTr" / "c1.nii.gz")
+    assert main(["plan", str(folder), "--memory", "4"]) == 2
+    assert "c1.nii.gz: label values must be whole numbers from 0 to 255, found 0.5" in capsys.readouterr().err

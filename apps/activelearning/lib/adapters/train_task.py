@@ -168,7 +168,7 @@ class EnsembleTrainTask(TrainTask):
         wanted, recipe = self.parse({**request, "replan": False})
         wanted = self._with_round(wanted, recipe, datastore, labels)
         digest = self._digest(wanted, recipe, datastore, labels)
-        training = self._training(wanted, recipe)
+        training = self._training(wanted, recipe, datastore.annotations.ignored)
         images = {i: datastore.image_path(i) for i in labels}
         data = training.build_cases(images, labels, datastore.annotations.classwise)
         if not data.voxels:
@@ -215,7 +215,7 @@ class EnsembleTrainTask(TrainTask):
         start = self._start(wanted, recipe)
         return text_digest(self.bundle.fingerprint(), self.classes, options, inputs, start)
 
-    def _training(self, wanted: TrainRequest, recipe: Recipe) -> Training:
+    def _training(self, wanted: TrainRequest, recipe: Recipe, ignored: frozenset[int]) -> Training:
         return Training(
             bundle=self.bundle,
             store=self.store,
@@ -226,6 +226,7 @@ class EnsembleTrainTask(TrainTask):
             seed=wanted.seed,
             round=int(wanted.round or 0),
             start=self._start(wanted, recipe),
+            ignored=ignored,
         )
 
     def _splits(self, wanted: TrainRequest, cases: list[TrainingCase]) -> list[list[str]]:

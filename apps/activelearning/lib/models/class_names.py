@@ -14,7 +14,9 @@ from typing import Any
 
 from lib.options import OptionError
 
-_HELPERS = ("background", "ignore", "unlabelled")
+# Names for voxels that nobody annotated; nnU-Net reserves the first.
+_UNLABELLED = ("ignore", "unlabelled")
+_HELPERS = ("background", *_UNLABELLED)
 
 
 def resolve_classes(
@@ -35,6 +37,17 @@ def resolve_classes(
     raise OptionError(
         f"no class names: give --conf labels 'name1,name2', or put a decathlon-style dataset.json into {studies}"
     )
+
+
+def unlabelled_values(studies: Path) -> frozenset[int]:
+    """Values that a folder's dataset.json gives to voxels which nobody annotated, as nnU-Net's `ignore`.
+
+    Raises:
+        OptionError: a dataset.json that cannot be read.
+    """
+    named = _from_dataset(studies / "dataset.json")
+    found = (value for name, value in named.items() if name.lower() in _UNLABELLED)
+    return frozenset(int(value) for value in found if isinstance(value, int) and value > 0)
 
 
 def check_same_ids(classes: Mapping[str, int], known: Mapping[str, int] | None) -> None:

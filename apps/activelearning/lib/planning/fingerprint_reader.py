@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,12 +37,16 @@ AIR, METAL = -700.0, 4000.0
 
 
 def take_fingerprint(
-    images: Mapping[str, Path], labels: Mapping[str, Path], modality: str | None = None
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    modality: str | None = None,
+    ignored: Collection[int] = (),
 ) -> Fingerprint:
     """Fingerprint of a pool: headers of all `images`, intensities of a bounded sample, one image in memory at a time.
 
     `labels` are partial label maps; only their annotated foreground voxels are read. An unreadable image is left out
     and named. `modality` is the entry in dataset.json; None guesses CT from air at about -1000.
+    `ignored` are values of labels, beside 255, that are not annotated.
 
     Raises:
         PlanError: no image can be read.
@@ -70,7 +74,7 @@ def take_fingerprint(
         each.append(Grey.of(array_xyz))
         voxels.append(_some(array_xyz.ravel(), name))
         if name in labels:
-            for value, found in _foreground(array_xyz, labels[name]).items():
+            for value, found in _foreground(array_xyz, labels[name], ignored).items():
                 marked.setdefault(value, []).append(_some(found, name))
     if not geometry or not each:
         raise PlanError(f"no image of the pool can be read, out of {len(images)}; put readable images there first")
@@ -113,12 +117,14 @@ def _spread_over(names: list[str], count: int) -> list[str]:
     return [names[i] for i in np.linspace(0, len(names) - 1, count).round().astype(int)]
 
 
-def _foreground(array_xyz: NDArray[np.float32], label: Path) -> dict[int, NDArray[np.float32]]:
+def _foreground(
+    array_xyz: NDArray[np.float32], label: Path, ignored: Collection[int]
+) -> dict[int, NDArray[np.float32]]:
     """Grey values of every annotated class; none where the label map is not on the grid of its image."""
     mask = load_label(label).array_xyz
     if mask.shape != array_xyz.shape:
         return {}
-    inside = (mask > 0) & (mask != UNLABELLED)
+    inside = (mask > 0) & ~np.isin(mask, [UNLABELLED, *ignored])
     values, classes = array_xyz[inside], mask[inside]
     return {int(c): values[classes == c] for c in np.unique(classes)}
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from lib.models.class_names import unlabelled_values
 from lib.models.plan import Plan, checked
 from lib.models.plan_files import read_plan, read_yaml, write_plan
 from lib.models.recipe import Bundle
@@ -80,7 +81,7 @@ class PlanStore:
             return self.bundle()
         from lib.models.checkpoints import choose_device
 
-        pool = take_fingerprint(images, labels, declared_modality(self.data))
+        pool = take_fingerprint(images, labels, declared_modality(self.data), unlabelled_values(self.data))
         budget = measure_budget(str(choose_device(self.options.device)), self.options.memory)
         x, y, z = self.options.spacing or (0.0, 0.0, 0.0)
         asked = (x, y, z) if x else None

@@ -38,6 +38,7 @@ from lib.storage.atomic_files import folded
 from lib.storage.volume_headers import check_self_contained
 from lib.storage.volumes import EXTENSIONS, check_image
 from lib.studies.datastore import FINAL
+from lib.studies.request_context import SENT_FILE, as_sent
 
 _CHECK_SUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MOST_FILES = 10_000
@@ -56,6 +57,11 @@ def cleaned(background: BackgroundTasks) -> Iterator[None]:
         raise
 
 
+def sent_name(file: UploadFile) -> str | None:
+    """Name of an upload as its client calls it, cut to what a sentence can hold."""
+    return Path(file.filename or "").name[:80] or None
+
+
 @contextmanager
 def received(file: UploadFile) -> Iterator[Path]:
     """A copy of an upload under its extension; the upload itself is at its beginning again."""
@@ -67,7 +73,9 @@ def received(file: UploadFile) -> Iterator[Path]:
         shutil.copyfileobj(file.file, stream)
         stream.flush()
         file.file.seek(0)
-        yield Path(stream.name)
+        SENT_FILE.set(sent_name(file))
+        with as_sent(Path(stream.name)):
+            yield Path(stream.name)
 
 
 def datastore_routes(services: Services) -> APIRouter:
@@ -83,6 +91,7 @@ def datastore_routes(services: Services) -> APIRouter:
         file: UploadFile = File(...),  # noqa: B008
         user: User = ANNOTATOR,
     ) -> Any:
+        SENT_FILE.set(sent_name(file))
         with cleaned(background):
             return upstream_datastore.add_image(background, image, params, file, user.username)
 
@@ -95,6 +104,7 @@ def datastore_routes(services: Services) -> APIRouter:
         label: UploadFile = File(...),  # noqa: B008
         user: User = ANNOTATOR,
     ) -> Any:
+        SENT_FILE.set(sent_name(label))
         with cleaned(background):
             return upstream_datastore.save_label(background, image, params, tag, label, user.username)
 

@@ -7,15 +7,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lib.partial_labels import LabelError, LabelMap, remap_by_name
 from lib.storage.volumes import Grid, load_label
 
 
-def load_classes(path: str | Path, classes: Mapping[str, int], like: Grid | None = None) -> LabelMap:
-    """Label map in class ids, by the names in the file; without names, its values are class ids.
+def load_classes(
+    path: str | Path, classes: Mapping[str, int], like: Grid | None = None, ignored: Collection[int] = ()
+) -> LabelMap:
+    """Label map in class ids; names that the file states decide, else its values are class ids.
+
+    Args:
+        path, like: as of `load_label`.
+        classes: class name -> id.
+        ignored: values of voxels that nobody annotated, beside UNLABELLED.
 
     Raises:
         ImageError: as `load_label`.
@@ -23,6 +30,6 @@ def load_classes(path: str | Path, classes: Mapping[str, int], like: Grid | None
     """
     label = load_label(path, like)
     try:
-        return remap_by_name(label.array_xyz, label.label_info, classes)
+        return remap_by_name(label.array_xyz, label.label_info, classes, ignored)
     except LabelError as error:
         raise LabelError(f"{Path(path).name}: {error}") from error

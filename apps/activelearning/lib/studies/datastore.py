@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 from lib.ledger.records import Answer
+from lib.models.class_names import unlabelled_values
 from lib.regions import Triple
 from lib.storage.atomic_files import atomic_path, file_digest, folded
 from lib.storage.volumes import EXTENSIONS, LABEL_EXTENSIONS, SEGMENTATION, check_image, check_label_file, image_grid
 from lib.studies.file_cache import FileCache, Stamped
 from lib.studies.folder_listing import FolderListing, split_name
 from lib.studies.image_checks import Geometry, ImageChecks
-from lib.studies.request_context import SAVED_ANSWER, current_client
+from lib.studies.request_context import SAVED_ANSWER, as_sent, current_client
 from lib.studies.submissions import SubmissionStore
 from lib.studies.unused_files import unused_files
 
@@ -63,7 +64,8 @@ class PartialLabelDatastore(Datastore):
         self._checks = ImageChecks(ledger)
         for tag in (FINAL, DefaultLabelTag.ORIGINAL.value):
             (studies / "labels" / tag).mkdir(parents=True, exist_ok=True)
-        self.annotations = SubmissionStore(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger)
+        ignored = unlabelled_values(studies)
+        self.annotations = SubmissionStore(studies / STATE_FOLDER, studies / "labels" / FINAL, classes, ledger, ignored)
 
     def name(self) -> str:
         return self.studies.name
@@ -109,7 +111,8 @@ class PartialLabelDatastore(Datastore):
             f"{source.name}: images must end in {', '.join(EXTENSIONS)}, and {SEGMENTATION} is no image"
         )
         image_id = _checked_name(image_id or stem, "image")
-        check_image(source, uploaded=True)
+        with as_sent(source):
+            check_image(source, uploaded=True)
         taken = next((known for known in self.list_images() if folded(known) == folded(image_id)), None)
         if taken is not None:
             refuse(f"there is an image {taken!r} already; choose another name or delete it first", 409)
@@ -192,11 +195,13 @@ class PartialLabelDatastore(Datastore):
         if split_name(source.name, labels=True) is None:
             endings = ", ".join(LABEL_EXTENSIONS)
             refuse(f"label for {image_id}: files must end in {endings}, found {source.suffix or 'none'}")
+        SAVED_ANSWER.set(None)
         if tag == FINAL:
-            SAVED_ANSWER.set(self.annotations.save(image_id, image, source, info))
+            with as_sent(source):
+                SAVED_ANSWER.set(self.annotations.save(image_id, image, source, info))
         else:
-            SAVED_ANSWER.set(None)
-            check_label_file(source, image_grid(image, image_id))
+            with as_sent(source):
+                check_label_file(source, image_grid(image, image_id))
             extension = next(e for e in reversed(LABEL_EXTENSIONS) if source.name.endswith(e))
             with atomic_path(self.studies / "labels" / tag / f"{image_id}{extension}") as temporary:
                 shutil.copyfile(source, temporary)

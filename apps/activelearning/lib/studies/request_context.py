@@ -7,9 +7,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
+
+from lib.errors import PatchwiseError
 
 CLIENT: ContextVar[str | None] = ContextVar("client", default=None)
+SENT_FILE: ContextVar[str | None] = ContextVar("sent_file", default=None)
 SAVED_ANSWER: ContextVar[int | None] = ContextVar("saved_answer", default=None)
 
 
@@ -21,3 +27,15 @@ def current_client() -> str | None:
 def saved_answer() -> int | None:
     """Number of the answer that the current request has saved; None where it saved none."""
     return SAVED_ANSWER.get()
+
+
+@contextmanager
+def as_sent(received: Path) -> Iterator[None]:
+    """Refusals inside of the block name the file as the client called it, not the server's temporary copy."""
+    try:
+        yield
+    except PatchwiseError as error:
+        sent = SENT_FILE.get()
+        if sent and error.args:
+            error.args = (str(error).replace(received.name, sent), *error.args[1:])
+        raise

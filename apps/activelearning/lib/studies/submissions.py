@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,23 @@ class SubmissionStore:
         merged: folder of the merged label maps (tag `final`).
         classes: class name -> id.
         ledger: the record.
+        ignored: values of voxels that nobody annotated, beside UNLABELLED, in files without names.
     """
 
-    def __init__(self, state: Path, merged: Path, classes: Mapping[str, int], ledger: QueryLedger) -> None:
+    def __init__(
+        self,
+        state: Path,
+        merged: Path,
+        classes: Mapping[str, int],
+        ledger: QueryLedger,
+        ignored: Collection[int] = (),
+    ) -> None:
         self.state = state
         self.merged = merged
         self.labels = MergedLabels(merged, state / "locks")
         self.classes = classes
         self.ledger = ledger
+        self.ignored = frozenset(ignored)
         self._digests = FileCache[str](ledger, ":label", file_digest, str)
 
     def save(self, image_id: str, image: Path, submitted: Path, info: Mapping[str, Any]) -> int:
@@ -87,7 +96,10 @@ class SubmissionStore:
         label = load_label(submitted, like=grid)
         check_label_info(info.get("label_info"))
         info = _settled(label, info, grid)
-        label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes)
+        try:
+            label_xyz = remap_by_name(label.array_xyz, info.get("label_info"), self.classes, self.ignored)
+        except LabelError as error:
+            raise LabelError(f"{submitted.name}: {error}") from error
         drawn = self._drawn(info)
         if drawn is not None:
             ClasswiseLabels(shape, len(self.classes)).add(label_xyz, [], drawn)
@@ -242,7 +254,7 @@ class SubmissionStore:
         if not path.is_file() or file_digest(path) != answer.raw_sha256:
             raise ImageError(f"{path.name}: the raw file of answer {answer.id} is missing or changed; restore a backup")
         label = load_label(path, _grid_of(answer))
-        return remap_by_name(label.array_xyz, answer.info.get("label_info"), self.classes)
+        return remap_by_name(label.array_xyz, answer.info.get("label_info"), self.classes, self.ignored)
 
     def _agreements(
         self, label_xyz: LabelMap, drawn: Sequence[int] | None, client: str, regions: Sequence[Region]
@@ -302,7 +314,7 @@ class SubmissionStore:
         existing = next((p for p in (self.merged / f"{image_id}{e}" for e in LABEL_EXTENSIONS) if p.is_file()), None)
         if existing is None or self.ledger.answers.last(image_id):
             return
-        load_classes(existing, self.classes, grid)
+        load_classes(existing, self.classes, grid, self.ignored)
         info = _settled(load_label(existing, grid), {"adopted": True}, grid)
         self._record(image_id, existing, info, None, [(None, Region(image_id, (0, 0, 0), grid.shape))])
 

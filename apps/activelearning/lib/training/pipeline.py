@@ -48,7 +48,19 @@ class CaseSet:
 
 @dataclass(frozen=True)
 class Training:
-    """Inputs of one training except its images."""
+    """Everything that fixes one training but its images.
+
+    Args:
+        bundle: the bundle as the plan in force has it.
+        store: where the training is published.
+        classes: class name -> id.
+        recipe: see `Recipe`.
+        spacing: spacing in mm that the network works at; None for the spacing of each image.
+        members: networks of the ensemble.
+        seed, round: of the training.
+        start: digest and members of the training whose weights this one begins with; None for fresh weights.
+        ignored: values of voxels that nobody annotated, beside 255.
+    """
 
     bundle: Bundle
     """Bundle with the present plan."""
@@ -64,7 +76,7 @@ class Training:
     seed: int
     round: int
     start: tuple[str, int] | None = None
-    """Digest and members of the training that provides the initial weights; None for fresh weights."""
+    ignored: frozenset[int] = frozenset()
 
     def build_cases(
         self,
@@ -97,7 +109,8 @@ class Training:
         structures: SmallestStructures,
     ) -> TrainingCase:
         volume, recipe = load_image(image), self.recipe
-        mask_xyz = load_classes(label, self.classes, Grid(volume.shape, volume.affine, name, volume.stated))
+        grid = Grid(volume.shape, volume.affine, name, volume.stated)
+        mask_xyz = load_classes(label, self.classes, grid, self.ignored)
         by_class = classwise(name, volume.shape)
         label_xyz = mask_xyz if by_class is None else by_class.encoded(codes)
         if by_class is None:

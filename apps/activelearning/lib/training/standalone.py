@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +15,15 @@ from typing import Any
 import torch
 
 from lib.models.checkpoints import ModelStore, choose_device
-from lib.models.class_names import resolve_classes
+from lib.models.class_names import resolve_classes, unlabelled_values
 from lib.models.recipe import Bundle
 from lib.options import AppOptions, OptionError
 from lib.planning.plan_store import PlanStore
 from lib.prediction.loading import load_ensemble
 from lib.prediction.segmentation import segment
 from lib.storage.atomic_files import file_digest, text_digest
-from lib.storage.volumes import EXTENSIONS, load_image, save_label
+from lib.storage.dataset_folder import paired_files
+from lib.storage.volumes import load_image, save_label
 from lib.training.ensemble import Layout, train_members
 from lib.training.pipeline import Training
 from lib.training.trainer import Progress
@@ -78,7 +78,8 @@ class FolderTraining:
         spacing = bundle.plan.spacing if bundle.plan else None
         recipe = bundle.recipe(self.recipe)
         store = ModelStore(self.output, bundle.name)
-        training = Training(bundle, store, classes, recipe, spacing, self.members, self.seed, 0)
+        ignored = unlabelled_values(self.dataset)
+        training = Training(bundle, store, classes, recipe, spacing, self.members, self.seed, 0, ignored=ignored)
         data = training.build_cases(images, labels)
         inputs = {name: (file_digest(images[name]), file_digest(path)) for name, path in labels.items()}
         digest = text_digest(bundle.fingerprint(), recipe.model_dump(mode="json"), classes, self.seed, inputs)
@@ -135,26 +136,16 @@ class FolderInference:
 
 
 def listed(folder: Path, section: str) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Images and labels by id that a decathlon-style dataset.json lists under `section`; test images have no labels.
+    """Images and labels by id of a decathlon-style or nnU-Net folder; test images have no labels.
 
     Raises:
         OptionError: no readable dataset.json, or nothing listed.
     """
-    path = folder / "dataset.json"
-    try:
-        entries = json.loads(path.read_text()).get(section, [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise OptionError(f"{path}: not readable as a decathlon-style dataset.json ({error})") from error
-    pairs = [entry if isinstance(entry, dict) else {"image": entry} for entry in entries]
-    images = {_id(pair["image"]): folder / pair["image"] for pair in pairs}
+    images, labels = paired_files(folder, section)
     if not images:
-        raise OptionError(f"{path}: nothing is listed under {section!r}; list images there, or name another section")
-    return images, {_id(pair["image"]): folder / pair["label"] for pair in pairs if "label" in pair}
-
-
-def _id(file: str) -> str:
-    name = Path(file).name
-    return next((name[: -len(end)] for end in EXTENSIONS if name.endswith(end)), name)
+        card = folder / "dataset.json"
+        raise OptionError(f"{card}: nothing is listed under {section!r}; list images there, or name another section")
+    return images, labels
 
 
 def _report(member: int, progress: Progress) -> None:

@@ -34,6 +34,7 @@ from lib.annotator.explanations import Explanations
 from lib.annotator.predicted_regions import PredictedRegions
 from lib.automation import background_tasks
 from lib.automation.auto_rounds import AutoRounds
+from lib.automation.auto_scoring import AutoScoring
 from lib.automation.background_tasks import Failures, Kind, one_at_a_time
 from lib.automation.server_rounds import ServerWork
 from lib.automation.shutdown import end_start, end_tasks_with_server, end_with_server
@@ -118,6 +119,7 @@ class PatchwiseApp(MONAILabelApp):
         self.proposals = PredictedRegions(root / STATE_FOLDER / "proposals", self.cache)
         self.planner = BatchPlanner(self.ledger)
         self.failures = Failures(self.ledger)
+        self.scorings = AutoScoring(self.segmenters, self.store, self.cache, self.options.auto_score)
         self.rounds = self._auto_rounds()
         self._supervise()
         super().__init__(
@@ -186,7 +188,7 @@ class PatchwiseApp(MONAILabelApp):
             self.store.watch()
         # The first query needs the grid of every image, and reading them takes a while.
         threading.Thread(target=self._look_at_pool, name="pool", daemon=True).start()
-        if self.rounds is not None:
+        if self.rounds is not None or self.options.auto_score:
             self.background.start()
 
     def _services(self) -> Services:
@@ -296,9 +298,13 @@ class PatchwiseApp(MONAILabelApp):
         return QueryStrategy(
             name,
             description,
-            ChoiceParts(self.classes, self.options, self.segmenters, self.cache, self.reasons, self.proposals),
+            self._parts(),
             self.planner,
         )
+
+    def _parts(self) -> ChoiceParts:
+        stores = self.cache, self.reasons, self.proposals
+        return ChoiceParts(self.classes, self.options, self.segmenters, *stores, self.scorings.want)
 
     def _in_turn(self, name: str, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """In automatic mode, serve single-region requests from the planned batch, regardless of the client's method.
@@ -349,8 +355,9 @@ class PatchwiseApp(MONAILabelApp):
             self.rounds,
             self.failures,
             background_tasks,
+            lambda: self.scorings.waiting,
         )
-        ticks = [self.rounds.tick] if self.rounds else []
+        ticks = [self.rounds.tick] if self.rounds else [self.scorings.tick]
         self.background = Ticker([*ticks, self.measures.catch_up, self.progress.refresh])
 
     def _run(self, what: Kind, work: Any, request: dict[str, Any]) -> dict[str, Any]:

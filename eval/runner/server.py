@@ -70,7 +70,8 @@ class ServerProcess:
     ) -> None:
         # The server runs in a folder of its own, where relative paths would mean something else.
         self.studies = studies.resolve()
-        self.conf = dict(conf)
+        # A study says itself when the pool is scored.
+        self.conf = {"auto_score": False, **conf}
         self.log = log.resolve()
         self.note = self.log.with_suffix(".pid.json")
         self.threads = threads

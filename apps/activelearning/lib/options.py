@@ -126,6 +126,10 @@ class AppOptions(BaseModel):
         default=0, ge=0, le=64, description="members trained side by side on a device; 0: one per CPU thread, 4 per GPU"
     )
     keep_moments: int = Field(default=1, ge=1, le=1000, description="rounds for which cached moments stay on disk")
+    auto_score: bool = Field(
+        default=True,
+        description="whether the pool is scored by itself after a training, and new images when a query meets them",
+    )
     auto_rounds: bool = Field(
         default=False, description="whether an answered batch starts training, scoring and the choice of the next batch"
     )

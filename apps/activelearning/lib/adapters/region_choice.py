@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -62,6 +62,10 @@ class QueryRequest(BaseModel):
     regions: list[dict[str, Any]] = Field(default_factory=list)
 
 
+def _nobody(bundle: str, method: QueryMethod) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class ChoiceParts:
     """Parts of the app that a choice uses."""
@@ -77,6 +81,8 @@ class ChoiceParts:
     """Store of the pictures and reasons of queries."""
     proposals: PredictedRegions
     """Store of the predicted label maps of queries."""
+    score_missing: Callable[[str, QueryMethod], bool] = _nobody
+    """Start of a scoring for a bundle and a method; returns whether images will be scored."""
 
 
 def no_image(datastore: PartialLabelDatastore) -> str:
@@ -108,6 +114,7 @@ class RegionChoice:
         self.model = self._model()
         self.round = wanted.round if wanted.round is not None else (self.model.round + 1 if self.model else 0)
         self._shown: ModelEvidence | None = None
+        self._unscored: str | None = None
 
     def choose(self, count: int) -> Choice:
         """Return up to `count` regions.
@@ -176,6 +183,8 @@ class RegionChoice:
         if method.unit == "patch" and size is not None and any(pick.size != size for pick in picks):
             clipped = f"patches of {list(size)} voxels were clipped to the size of smaller images"
             note = clipped if note is None else f"{note}; {clipped}"
+        if self._unscored is not None:
+            note = self._unscored if note is None else f"{note}; {self._unscored}"
         return note, [
             Asked(
                 region=Region(pick.image, pick.start, pick.size),
@@ -221,14 +230,28 @@ class RegionChoice:
             refuse('the current model predicts no loss; POST /train with {"learning_loss": 1} and score again', 409)
         spec = spec_of(method)
         digests = datastore.digests(files) if method.posterior else {}
-        missing = parts.cache.missing(model, digests, spec)
+        missing = set(parts.cache.missing(model, digests, spec))
         if missing:
-            refuse(
-                f"{len(missing)} of {len(pool)} images (first: {missing[0]}) have not been scored with the current "
-                f'model and posterior; POST /scoring/predictive_entropy {{"query_method": "{method.name}"}} first',
-                409,
-            )
+            self._note_missing(sorted(missing), len(pool))
+            pool = [image for image in pool if image.id not in missing]
+            digests = {image: digest for image, digest in digests.items() if image not in missing}
         return pool, ModelEvidence(parts.cache, model, spec, digests, self.segmenter, datastore, parts.classes)
+
+    def _note_missing(self, missing: Sequence[str], total: int) -> None:
+        """Have images scored that the model has not seen; the choice goes on among the others.
+
+        Raises:
+            PatchwiseError: 409: no image has been scored.
+        """
+        method, bundle = self.method, self.segmenter.store.bundle
+        at_work = self.parts.score_missing(bundle, method)
+        none = f"{len(missing)} of {total} images (first: {missing[0]}) have not been scored with the current model"
+        if len(missing) == total and at_work:
+            refuse(f"{none} and posterior; they are being scored, so ask again in a minute", 409)
+        if len(missing) == total:
+            wanted = f'POST /scoring/predictive_entropy {{"query_method": "{method.name}"}} first'
+            refuse(f"{none} and posterior; {wanted}", 409)
+        self._unscored = f"{none}, and are left out of this choice" + ("; they are being scored" if at_work else "")
 
     def _refuse_left_out(self) -> None:
         """Refuse a request that names an image which cannot be used, with the sentence about it."""

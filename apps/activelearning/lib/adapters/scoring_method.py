@@ -28,6 +28,9 @@ from lib.studies.datastore import PartialLabelDatastore
 
 logger = logging.getLogger(__name__)
 
+# Mark of a scoring that nobody asked for by hand; one that somebody asks for takes its place.
+AUTOMATIC = "automatic"
+
 
 class MomentsScoring(ScoringMethod):
     """One posterior pass over the pool with the current model; every uncertainty reads its moments afterwards."""
@@ -114,7 +117,7 @@ def _spec(request: dict[str, Any]) -> PosteriorSpec:
 
 def _known(request: dict[str, Any]) -> dict[str, Any]:
     """Parameters of a query that is prepared."""
-    return {k: v for k, v in request.items() if k not in ("method", "query_method", "gpus")}
+    return {k: v for k, v in request.items() if k not in ("method", "query_method", "gpus", AUTOMATIC)}
 
 
 def _log(done: int, total: int) -> None:

@@ -19,12 +19,14 @@ from filelock import FileLock, Timeout
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import tasks
 
+from lib.adapters.scoring_method import AUTOMATIC
 from lib.errors import refuse
 from lib.ledger.queries import QueryLedger
 
 Kind = Literal["train", "scoring"]
 
 UNFINISHED = ("SUBMITTED", "RUNNING")
+_GIVE_WAY_SECONDS = 5.0
 _TIME = "%Y-%m-%d %H:%M:%S"
 _LOG_HEAD = re.compile(r"^(\[[^\]]*\] ?)+(\([^)]*\))?\s*-?\s*")
 _SPOKEN = re.compile(r"refused: (.+)$")
@@ -63,6 +65,18 @@ def is_running(kind: Kind) -> bool:
 def start(kind: Kind, request: Mapping[str, Any]) -> None:
     """Start a run in a child process, as `POST /train` and `POST /scoring` do."""
     AsyncTask.run(kind, request=dict(request), enqueue=True)
+
+
+def give_way(kind: Kind) -> None:
+    """End a run that nobody asked for by hand; its finished images are kept."""
+    end = time.monotonic() + _GIVE_WAY_SECONDS
+    while time.monotonic() < end:
+        running = [task for task in list(tasks(kind)) if task["status"] in UNFINISHED]
+        if not running or not all(task["request"].get(AUTOMATIC) for task in running):
+            return
+        # A run that was only just submitted has no process to end yet.
+        AsyncTask.stop(kind)
+        time.sleep(0.05)
 
 
 def started_at(task: Mapping[str, Any]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
@@ -105,6 +105,7 @@ class Snapshot:
         rounds: Rounds | None,
         failures: Failures,
         tasks: Tasks,
+        unscored: Callable[[], int] = lambda: 0,
     ) -> None:
         self.store = store
         self.ledger = store.ledger
@@ -116,6 +117,7 @@ class Snapshot:
         self.rounds = rounds
         self.failures = failures
         self.tasks = tasks
+        self.unscored = unscored
         self.rules = Rules(options.stop_gain, options.stop_batches)
         self._lock = threading.Lock()
         self._report: tuple[float, dict[str, Any]] = (-np.inf, {})
@@ -256,7 +258,7 @@ class Snapshot:
             if model
             else None,
             "training": {**self.trainer.progress(), "running": True} if training else {"running": False},
-            "scoring": {"running": scoring, "scored": min(done, images), "images": images},
+            "scoring": {"running": scoring, "scored": min(done, images), "images": images, "waiting": self.unscored()},
             "auto_rounds": self.rounds is not None,
             "step": self.rounds.step if self.rounds else None,
         }

@@ -21,7 +21,7 @@ from monailabel.endpoints.infer import ResultType
 from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 
-from lib.automation.background_tasks import Kind, is_running
+from lib.automation.background_tasks import Kind, give_way, is_running
 from lib.automation.shutdown import check_open
 from lib.errors import refuse
 from lib.middleware.request_checks import check_plain_name
@@ -160,6 +160,8 @@ def start_trainings(
 
 def _check_idle(kind: Kind, enqueue: bool) -> None:
     check_open()
+    if kind == "scoring":
+        give_way(kind)
     if not enqueue and is_running(kind):
         what = "training" if kind == "train" else "scoring"
         refuse(f"a {what} is already running; ask again when it has ended, or DELETE /{kind}/ stops it", 429)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.system.files.conftest import save, scan, truth
+from tests.system.files.conftest import BUNDLE, save, scan, truth
 
 
 def until(what, seconds=90):
@@ -30,12 +30,23 @@ def begun(folder, serve, **conf):
     return client
 
 
+def check_session(client):
+    """3D Slicer names its volume, which is no image here, along with the session that holds its scan."""
+    path = client.studies / "s0.nii.gz"
+    made = client.http.put("/session/", files={"files": ("Volume_1.nii.gz", path.read_bytes())})
+    wanted = {"image": "Volume_1", "session_id": made.json()["session_id"], "output": "image"}
+    reply = client.http.post(f"/infer/{BUNDLE}", params=wanted, data={"params": "{}"})
+    assert reply.status_code == 200, reply.text
+    assert client.http.post(f"/infer/{BUNDLE}", params={"image": "Volume_1"}).status_code == 404
+
+
 def images(reply):
     return {region["image"] for region in reply.json()["regions"]}
 
 
 def test_without_it_a_query_goes_on_among_the_scored(tmp_path, serve):
     client = begun(tmp_path / "studies", serve, auto_score=False)
+    check_session(client)
     asked = client.ask("predictive_entropy", batch=2, size=[6, 6, 6])
     assert asked.status_code == 409
     assert "POST /scoring/predictive_entropy" in asked.json()["detail"]

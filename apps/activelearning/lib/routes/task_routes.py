@@ -61,7 +61,8 @@ def infer_routes(services: Services) -> APIRouter:
             refuse("there is no image to run on; name one with image=ID, a session_id, or send a file")
         if label or output == ResultType.dicom_seg:
             refuse("models of this server take no label and answer no DICOM segmentation; leave both out")
-        if image:
+        # 3D Slicer sends the name of its volume along with a session, whose image counts.
+        if image and not session_id:
             services.store.image_path(image)
         if session_id and services.sessions().get_session(session_id) is None:
             refuse(f"there is no session {session_id}; PUT /session/ makes one", 404)

@@ -36,7 +36,12 @@ def _classes(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): v for k, v in value.items()}
     names = _names(value)
-    return {name: i for i, name in enumerate(names, start=1)} if isinstance(names, list) else names
+    if not isinstance(names, list):
+        return names
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise ValueError(f"class {twice!r} is named twice, expected each name once; remove one")
+    return {name: i for i, name in enumerate(names, start=1)}
 
 
 def _object(value: Any) -> Any:

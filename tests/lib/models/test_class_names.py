@@ -10,7 +10,7 @@ import json
 import pytest
 
 from lib.models.class_names import check_same_ids, resolve_classes
-from lib.options import OptionError
+from lib.options import OptionError, parse_options
 
 METADATA = {"network_data_format": {"outputs": {"pred": {"channel_def": {"0": "background", "1": "bundle"}}}}}
 
@@ -38,3 +38,16 @@ def test_a_class_with_answers_keeps_its_id():
         check_same_ids({"posterior": 1, "anterior": 2}, known)
     with pytest.raises(OptionError, match="there is no posterior"):
         check_same_ids({"anterior": 1}, known)
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ("background,a", "background is no class, and takes an id of one; leave it out"),
+        ("a,ignore,b", "ignore is no class, and takes an id of one; leave it out"),
+        ("a,b,a", "class 'a' is named twice, expected each name once; remove one"),
+    ],
+)
+def test_names_that_are_no_classes_are_named(tmp_path, labels, sentence):
+    with pytest.raises(OptionError, match=sentence):
+        resolve_classes(parse_options({"labels": labels}).labels, tmp_path, {})

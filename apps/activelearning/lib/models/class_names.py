@@ -87,6 +87,9 @@ def _checked(labels: Mapping[str, int], source: str) -> dict[str, int]:
         classes = {name: int(value) for name, value in labels.items() if name.lower() not in _HELPERS}
     except (TypeError, ValueError):
         raise OptionError(f"{source}: class ids must be whole numbers, found {dict(labels)}") from None
+    helpers = sorted(name for name in labels if name not in classes and labels[name] != 0)
+    if classes and helpers and sorted(classes.values())[-1] > len(classes):
+        raise OptionError(f"{source}: {', '.join(helpers)} is no class, and takes an id of one; leave it out")
     if sorted(classes.values()) != list(range(1, len(classes) + 1)) or not classes:
         raise OptionError(f"{source}: class ids must be 1, 2, ..., one per class, found {classes}")
     return dict(sorted(classes.items(), key=lambda item: item[1]))

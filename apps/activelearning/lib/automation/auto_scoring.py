@@ -22,6 +22,8 @@ from lib.querying.methods import QueryMethod
 from lib.querying.registry import REGISTRY
 from lib.studies.datastore import PartialLabelDatastore
 
+_PAUSE_SECONDS = 10.0
+
 
 class AutoScoring:
     """Looks for images without scores while no training or scoring runs, and starts one scoring at a time.
@@ -66,6 +68,9 @@ class AutoScoring:
     def tick(self) -> None:
         """Start a scoring where one is missing and no other work is going on."""
         if not self.enabled or background_tasks.is_running("train") or background_tasks.is_running("scoring"):
+            return
+        if background_tasks.was_stopped("scoring", _PAUSE_SECONDS):
+            # A scoring that was asked for by hand is about to take the place of the one that gave way.
             return
         with self._lock:
             wanted = {**{(bundle, DEEP_ENSEMBLE): {} for bundle in self.segmenters}, **self._wanted}

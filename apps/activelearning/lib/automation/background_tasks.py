@@ -26,7 +26,7 @@ from lib.ledger.queries import QueryLedger
 Kind = Literal["train", "scoring"]
 
 UNFINISHED = ("SUBMITTED", "RUNNING")
-_GIVE_WAY_SECONDS = 5.0
+_GIVE_WAY_SECONDS = 15.0
 _TIME = "%Y-%m-%d %H:%M:%S"
 _LOG_HEAD = re.compile(r"^(\[[^\]]*\] ?)+(\([^)]*\))?\s*-?\s*")
 _SPOKEN = re.compile(r"refused: (.+)$")
@@ -77,6 +77,14 @@ def give_way(kind: Kind) -> None:
         # A run that was only just submitted has no process to end yet.
         AsyncTask.stop(kind)
         time.sleep(0.05)
+
+
+def was_stopped(kind: Kind, seconds: float) -> bool:
+    """Return whether the newest run was stopped less than `seconds` ago."""
+    task = last(kind)
+    if task is None or task["status"] != "STOPPED" or "end_ts" not in task:
+        return False
+    return time.time() - datetime.strptime(task["end_ts"], _TIME).timestamp() < seconds
 
 
 def started_at(task: Mapping[str, Any]) -> float:

@@ -54,7 +54,7 @@ def test_info_lists_what_clients_read(client: Client) -> None:
     assert list(info["models"]) == ["query_region", BUNDLE]
     assert "anterior" in info["models"]["query_region"]["labels"]
     assert info["models"][BUNDLE]["labels"] == {"anterior": 1, "posterior": 2}
-    assert info["patchwise"]["options"]["members"] == {"value": 2, "description": "ensemble members a training makes"}
+    assert info["patchwise"]["options"]["members"] == {"value": 2, "description": "ensemble members per training"}
     assert info["datastore"]["total"] == 6
     assert "random" in info["strategies"]
 

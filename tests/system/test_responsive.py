@@ -83,7 +83,7 @@ def test_clients_that_ask_at_once_get_regions_of_their_own(client: Client) -> No
     assert len({region["query"] for region in got}) == 15
 
 
-@pytest.mark.slow
+# The tests below ask for what this one scores.
 def test_a_scoring_prepares_the_first_queries(client: Client, studies: Path) -> None:
     assert client.train(members=1, steps=5, patch=[16, 16, 16])["status"] == "DONE"
     scored = client.http.post("/scoring/predictive_entropy", params={"run_sync": "true"}, json={}).json()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.regions import boxes_overlap
-from lib.selectors.greedy import best_boxes, best_boxes_over
+from lib.selectors.greedy import best_boxes
 
 ONE = (1, 1, 1)
 
@@ -96,17 +96,6 @@ def test_the_floor_ends_the_search_and_the_grid_is_left_alone() -> None:
     grid = np.array([3.0, 1.0, 2.0]).reshape(3, 1, 1)
     assert best_boxes(grid, ONE, floor=2.0) == [((0, 0, 0), 3.0)]
     np.testing.assert_array_equal(grid.ravel(), [3, 1, 2])
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 12))
-def test_several_images_at_once_are_the_merge_of_each(seed: int, images: int, limit: int) -> None:
-    rng = np.random.default_rng(seed)
-    grids = [rng.integers(0, 6, (4, 5, 3)).astype(float) for _ in range(images)]
-    taken = [[((int(rng.integers(4)), 0, 0), (2, 2, 2))] for _ in range(images)]
-    each = [(i, s, v) for i in range(images) for s, v in best_boxes(grids[i], (2, 2, 2), ONE, taken[i])]
-    merged = sorted(each, key=lambda item: -item[2])[:limit]
-    assert best_boxes_over(grids, (2, 2, 2), ONE, taken, limit) == merged
 
 
 def test_saturated_background_is_never_first() -> None:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -97,28 +96,4 @@ def best_boxes(
         if best is None or (floor is not None and best[1] <= floor):
             break
         found.append(best)
-    return found
-
-
-def best_boxes_over(
-    grids: Sequence[NDArray[np.floating[Any]]],
-    size: Sequence[int],
-    stride: Sequence[int],
-    taken: Sequence[Iterable[Box]],
-    limit: int,
-) -> list[tuple[int, Triple, float]]:
-    """Best boxes over several images held in memory: (image index, start, score), best first.
-
-    An image is searched again only when its last box was picked; ties go to the lower image index, then flat index.
-    """
-    queues = [BoxQueue(g, size, stride, t) for g, t in zip(grids, taken, strict=True)]
-    heap = [(-best[1], i, best[0]) for i, q in enumerate(queues) if (best := q.pop()) is not None]
-    heapq.heapify(heap)
-    found: list[tuple[int, Triple, float]] = []
-    while heap and len(found) < limit:
-        score, i, start = heapq.heappop(heap)
-        found.append((i, start, -score))
-        following = queues[i].pop()
-        if following is not None:
-            heapq.heappush(heap, (-following[1], i, following[0]))
     return found

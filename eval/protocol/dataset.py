@@ -32,7 +32,7 @@ ROUNDING = 2e-5
 class Case:
     """One scan with its ground truth; `id` is the file name without extension, as MONAI Label names images.
 
-    `ignored` is the value of voxels that nobody annotated, nnU-Net's `ignore`.
+    `ignored` is the value of voxels without annotation, nnU-Net's `ignore`.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Dataset:
 class Scan:
     """Arrays of one case: `label_xyz` and the geometry both files share; spacing in mm.
 
-    Voxels that nobody annotated are UNLABELLED.
+    Voxels without annotation are UNLABELLED.
     """
 
     label_xyz: NDArray[np.uint8]

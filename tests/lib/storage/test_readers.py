@@ -241,3 +241,31 @@ def test_meta_image_headers_are_checked(tmp_path, old, new, said):
     path.write_bytes(content.replace(old, new))
     with pytest.raises(ImageError, match=f"a.mha: .*{said}"):
         load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        (
+            "odd.nrrd",
+            b"NRRD0005\ntype: float\ndimension: 3\nsizes: 2 2 2\nspace: left-posterior-inferior\nencoding: raw\n\n"
+            + bytes(32),
+            'couldn\'t parse space "left-posterior-inferior"',
+        ),
+        (
+            "odd.mha",
+            b"ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_FOO\nElementDataFile = LOCAL\n"
+            + bytes(32),
+            "'MET_FOO'",
+        ),
+    ],
+)
+def test_a_refusal_holds_the_cause_and_no_place_in_the_source_of_itk(tmp_path, name, content, cause):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError) as refused:
+        load_image(tmp_path / name)
+    message = str(refused.value)
+    assert message.startswith(f"{name}: ")
+    assert "::ERROR" not in message
+    assert "/" not in message
+    assert cause in message

@@ -3,7 +3,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Refusals name the file as it was sent, and voxels that nobody annotated stay unlabelled."""
+"""Refusals name the file as it was sent, and voxels without annotation stay unlabelled."""
 
 from __future__ import annotations
 

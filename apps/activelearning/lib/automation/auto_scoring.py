@@ -28,8 +28,8 @@ _PAUSE_SECONDS = 10.0
 class AutoScoring:
     """Looks for images without scores while no training or scoring runs, and starts one scoring at a time.
 
-    After a training the deep ensemble is scored; other posteriors once a query has asked for them. What a scoring has
-    tried in vain is not tried again before the model or the image changes.
+    After a training the deep ensemble is scored; other posteriors once a query has asked for them. An image
+    that a scoring failed on is tried again once the model or the image changes.
 
     Args:
         segmenters: by bundle name, with the store of its trainings.

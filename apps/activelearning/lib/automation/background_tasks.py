@@ -68,7 +68,7 @@ def start(kind: Kind, request: Mapping[str, Any]) -> None:
 
 
 def give_way(kind: Kind) -> None:
-    """End a run that nobody asked for by hand; its finished images are kept."""
+    """End an automatic run; its finished images are kept."""
     end = time.monotonic() + _GIVE_WAY_SECONDS
     while time.monotonic() < end:
         running = [task for task in list(tasks(kind)) if task["status"] in UNFINISHED]

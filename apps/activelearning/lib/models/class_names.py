@@ -40,7 +40,7 @@ def resolve_classes(
 
 
 def unlabelled_values(studies: Path) -> frozenset[int]:
-    """Values that a folder's dataset.json gives to voxels which nobody annotated, as nnU-Net's `ignore`.
+    """Values that a folder's dataset.json gives to voxels without annotation, as nnU-Net's `ignore`.
 
     Raises:
         OptionError: a dataset.json that cannot be read.

@@ -58,7 +58,7 @@ def cleaned(background: BackgroundTasks) -> Iterator[None]:
 
 
 def sent_name(file: UploadFile) -> str | None:
-    """Name of an upload as its client calls it, cut to what a sentence can hold."""
+    """Name of an upload as its client calls it, at most 80 characters."""
     return Path(file.filename or "").name[:80] or None
 
 

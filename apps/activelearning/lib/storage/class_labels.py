@@ -22,7 +22,7 @@ def load_classes(
     Args:
         path, like: as of `load_label`.
         classes: class name -> id.
-        ignored: values of voxels that nobody annotated, beside UNLABELLED.
+        ignored: values of voxels without annotation, beside UNLABELLED.
 
     Raises:
         ImageError: as `load_label`.

@@ -26,7 +26,7 @@ def paired_files(
     """Images by id, and the labels of those that have one.
 
     The list of dataset.json counts. Without one, as in nnU-Net's folders, files are paired by name: the channel suffix
-    of an image is no part of its label's name. The id of an image is its file name without extension.
+    of an image is not part of its label's name. The id of an image is its file name without extension.
 
     Args:
         folder: with dataset.json, imagesTr and labelsTr.

@@ -45,6 +45,8 @@ from lib.storage.volume_headers import (
 MOST_SHEAR = 1e-4
 _RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _VOXELS_AT = 352
+# Where an error was raised, as ITK, SimpleITK and nrrdio put it before the cause.
+_PLACE = re.compile(r"^(?:\[nrrd\] \w+: |s?itk::ERROR: (?:\w+\(0x[0-9a-f]+\): )?)+")
 _NIFTI2_HEADER_BYTES = 540
 
 
@@ -127,7 +129,7 @@ def _nifti_affine(path: Path, header: Any) -> NDArray[np.float64]:
                 "resample the volume to right angles and save it again"
             ) from error
         raise ImageError(
-            f"{path.name}: its header gives the voxels no size or place ({one_line(error)}); repair the header"
+            f"{path.name}: its header gives the voxels no size or place ({_reason(error)}); repair the header"
         ) from error
 
 
@@ -142,7 +144,7 @@ def _open_with_itk(path: Path) -> Opened:
             image = reader.Execute()
         voxels = _itk().GetArrayFromImage(image)
     except Exception as error:
-        raise ImageError(f"{path.name}: not readable as an image ({one_line(error)}); replace the file") from error
+        raise ImageError(f"{path.name}: not readable as an image ({_reason(error)}); replace the file") from error
     axes = image.GetDimension()
     voxels = np.moveaxis(voxels, range(axes), range(axes)[::-1])
     affine = _affine(reader)
@@ -178,6 +180,13 @@ def _information(path: Path) -> Any:
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     return reader
+
+
+def _reason(error: Exception) -> str:
+    """Return the last line of an error of ITK, where the cause stands, without source files, addresses and paths."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = _PLACE.sub("", lines[-1]) if lines else ""
+    return one_line(ValueError(re.sub(r"\S*/", "", cause))) if cause else type(error).__name__
 
 
 def _affine(reader: Any) -> NDArray[np.float64]:

@@ -325,7 +325,7 @@ class PartialLabelDatastore(Datastore):
         self._checks.note(image, file, sentence)
 
     def unused(self) -> dict[str, str]:
-        """Sentence about every file and folder that is no image, by name; the log has each once."""
+        """Sentence about every file and folder that is not an image, by name; the log has each once."""
         found = unused_files(self.studies)
         for sentence in found.values():
             self._checks.log_once(sentence)

@@ -87,6 +87,6 @@ class MergedLabels:
         return hashlib.sha256(content).hexdigest()
 
     def remove(self, image: str) -> None:
-        """Takes the label away, whatever its format."""
+        """Remove the label in every format."""
         for extension in LABEL_EXTENSIONS:
             (self.folder / f"{image}{extension}").unlink(missing_ok=True)

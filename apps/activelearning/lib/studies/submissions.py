@@ -61,7 +61,7 @@ class SubmissionStore:
         merged: folder of the merged label maps (tag `final`).
         classes: class name -> id.
         ledger: the record.
-        ignored: values of voxels that nobody annotated, beside UNLABELLED, in files without names.
+        ignored: values of voxels without annotation, beside UNLABELLED, in files without names.
     """
 
     def __init__(

@@ -48,19 +48,7 @@ class CaseSet:
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that fixes one training but its images.
-
-    Args:
-        bundle: the bundle as the plan in force has it.
-        store: where the training is published.
-        classes: class name -> id.
-        recipe: see `Recipe`.
-        spacing: spacing in mm that the network works at; None for the spacing of each image.
-        members: networks of the ensemble.
-        seed, round: of the training.
-        start: digest and members of the training whose weights this one begins with; None for fresh weights.
-        ignored: values of voxels that nobody annotated, beside 255.
-    """
+    """Everything that fixes one training but its images."""
 
     bundle: Bundle
     """Bundle with the present plan."""
@@ -76,7 +64,9 @@ class Training:
     seed: int
     round: int
     start: tuple[str, int] | None = None
+    """Digest and members of the training whose weights this one begins with; None for fresh weights."""
     ignored: frozenset[int] = frozenset()
+    """Values of voxels without annotation, beside 255."""
 
     def build_cases(
         self,

@@ -107,9 +107,13 @@ def _report_on(folders: Sequence[Path], pictures: bool, deidentify: bool = False
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.studies is not None:
+        return _export_studies(options)
     from eval.reporting.deidentify import hidden_of
     from eval.reporting.exchange import write_loops, write_nnunet
 
+    if options.folder is None or options.method is None or options.seed is None:
+        raise RefereeError("export needs the folder of a run with --method and --seed, or --studies DIR of a project")
     if options.nnactive is None and options.nnunet is None:
         raise RefereeError("export needs --nnactive FOLDER or --nnunet FOLDER, where to write to")
     names = hidden_of(options.folder).names if options.deidentify else None
@@ -119,6 +123,18 @@ def _export(options: argparse.Namespace) -> None:
     if options.nnunet is not None:
         written = write_nnunet(options.folder, options.method, options.seed, options.round, options.nnunet, names)
         sys.stdout.write(f"nnU-Net dataset: {written}\n")
+
+
+def _export_studies(options: argparse.Namespace) -> None:
+    from eval.app_tools.export_studies import export_studies
+
+    of_runs = {"folder": "the folder of a run", "method": "--method", "seed": "--seed", "nnactive": "--nnactive"}
+    given = [text for name, text in of_runs.items() if getattr(options, name) is not None]
+    if given or options.nnunet is None:
+        found = f"found {given[0]}; leave it out" if given else "found no --nnunet"
+        raise RefereeError(f"export --studies needs --nnunet FOLDER and no part of a run: {found}")
+    card = export_studies(options.studies, options.nnunet, options.deidentify)
+    sys.stdout.write(f"nnU-Net dataset of {card['numTraining']} images: {options.nnunet}\n")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -228,10 +244,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--deidentify", action="store_true", help="into DIR/deidentified: case_001, ... for images, no paths or hosts"
     )
-    export = add("export", _export, "write the queried regions of a method in the formats of other tools")
-    export.add_argument("folder", type=Path)
-    export.add_argument("--method", required=True)
-    export.add_argument("--seed", type=int, required=True)
+    export = add("export", _export, "write the labels of a project, or the regions of a run, for other tools")
+    export.add_argument("folder", type=Path, nargs="?", help="a run; with --method and --seed")
+    export.add_argument("--studies", type=Path, metavar="DIR", help="a project instead of a run; with --nnunet")
+    export.add_argument("--method")
+    export.add_argument("--seed", type=int)
     export.add_argument("--round", type=int, default=10_000, help="annotated up to this round; default: all")
     export.add_argument("--nnactive", type=Path, metavar="FOLDER", help="loop_XXX.json of every round")
     export.add_argument("--nnunet", type=Path, metavar="FOLDER", help="annotated pool with its ignore label")

@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,14 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.app_path import add_app
-from eval.errors import RefereeError
+from eval.app_tools.project import LEDGER, open_annotations
 
 if TYPE_CHECKING:
     from lib.ledger.records import Answer
     from lib.studies.submissions import SubmissionStore
-
-LEDGER = Path(".patchwise") / "ledger.sqlite"
 
 
 @dataclass
@@ -58,43 +53,10 @@ def audit(studies: Path, verified: dict[str, tuple[Any, ...]] | None = None) -> 
     Raises:
         RefereeError: no such folder, no ledger in it, or one that cannot be read.
     """
-    path = studies / LEDGER
-    if not path.is_file():
-        raise RefereeError(f"{studies}: no {LEDGER} there; name the studies folder that the server runs on")
-    add_app()
-    from lib.ledger.queries import QueryLedger
-    from lib.ledger.store import LedgerError
-    from lib.studies.submissions import SubmissionStore
-
     found = Audit(str(studies))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            ledger = QueryLedger(copy_ledger(path, Path(folder) / "ledger.sqlite"))
-            classes = ledger.get_meta("classes") or _from_dataset(studies)
-            annotations = SubmissionStore(studies / LEDGER.parent, studies / "labels" / "final", classes, ledger)
-            _check_all(found, studies, annotations, {} if verified is None else verified)
-        except (LedgerError, sqlite3.DatabaseError) as error:
-            raise RefereeError(f"{path}: {error}") from error
+    with open_annotations(studies) as annotations:
+        _check_all(found, studies, annotations, {} if verified is None else verified)
     return found
-
-
-def copy_ledger(source: Path, target: Path) -> Path:
-    """A consistent copy of the ledger, also while a server writes to it; opening it may migrate it."""
-    with sqlite3.connect(source) as one, sqlite3.connect(target) as other:
-        one.backup(other)
-    one.close()
-    other.close()
-    return target
-
-
-def _from_dataset(studies: Path) -> dict[str, int]:
-    from lib.models.class_names import resolve_classes
-    from lib.options import OptionError
-
-    try:
-        return resolve_classes({}, studies, {})
-    except OptionError as error:
-        raise RefereeError(f"{error}; or start the server once, which notes its class names") from error
 
 
 def _check_all(found: Audit, studies: Path, annotations: SubmissionStore, verified: dict[str, tuple[Any, ...]]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.app_path import add_app
-from eval.app_tools.audit import LEDGER, copy_ledger
+from eval.app_tools.project import LEDGER, copy_ledger
 from eval.errors import RefereeError
 
 # The server creates them again: moments by scoring, locks at once.

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from eval.app_path import add_app
-from eval.app_tools.audit import LEDGER, audit, copy_ledger
+from eval.app_tools.audit import audit
 from eval.app_tools.finding import Finding
+from eval.app_tools.project import LEDGER, copy_ledger
 from eval.errors import RefereeError
 
 _GIB = 2**30

@@ -14,8 +14,9 @@ import pytest
 
 from eval.__main__ import main
 from eval.app_tools import backup as backup_module
-from eval.app_tools.audit import audit, copy_ledger
+from eval.app_tools.audit import audit
 from eval.app_tools.backup import backup
+from eval.app_tools.project import copy_ledger
 from eval.errors import RefereeError
 from lib.ledger.journal import Journal
 from lib.ledger.queries import QueryLedger

@@ -18,9 +18,9 @@ import pytest
 
 from eval.__main__ import main
 from eval.app_tools import doctor
-from eval.app_tools.audit import LEDGER
 from eval.app_tools.doctor import findings
 from eval.app_tools.doctor_studies import studies_findings
+from eval.app_tools.project import LEDGER
 from lib.ledger.schema import SCHEMA_VERSION
 from lib.models.plan_files import write_plan
 from lib.planning.fingerprint_reader import take_fingerprint

@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true")
     plan = add("plan", _plan, "plan spacing, crops, network and normalisation for a folder of scans")
     plan.add_argument("folder", type=Path)
-    plan.add_argument("--bundle", default="segmentation_dynunet_3d", metavar="NAME")
+    plan.add_argument("--bundle", default="auto", metavar="NAME", help="default: the one that suits the images")
     plan.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     plan.add_argument("--memory", type=_gib, metavar="GIB", help="memory of a training step; default: measured")
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan as YAML, for --conf plan FILE")

@@ -51,9 +51,8 @@ from lib.models.checkpoints import ModelStore
 from lib.models.class_names import check_same_ids, resolve_classes
 from lib.models.plan import Plan
 from lib.models.precision import check_device
-from lib.models.recipe import Bundle
-from lib.models.trusted_bundles import trusted_bundle
 from lib.options import AppOptions, OptionError, describe_options, parse_options
+from lib.planning.bundle_choice import load_bundles
 from lib.prediction.moments_cache import MomentsCache
 from lib.querying.methods import listed, resolve
 from lib.querying.registry import REGISTRY
@@ -61,6 +60,7 @@ from lib.routes.install import install
 from lib.routes.services import Services
 from lib.storage.folder_lock import hold_folder
 from lib.studies.datastore import STATE_FOLDER, PartialLabelDatastore
+from lib.studies.folder_listing import FolderListing
 from lib.studies.request_context import saved_answer
 from lib.studies.startup_repair import repair_studies
 from lib.uncertainty import SCORE_MAPS
@@ -87,11 +87,12 @@ class PatchwiseApp(MONAILabelApp):
         root = _root(studies, self.options)
         folder = self.options.bundles or BUNDLES
         written = [root, Path(settings.MONAI_LABEL_SESSION_PATH or Path.home() / ".cache" / "monailabel")]
-        self.bundles = {name: Bundle(trusted_bundle(folder, name, written)) for name in self.options.models}
+        state = root / STATE_FOLDER
+        images = FolderListing(root).paths()
+        self.bundles, self.chosen = load_bundles(self.options, folder, images, state / "models", written)
         first = next(iter(self.bundles.values()))
         self.classes = resolve_classes(self.options.labels, root, first.metadata)
         self.listed_methods = listed(self.options.methods)
-        state = root / STATE_FOLDER
         self.segmenters = {
             name: SegmentationTask(bundle, ModelStore(state / "models", name), self.classes, self.options)
             for name, bundle in self.bundles.items()
@@ -214,6 +215,7 @@ class PatchwiseApp(MONAILabelApp):
         meta["patchwise"] = {
             "labels": self.classes,
             "options": describe_options(self.options),
+            "chosen": self.chosen,
             "model": model.facts.model_dump(mode="json") if model else None,
             "methods": {name: {"posterior": m.posterior, "unit": m.unit} for name, m in REGISTRY.items()},
             "queries": self.ledger.counts(),

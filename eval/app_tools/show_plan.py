@@ -30,6 +30,7 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     from lib.models.class_names import resolve_classes, unlabelled_values
     from lib.models.plan_files import write_plan
     from lib.models.recipe import Bundle
+    from lib.planning.bundle_choice import AUTO, choose_bundle
     from lib.planning.fingerprint_reader import declared_modality, take_fingerprint
     from lib.planning.memory_budget import measure_budget
     from lib.planning.planner import make_plan, names_sides
@@ -43,6 +44,7 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
             raise RefereeError("this machine has no GPU to measure; give --memory GIB, or --device cpu")
     try:
         images, labels, unused = _files(folder)
+        bundle, why = choose_bundle(images, folder / ".patchwise" / "models") if bundle == AUTO else (bundle, "")
         recipe = Bundle(BUNDLES / bundle)
         pool = take_fingerprint(images, labels, declared_modality(folder), unlabelled_values(folder))
         names = resolve_classes(None, folder, {}) if (folder / "dataset.json").is_file() else {}
@@ -54,7 +56,8 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
         raise RefereeError(str(error)) from error
     except OSError as error:
         raise RefereeError(f"{out}: the plan cannot be written there ({error.strerror})") from error
-    rows = [*pool.rows(), *(("left out", sentence) for sentence in unused)]
+    chosen = [("bundle", f"{bundle}{why and f' ({why})'}")]
+    rows = [*pool.rows(), *chosen, *(("left out", sentence) for sentence in unused)]
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", plan.table()])
 

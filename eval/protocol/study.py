@@ -21,6 +21,7 @@ from eval.protocol.annotator_profiles import Oracle
 from eval.protocol.dataset import Case, Dataset
 from eval.protocol.dataset import split_by_hash as hash_split
 
+AUTO = "auto"  # the bundle that the server takes for the pool
 FULL_DATA = "full_data"  # the cell that learns from every label of the pool
 
 
@@ -111,7 +112,7 @@ class Study(_Part):
     about: str = ""
     data: Path
     split: Split
-    bundle: str
+    bundle: str = AUTO
     unit: Literal["patch", "slice", "volume"] = "patch"
     size: tuple[int, int, int] | None = None
     starting_budget: StartingBudget | None = None

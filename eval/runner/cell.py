@@ -29,7 +29,7 @@ from eval.protocol.annotator_profiles import answers
 from eval.protocol.dataset import UNLABELLED, Case, Dataset, Scan, content_digest, load_truth
 from eval.protocol.guards import check_no_test_image
 from eval.protocol.oracle import child_rng, count_voxels, draw_hints, region_slices, to_nifti
-from eval.protocol.study import Method, Study
+from eval.protocol.study import AUTO, Method, Study
 from eval.records.rows import case_rows
 from eval.records.state import STEPS, State
 from eval.runner.client import LabelClient
@@ -87,6 +87,8 @@ class Cell:
         self.state = State(folder / "state.json")
         self.server: ServerProcess | None = None
         self.rounds = material.study.rounds
+        # Of a study with `auto`, known once the server runs.
+        self.bundle = material.study.bundle
         self._by_id = {case.id: case for case in material.pool}
 
     @property
@@ -154,7 +156,7 @@ class Cell:
         """Moments of the pool under the model of the round before; round 0 has no model."""
         if round_ == 0 or not self._needs_scores(client):
             return {}
-        request = {"model": self.study.bundle, "round": round_, "seed": self.seed, "query_method": self.method.name}
+        request = {"model": self.bundle, "round": round_, "seed": self.seed, "query_method": self.method.name}
         client.score(self.study.uncertainty, {**request, **self.method.options, **self.study.score})
         return {}
 
@@ -177,7 +179,7 @@ class Cell:
             "seed": self.seed,
             "round": round_,
             "rounds": self.study.rounds,
-            "model": self.study.bundle,
+            "model": self.bundle,
             "request_id": f"{self.method.label}/{self.seed}/{round_}",
             **self.study.query,
             **method.options,
@@ -267,10 +269,10 @@ class Cell:
     def _train(self, client: LabelClient, round_: int) -> dict[str, Any]:
         def watch() -> None:
             self._watch()
-            self.notice(self, f"round {round_} train{_progress(client.info(), self.study.bundle)}")
+            self.notice(self, f"round {round_} train{_progress(client.info(), self.bundle)}")
 
-        start = SharedStart(self.folder, self.seed, self.study.bundle) if round_ == 0 and self.server else None
-        client.train(self.study.bundle, {**self.study.train, "seed": self.seed, "round": round_}, watch)
+        start = SharedStart(self.folder, self.seed, self.bundle) if round_ == 0 and self.server else None
+        client.train(self.bundle, {**self.study.train, "seed": self.seed, "round": round_}, watch)
         said = client.info().get("patchwise") or {}
         shared = start is not None and start.keep(str((said.get("model") or {}).get("digest", "")))
         told = {"model": said.get("model"), "options": said.get("options"), "agreement": said.get("agreement")}
@@ -284,7 +286,7 @@ class Cell:
             if case.id not in sessions or not client.has_session(sessions[case.id]):
                 sessions[case.id] = client.open_session(case.image)
                 self.state.save()
-            predicted_xyz, affine = client.infer(self.study.bundle, sessions[case.id])
+            predicted_xyz, affine = client.infer(self.bundle, sessions[case.id])
             truth = load_truth(case)
             if predicted_xyz.shape != truth.label_xyz.shape or not np.allclose(affine, truth.affine, atol=1e-3):
                 raise RefereeError(
@@ -346,9 +348,12 @@ class Cell:
         Raises:
             RefereeError: another bundle, an image missing, or a test case where it could be learnt from.
         """
-        models = client.info().get("models", {})
-        if self.study.bundle not in models:
-            raise RefereeError(f"the server has no bundle {self.study.bundle}; it offers {', '.join(sorted(models))}")
+        info = client.info()
+        models = info.get("models", {})
+        if self.study.bundle == AUTO:
+            self.bundle = next(iter(info.get("trainers", {})), AUTO)
+        if self.bundle not in models:
+            raise RefereeError(f"the server has no bundle {self.bundle}; it offers {', '.join(sorted(models))}")
         held = client.images()
         missing = sorted(self._by_id.keys() - held)
         if missing:

@@ -73,7 +73,7 @@ class StandIn:
         def info():
             methods = {"random": {"posterior": None}, "power_pe": {"posterior": "ensemble"}}
             model = {"digest": str(len(self.memory["answered"]))}
-            return {"models": {"net": {}}, "patchwise": {"model": model, "methods": methods}}
+            return {"models": {"net": {}}, "trainers": {"net": {}}, "patchwise": {"model": model, "methods": methods}}
 
         @app.get("/datastore/")
         def datastore():
@@ -86,6 +86,7 @@ class StandIn:
         @app.post("/train/{model}")
         def train(model: str, request: dict):
             self._count("train")
+            assert model == "net"
             self.tasks.append({"id": str(uuid.uuid4()), "status": "DONE", "request": request})
             return {**self.tasks[-1], "status": "RUNNING"}
 

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from eval.runner.server import free_port
@@ -28,7 +30,8 @@ def start(studies: Path, *conf: str, **env: str) -> subprocess.CompletedProcess[
     code = (
         "import sys; from monailabel.interfaces.utils.app import app_instance;"
         f"app = app_instance({str(APP)!r}, {str(studies)!r}, dict(zip(sys.argv[1::2], sys.argv[2::2])));"
-        "print(sorted(app.info()['models']), 'torchvision' in sys.modules, app._auto_update_scoring)"
+        "print(sorted(app.info()['models']), 'torchvision' in sys.modules, app._auto_update_scoring);"
+        "print(list(app.info()['patchwise']['chosen'].values()))"
     )
     path = os.pathsep.join(filter(None, [env.pop("PATHS", ""), str(APP)]))
     return subprocess.run(
@@ -51,7 +54,19 @@ def test_the_app_loads_where_torchvision_is_broken_and_starts_no_scoring(tmp_pat
     env = {"PATHS": str(broken.parent), "MONAI_LABEL_AUTO_UPDATE_SCORING": "true"}
     done = start(tmp_path / "studies", "models", BUNDLE, **env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1] == f"['query_region', '{BUNDLE}'] False False"
+    assert done.stdout.strip().splitlines()[-2:] == [f"['query_region', '{BUNDLE}'] False False", "['as asked for']"]
+
+
+@pytest.mark.slow
+def test_the_app_takes_the_bundle_that_suits_the_images(tmp_path: Path) -> None:
+    (tmp_path / "thick").mkdir()
+    for name in "ab":
+        image = nib.Nifti1Image(np.zeros((40, 40, 9), np.int16), np.diag([1, 1, 7, 1]))
+        nib.save(image, tmp_path / "thick" / f"{name}.nii.gz")
+    done = start(tmp_path / "thick", "labels", "organ")
+    loaded, why = done.stdout.strip().splitlines()[-2:]
+    assert loaded == "['query_region', 'segmentation_dynunet_2d'] False False"
+    assert "slices are 7.0 times as far apart as their voxels, and the median image has 9 of them" in why
 
 
 def refused(studies: Path, *conf: str) -> SystemExit:

@@ -63,7 +63,9 @@ class AppOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: Annotated[list[str], BeforeValidator(_names)] = Field(
-        default=["segmentation_dynunet_3d"], min_length=1, description="network recipes (folders of `bundles`) to load"
+        default=["auto"],
+        min_length=1,
+        description="network recipes (folders of `bundles`) to load; 'auto' takes the one that suits the images",
     )
     bundles: Path | None = Field(default=None, description="folder of the bundles; default: `bundles` of this project")
     labels: Annotated[dict[str, int] | None, BeforeValidator(_classes)] = Field(

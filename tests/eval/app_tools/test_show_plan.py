@@ -36,7 +36,7 @@ def test_a_plan_is_printed_and_written(folder, tmp_path, capsys):
 
 
 def test_class_names_decide_about_mirror_images(folder, tmp_path, capsys):
-    image = nib.Nifti1Image(np.random.default_rng(0).normal(size=(120, 110, 100)).astype(np.float32), np.eye(4))
+    image = nib.Nifti1Image(np.random.default_rng(0).normal(size=(160, 150, 140)).astype(np.float32), np.eye(4))
     for path in (folder / "imagesTr").iterdir():
         nib.save(image, path)
     out = tmp_path / "plan.yaml"

@@ -299,7 +299,12 @@ def test_unknown_entry(capsys, tmp_path, write_study):
 
 
 def test_missing_entry(capsys, tmp_path, write_study):
-    assert "bundle is missing" in run_refused(capsys, tmp_path, write_study(bundle=None))
+    assert "seeds is missing" in run_refused(capsys, tmp_path, write_study(seeds=None))
+
+
+def test_without_a_bundle_a_study_takes_the_one_that_the_server_chose(capsys, tmp_path, write_study, stand_in):
+    assert main(["run", str(write_study(bundle=None)), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert stand_in.calls.count("train") == 6
 
 
 def test_patch_without_size(capsys, tmp_path, write_study):

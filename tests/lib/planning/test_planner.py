@@ -38,6 +38,7 @@ ACDC = pool((40, (206, 237, 17), (1.5625, 1.5625, 5.0)), (160, (206, 237, 9), (1
 KITS = pool(
     (30, (512, 512, 820), (0.78125, 0.78125, 0.5)), (180, (512, 512, 137), (0.78125, 0.78125, 3.0)), modality="CT"
 )
+FETAL = pool((12, (135, 189, 155), (0.8, 0.8, 0.8)))
 AMOS = pool((30, (582, 582, 238), (0.6875, 0.6875, 2.0)), (120, (582, 582, 95), (0.6875, 0.6875, 5.0)), modality="CT")
 LUNG = pool((63, (512, 512, 252), (0.785, 0.785, 1.2445)), modality="CT")
 LIVER_METASTASES = pool((100, (512, 512, 143), (0.7832, 0.7832, 1.5)), modality="CT")
@@ -79,6 +80,26 @@ def test_slices_are_planned_as_nnu_net_does():
     assert plan.spacing == (0.78125, 0.78125, 0.0)
     assert plan.features == (32, 64, 128, 256, 512, 512, 512, 512)
     assert {level[2] for level in (*plan.kernels, *plan.strides)} == {1}
+
+
+def test_slices_on_a_cpu_show_a_quarter_of_the_plane_with_six_of_them_a_step():
+    plan = make_plan(ACDC, CPU, "2d")
+    assert (plan.patch, plan.batch, plan.factor) == ((128, 160, 1), 6, (2, 2, 1))
+    assert plan.shown == pytest.approx(128 * 160 / (206 * 237), abs=1e-4)
+    assert plan.features == (24, 48, 96, 192, 192)
+    assert (plan.effort, plan.foreground) == (1, pytest.approx(1 / 3))
+    assert "shown          42%" in plan.table()
+    assert plan.why["shown"] == "of the plane of the median image"
+
+
+def test_a_crop_that_shows_less_than_a_quarter_is_folded_more_and_where_that_is_not_enough_it_is_said():
+    plan = make_plan(FETAL, CPU)
+    assert (plan.factor, plan.shown) == ((4, 4, 4), pytest.approx(0.298, abs=1e-3))
+    assert "WARNING" not in plan.table()
+    large = make_plan(KITS, CPU)
+    assert large.factor == (4, 4, 4)
+    assert large.shown < 0.05
+    assert "of the volume of the median image; WARNING: below 25%" in large.table()
 
 
 def test_the_anisotropic_net_has_five_levels_of_which_two_are_flat():
@@ -138,7 +159,10 @@ def test_every_pool_has_a_plan_that_fits(shape, spacing, configuration, budget):
     assert all(p % d == 0 for p, d in zip(plan.patch, plan.divisor, strict=True))
     assert len(plan.strides) >= 3
     if budget is CPU:
-        assert np.prod(plan.patch) / np.prod(plan.factor) <= 12_000
+        most = 5_400 if configuration == "2d" else 12_000
+        assert np.prod(plan.patch) / np.prod(plan.factor) <= 1.6 * most
+        if plan.shown > 0.32:
+            assert np.prod(plan.patch) / np.prod(plan.factor) <= most
     assert checked(plan.model_dump(mode="json"), "again") == plan
 
 

@@ -86,6 +86,37 @@ def test_both_bars_hold_at_once():
     assert np.count_nonzero(label_map(given, 0.6, {1: 9})) == 27
 
 
+def test_a_class_of_one_piece_keeps_its_largest_and_the_rest_goes_to_the_next_class():
+    given = probs((8, 8, 8), (1, SURE, 0.9, 0), (1, DOUBTED, 0.9, 2))
+    expected = np.zeros((8, 8, 8))
+    expected[SURE] = 1
+    expected[DOUBTED] = 2
+    assert np.array_equal(label_map(given, single=[1]), expected)
+    expected[DOUBTED] = 0
+    assert np.array_equal(label_map(given, single=[0]), expected)
+    assert np.array_equal(label_map(given, single=[0, 1]), expected)
+    assert np.array_equal(label_map(given, single=[2]), given.argmax(0))
+
+
+def test_what_joins_a_class_of_one_piece_is_looked_at_again():
+    given = probs(
+        (8, 8, 8), (1, SURE, 0.9, 0), (2, (slice(0, 3), slice(0, 3), slice(5, 7)), 0.9, 0), (1, DOUBTED, 0.9, 2)
+    )
+    # The doubted block of 8 goes to class 2, which has 18 voxels elsewhere, and from there to background.
+    found = label_map(given, single=[1, 2])
+    assert np.count_nonzero(found == 1) == 27
+    assert np.count_nonzero(found == 2) == 18
+    assert not found[DOUBTED].any()
+
+
+def test_one_piece_and_a_bar_hold_at_once():
+    given = probs((8, 8, 8), (1, SURE, 0.6, 0), (1, DOUBTED, 0.9, 0))
+    # The larger block is unsure, so the smaller one is the largest left.
+    found = label_map(given, 0.8, single=[1])
+    assert np.count_nonzero(found) == 8
+    assert found[DOUBTED].all()
+
+
 @pytest.mark.parametrize("at_once", [1, 2 * 42, 3 * 42 + 1])
 def test_how_many_voxels_are_in_memory_changes_nothing(monkeypatch, at_once):
     noise = np.random.default_rng(1).dirichlet([1, 1, 1, 1], (5, 6, 7)).transpose(3, 0, 1, 2)

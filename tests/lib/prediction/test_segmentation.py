@@ -23,8 +23,8 @@ LARGE = {"limit": 1, "working_bytes": 1 << 18}
 
 
 def spoilt(ensemble):
-    """A bar that some components of every class fail and others pass."""
-    ensemble.confidence, ensemble.smallest_mm3 = 0.3, {1: 3.0, 3: 40.0}
+    """Bars that some components of every class fail and others pass."""
+    ensemble.confidence, ensemble.smallest_mm3, ensemble.single = 0.3, {1: 3.0, 3: 40.0}, frozenset({2})
     return ensemble
 
 
@@ -35,7 +35,7 @@ def test_slabs_give_what_the_whole_gives(tmp_path, rules, spacing, mirrored):
     ensemble.mirrored = mirrored
     ensemble = spoilt(ensemble) if rules else ensemble
     mean_cxyz = ensemble.mean(volume)
-    whole = label_map(mean_cxyz, ensemble.confidence, ensemble.smallest_voxels(volume.spacing))
+    whole = label_map(mean_cxyz, ensemble.confidence, ensemble.smallest_voxels(volume.spacing), ensemble.single)
     if rules:
         assert 0 < np.count_nonzero(whole != mean_cxyz.argmax(0)) < whole.size
     found = segment(ensemble, volume, 4, tmp_path, **LARGE)

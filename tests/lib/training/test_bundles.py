@@ -90,6 +90,20 @@ def test_space_to_depth_may_leave_an_axis_alone():
     assert torch.equal(SpaceToDepth((2, 2, 1), torch.nn.Identity())(image), image)
 
 
+@pytest.mark.parametrize("refine", [0, 8])
+def test_space_to_depth_in_2d_is_the_one_in_3d_on_a_single_slice(refine):
+    torch.manual_seed(0)
+    outputs = refine or 3
+    flat = SpaceToDepth((2, 4), torch.nn.Conv2d(8, 8 * outputs, 3, padding=1), refine, 3)
+    deep = SpaceToDepth(
+        (2, 4, 1), torch.nn.Conv3d(8, 8 * outputs, (3, 3, 1), padding=(1, 1, 0)), refine, 3, kernel=(3, 3, 1)
+    )
+    deep.load_state_dict({n: v.unflatten(-1, (-1, 1)) if v.ndim == 4 else v for n, v in flat.state_dict().items()})
+    image = torch.randn(2, 1, 8, 16)
+    torch.testing.assert_close(deep(image[..., None])[..., 0], flat(image))
+    assert flat(image).shape == (2, 3, 8, 16)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_slices_go_through_the_network_one_by_one(axis):
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.InstanceNorm2d(2))
@@ -129,6 +143,15 @@ def test_every_bundle_trains_and_infers_by_name(folders, tmp_path, name, preset)
     plan = world.trainer.plans.current()
     assert world.segmenter.store.current().facts.plan == plan
     assert plan.spacing[:2] == pytest.approx((1, 1))
+
+
+def test_weights_of_another_network_are_refused_in_a_sentence(folders, tmp_path):
+    world = World(tmp_path, folders["thick_slices"], "segmentation_dynunet_2d")
+    world.train()
+    store = world.segmenter.store
+    torch.save({"network.conv.weight": torch.zeros(3)}, store.member_path(store.current().digest, 0))
+    with pytest.raises(PatchwiseError, match=r"member_0.pt: its weights do not fit .*dynunet_2d.*; train again"):
+        world.predicted()
 
 
 def test_a_plan_stays_until_asked_for(folders, tmp_path):

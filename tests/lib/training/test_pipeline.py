@@ -15,7 +15,7 @@ from numpy.testing import assert_array_equal
 from lib.models.checkpoints import ModelStore
 from lib.models.recipe import Bundle
 from lib.partial_labels import UNLABELLED, ClasswiseLabels, LabelError
-from lib.training.pipeline import Training
+from lib.training.pipeline import CaseSet, Training
 from tests.lib.training.studies import ROOT
 
 CLASSES = {"liver": 1, "lesion": 2}
@@ -89,8 +89,12 @@ def test_an_unknown_value_is_refused(folder):
 def test_job_and_facts_say_the_same(folder):
     wanted = training(folder)
     wanted.store.save_member("1" * 64, 0, {})
-    job, model = wanted.job("1" * 64, [["a"], ["b"]], {}), wanted.publish("1" * 64, {"lesion": 8.0})
+    job, model = (
+        wanted.job("1" * 64, [["a"], ["b"]], {}),
+        wanted.publish("1" * 64, CaseSet([], {}, {"lesion": 8.0}, (0, 1))),
+    )
     facts = wanted.store.current().facts
     assert facts == model.facts
     assert (job.digest, job.round, job.start, job.recipe) == (facts.digest, facts.round, facts.start, facts.recipe)
-    assert (job.seed, job.classes, facts.members, facts.smallest_mm3) == (7, 2, 2, {"lesion": 8})
+    assert (job.seed, job.classes, facts.members) == (7, 2, 2)
+    assert (facts.smallest_mm3, facts.one_piece) == ({"lesion": 8}, (0, 1))

@@ -175,7 +175,7 @@ class EnsembleTrainTask(TrainTask):
             refuse("the labels of this project hold no annotated voxel; annotate a region first", 409)
         job = training.job(digest, self._splits(wanted, data.cases), data.codes)
         self._train_members(job, data.cases, self._devices(request))
-        training.publish(digest, data.smallest_mm3)
+        training.publish(digest, data)
         stats = self._stats(digest, wanted, len(data.cases), time.time() - started)
         write_json(self.store.folder / "train_stats.json", stats)
         datastore.ledger.record_round(int(wanted.round or 0), self.bundle.name, digest, wanted.model_dump(), stats)

@@ -36,3 +36,5 @@ class ModelFacts(BaseModel):
     """Digest and members of the training that provided the initial weights; None for fresh weights."""
     smallest_mm3: dict[str, float] = Field(default_factory=dict)
     """Smallest annotated structure of every optional class, in mm^3."""
+    one_piece: tuple[int, ...] = ()
+    """Ids of classes that are one component in nearly all annotated images, 0 for all foreground together."""

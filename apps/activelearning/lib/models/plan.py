@@ -55,6 +55,7 @@ class Plan(BaseModel):
     axis: int = Field(ge=0, le=2, description="axis that slices lie across: the coarsest one")
     spacing: tuple[float, float, float] = Field(description="mm per voxel of the network's input; 0: each image's own")
     patch: Triple = Field(description="voxels of a crop at that spacing")
+    shown: float | None = Field(default=None, ge=0, le=1, description="share of the median image that a crop shows")
     batch: int = Field(ge=1, le=1024, description="crops per step")
     foreground: float = Field(default=1 / 3, ge=0, le=1, description="share of crops centred on a class")
     mirror: tuple[int, ...] = Field(default=(), description="axes mirrored in training and in segmentations")
@@ -120,6 +121,8 @@ def _shown(name: str, value: Any) -> str:
         return "-".join(map(str, value))
     if name == "mirror":
         return ", ".join(map(str, value)) or "none"
+    if name == "shown":
+        return "unknown" if value is None else f"{value:.0%}"
     if isinstance(value, tuple):
         return " x ".join(f"{v:.4g}" for v in value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)

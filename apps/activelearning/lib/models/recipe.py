@@ -62,6 +62,10 @@ class Recipe(BaseModel):
         le=1,
         description="least size of a component of an optional class, relative to the smallest annotated one",
     )
+    one_piece: bool = Field(
+        default=True,
+        description="whether classes that are one piece in nearly all fully annotated images are shown as one piece",
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout rate while training")
     learning_loss: float = Field(default=0.0, ge=0, le=1000, description="weight of the head that predicts losses")
     learning_loss_margin: float = Field(default=1.0, ge=0, le=1000, description="margin of its ranking loss")

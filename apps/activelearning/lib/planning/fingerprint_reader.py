@@ -106,12 +106,13 @@ def declared_modality(folder: Path) -> str | None:
 
 def _sample(names: list[str], annotated: list[str]) -> list[str]:
     """At most SAMPLED_IMAGES names, evenly spread; half of the places are for annotated images."""
-    chosen = set(_spread_over(annotated, SAMPLED_IMAGES // 2))
+    chosen = set(spread_over(annotated, SAMPLED_IMAGES // 2))
     rest = [name for name in names if name not in chosen]
-    return sorted(chosen | set(_spread_over(rest, SAMPLED_IMAGES - len(chosen))))
+    return sorted(chosen | set(spread_over(rest, SAMPLED_IMAGES - len(chosen))))
 
 
-def _spread_over(names: list[str], count: int) -> list[str]:
+def spread_over(names: list[str], count: int) -> list[str]:
+    """At most `count` of the names, evenly spread over their order."""
     if len(names) <= count:
         return names
     return [names[i] for i in np.linspace(0, len(names) - 1, count).round().astype(int)]

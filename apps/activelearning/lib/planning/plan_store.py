@@ -18,7 +18,7 @@ from lib.models.recipe import Bundle
 from lib.options import AppOptions
 from lib.planning.fingerprint_reader import declared_modality, take_fingerprint
 from lib.planning.memory_budget import measure_budget
-from lib.planning.planner import make_plan, names_sides
+from lib.planning.planner import QUARTER, make_plan, names_sides
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +92,15 @@ class PlanStore:
         bundle = self.bundle()
         assert bundle.plan is not None
         logger.info("plan of %s, kept in %s:\n%s", bundle.name, self.path, bundle.plan.table())
+        if bundle.plan.shown is not None and bundle.plan.shown < QUARTER:
+            logger.warning("plan of %s: a crop shows %s %s", bundle.name, f"{bundle.plan.shown:.0%}", made.why["shown"])
         return bundle
 
     def _with_fields(self, plan: Plan) -> Plan:
         if not self.fields:
             return plan
-        why = {**plan.why, **dict.fromkeys(self.fields, f"as in {Path(self.options.plan).name}")}
-        return checked({**plan.model_dump(), "why": why, **self.fields}, self.options.plan)
+        own = f"as in {Path(self.options.plan).name}"
+        # Another crop or spacing shows another share of an image, which the file does not say.
+        stale = {"shown": None} if {"patch", "spacing"} & set(self.fields) else {}
+        why = {**plan.why, **dict.fromkeys([*stale, *self.fields], own)}
+        return checked({**plan.model_dump(), "why": why, **stale, **self.fields}, self.options.plan)

@@ -15,14 +15,11 @@ from typing import Literal, cast
 
 from lib.models.plan import Configuration, Normalisation, Plan
 from lib.planning.fingerprint import Fingerprint
+from lib.planning.resolution import ANISOTROPIC, Spacing, coarse_axis, target_spacing
 from lib.planning.topology import Ladder, activations, features, ladder
 from lib.regions import Triple
 
-Spacing = tuple[float, float, float]
-
 GIB = 1 << 30
-# An axis this many times coarser than the finest, and shorter than the others by the same factor, is anisotropic.
-ANISOTROPIC = 3.0
 # nnU-Net's measure: so many activations a crop train in 8 GiB with so many crops.
 REFERENCE_GIB = 8.0
 REFERENCE_3D, CROPS_3D = 560e6, 2
@@ -36,7 +33,11 @@ SMALLEST_BATCH = 2
 # Where it shows less than half: twice of both, because trainings as short as these do not find small classes otherwise,
 # and mirror images along every axis (nnU-Net's default anywhere), because few cases hold a small class in each place.
 # On small scans mirror images made no difference.
+# Slices need no more of either: a crop of one slice shows a class in nearly every third.
 FOREGROUND, MOST, LARGE = 1 / 3, 0.5, 2
+# Crops that show less than a quarter of an image see too little around a structure to tell it from others. To show as
+# much, a crop may have STRETCH times the positions.
+QUARTER, STRETCH = 0.25, 1.6
 SIDES = frozenset(("left", "right", "l", "r", "lt", "rt", "lh", "rh"))
 # The anisotropic u-net has five levels, of which the upper two look along the slices only.
 AUNET_LEVELS, AUNET_FLAT = 5, 2
@@ -46,28 +47,30 @@ AUNET_LEVELS, AUNET_FLAT = 5, 2
 class Rules:
     """Planning rules that differ between hardware.
 
-    - first, largest: channels of the first level and of any (3D, 2D).
-    - fold: space-to-depth factor on the finely resolved axes.
+    Pairs are (3D, 2D).
+
+    - first, largest: channels of the first level and of any.
+    - folds: space-to-depth factors on the finely resolved axes, in the order they are tried. The first one whose crop
+      shows a quarter of the image is taken, else the last.
     - batch: crops per step; None for as many as fit.
     - positions: limit of the folded crop in voxels, which bounds the seconds per step.
     - cover: a crop may be this share of the median image rather than be padded beyond it.
-    - thickness: slices of a 2D crop.
     """
 
     first: int
     largest: tuple[int, int]
-    fold: int = 1
-    batch: int | None = None
-    positions: int | None = None
+    folds: tuple[int, ...] = (1,)
+    batch: tuple[int, int] | None = None
+    positions: tuple[int, int] | None = None
     cover: float = 1.0
-    thickness: int = 1
 
 
-# CPU: the recipe measured on hippocampi (two crops of 40 x 48 x 40 folded by two, 24-48-96 channels); no crop is
-# a quarter more expensive than that, so a step takes less than a second on one core.
+# CPU, 3D: the recipe measured on hippocampi (two crops of 40 x 48 x 40 folded by two, 24-48-96 channels); no crop is
+# a quarter more expensive than that, so a step takes less than a second on one core. 2D: measured on ACDC
+# (eval/results/learner); six slices a step cost as much as two crops.
 RULES = {
     "cuda": Rules(first=32, largest=(320, 512)),
-    "cpu": Rules(first=24, largest=(192, 192), fold=2, batch=2, positions=12_000, cover=0.95, thickness=8),
+    "cpu": Rules(first=24, largest=(192, 192), folds=(2, 4), batch=(2, 6), positions=(12_000, 5_400), cover=0.95),
 }
 
 
@@ -116,33 +119,6 @@ def names_sides(names: Iterable[str]) -> bool:
     return any(not SIDES.isdisjoint(found) for found in words)
 
 
-def target_spacing(pool: Fingerprint) -> tuple[Spacing, str]:
-    """Median spacing; on an axis that is both much coarser and much shorter the 10th percentile instead.
-
-    Where that is finer than the other axes, it is theirs.
-
-    Source: Isensee et al. 2021, online methods, "Image target spacing".
-    """
-    median = pool.median_spacing()
-    sizes = sorted((shape for shape in pool.shapes), key=math.prod)
-    shape = [sorted(s[a] for s in sizes)[len(sizes) // 2] for a in range(3)]
-    axis = coarse_axis(median)
-    others = [a for a in range(3) if a != axis]
-    if not (
-        median[axis] > ANISOTROPIC * min(median[a] for a in others)
-        and shape[axis] * ANISOTROPIC < min(shape[a] for a in others)
-    ):
-        return median, "median of the pool"
-    fine = max(max(median[a] for a in others), pool.percentile_spacing(axis, 10))
-    wanted = cast(Spacing, tuple(fine if a == axis else median[a] for a in range(3)))
-    return wanted, f"median of the pool; on axis {axis}, coarse and short, its 10th percentile, not finer than in-plane"
-
-
-def coarse_axis(spacing: Sequence[float]) -> int:
-    """Axis that slices lie across: the one of the largest spacing, the last of equals."""
-    return max(range(3), key=lambda a: (round(spacing[a] / min(spacing), 1), a))
-
-
 def normalisation(pool: Fingerprint) -> tuple[Normalisation, str]:
     """CT: clipping and z-score with numbers of annotated foreground; others: z-score of each image."""
     if pool.modality != "CT":
@@ -184,46 +160,50 @@ class _Search:
     def volumes(self) -> Plan:
         """3D crops."""
         median = self.pool.median_shape(self.spacing)
-        factor = self._factor(median, range(3))
         start = _start(self.spacing, START_3D)
         flat, levels = None, 99
         if self.configuration == "3d_anisotropic":
             flat, levels = (self.axis, AUNET_FLAT), AUNET_LEVELS
         limit = REFERENCE_3D * self.budget.memory_gib / REFERENCE_GIB
         if self.rules.batch:
-            limit = limit * CROPS_3D / self.rules.batch
-        found, cost = self._shrunk(start, median, range(3), factor, limit, self.rules.largest[0], levels, flat)
-        size = cast(Triple, found.size)
-        patch = cast(Triple, tuple(n * f for n, f in zip(size, factor, strict=True)))
+            limit = limit * CROPS_3D / self.rules.batch[0]
+        for fold in self.rules.folds:
+            factor = self._factor(median, range(3), fold)
+            found, cost = self._shrunk(start, median, range(3), factor, limit, 0, levels, flat)
+            patch = cast(Triple, tuple(n * f for n, f in zip(found.size, factor, strict=True)))
+            shown = _shown(patch, median, range(3))
+            if shown >= QUARTER:
+                break
         batch, why = self._batch(cost, limit, CROPS_3D, patch, median)
-        return self._plan(found, patch, factor, batch, cost * batch / CROPS_3D / REFERENCE_3D, median, why)
+        return self._plan(found, patch, factor, batch, cost * batch / CROPS_3D / REFERENCE_3D, median, shown, why)
 
     def slices(self) -> Plan:
-        """Crops of a few slices, each of which goes through a 2D network by itself."""
+        """Crops of single slices for a 2D network."""
         axes = [a for a in range(3) if a != self.axis]
         median = self.pool.median_shape(self.spacing)
-        factor = self._factor(median, axes)
         start = _start([self.spacing[a] for a in axes], START_2D)
         limit = REFERENCE_2D * self.budget.memory_gib / REFERENCE_GIB
         flat_median = [median[a] for a in axes]
-        found, cost = self._shrunk(start, flat_median, axes, factor, limit, self.rules.largest[1], 99, None)
-        thick = self.rules.thickness
-        if self.rules.positions:
-            thick = max(1, min(thick, self.rules.positions // math.prod(found.size), int(median[self.axis])))
+        for fold in self.rules.folds:
+            factor = self._factor(median, axes, fold)
+            found, cost = self._shrunk(start, flat_median, axes, factor, limit, 1, 99, None)
+            patch = cast(Triple, _with([n * factor[a] for n, a in zip(found.size, axes, strict=True)], self.axis, 1))
+            shown = _shown(patch, median, axes)
+            if shown >= QUARTER:
+                break
         ladder_3d = replace(
             found,
             kernels=tuple(_with(level, self.axis, 1) for level in found.kernels),
             strides=tuple(_with(level, self.axis, 1) for level in found.strides),
         )
-        patch = cast(Triple, _with([n * factor[a] for n, a in zip(found.size, axes, strict=True)], self.axis, thick))
-        batch, why = self._batch(cost * thick, limit, CROPS_2D, patch, median)
-        return self._plan(ladder_3d, patch, factor, batch, cost * thick * batch / CROPS_2D / REFERENCE_2D, median, why)
+        batch, why = self._batch(cost, limit, CROPS_2D, patch, median)
+        return self._plan(ladder_3d, patch, factor, batch, cost * batch / CROPS_2D / REFERENCE_2D, median, shown, why)
 
-    def _factor(self, median: Sequence[float], axes: Sequence[int]) -> Triple:
+    def _factor(self, median: Sequence[float], axes: Sequence[int], fold: int) -> Triple:
         """Folding on finely resolved axes that keep room for two halvings."""
         fine = min(self.spacing[a] for a in axes)
-        folds = [a for a in axes if self.spacing[a] < 2 * fine and median[a] / self.rules.fold >= 14]
-        return cast(Triple, tuple(self.rules.fold if a in folds else 1 for a in range(3)))
+        folds = [a for a in axes if self.spacing[a] < 2 * fine and median[a] / fold >= 14]
+        return cast(Triple, tuple(fold if a in folds else 1 for a in range(3)))
 
     def _shrunk(
         self,
@@ -232,11 +212,11 @@ class _Search:
         axes: Sequence[int],
         factor: Triple,
         limit: float,
-        largest: int,
+        kind: int,
         levels: int,
         flat: tuple[int, int] | None,
     ) -> tuple[Ladder, int]:
-        """Ladder and activations of the largest crop below `limit`.
+        """Ladder and activations of the largest crop below `limit`; `kind` is 0 for volumes and 1 for slices.
 
         The crop starts as the median image, at most `start`; the axis that covers most of the image gives way by one
         step of its divisor until the network fits.
@@ -253,8 +233,12 @@ class _Search:
                 for n, low, w in zip(found.size, lower, whole, strict=True)
             ]
             found = ladder(wanted, spacing, levels, flat)
+        largest, most = self.rules.largest[kind], math.inf
+        if self.rules.positions:
+            most = self.rules.positions[kind]
+            most = max(most, min(STRETCH * most, 1.25 * QUARTER * math.prod(whole)))
         cost = self._cost(found, largest)
-        while cost > limit or (self.rules.positions and math.prod(found.size) > self.rules.positions):
+        while cost > limit or math.prod(found.size) > most:
             share = [n / w for n, w in zip(found.size, whole, strict=True)]
             shrinkable = [a for a, (n, d) in enumerate(zip(found.size, found.divisor, strict=True)) if n > d]
             if not shrinkable:
@@ -278,7 +262,9 @@ class _Search:
 
     def _batch(self, cost: float, limit: float, crops: int, patch: Triple, median: Sequence[float]) -> tuple[int, str]:
         if self.rules.batch:
-            return self.rules.batch, "fixed on a CPU: more steps train further than larger ones"
+            flat = self.configuration == "2d"
+            why = "more looks at the data a second than larger crops" if flat else "more steps train further"
+            return self.rules.batch[flat], f"fixed on a CPU: {why}"
         fits = round(limit / cost * crops)
         share = round(math.prod(median) * len(self.pool.shapes) * COVERED / math.prod(patch))
         batch = max(SMALLEST_BATCH, min(fits, share))
@@ -303,18 +289,23 @@ class _Search:
         batch: int,
         share: float,
         median: Sequence[float],
+        shown: float,
         why_batch: str,
     ) -> Plan:
         largest = self.rules.largest[1 if self.configuration == "2d" else 0]
         image = " x ".join(f"{m:g}" for m in median)
         gib = round(share * REFERENCE_GIB, 3)
-        shown = math.prod(min(1.0, p / m) for p, m in zip(patch, median, strict=True))
-        more = LARGE if shown < MOST else 1
+        of = "plane" if self.configuration == "2d" else "volume"
+        more = LARGE if shown < MOST and self.configuration != "2d" else 1
+        little = (
+            f"; WARNING: below {QUARTER:.0%}, so structures far apart may be confused; a coarser spacing shows more"
+        )
         return Plan(
             configuration=self.configuration,
             axis=self.axis,
             spacing=self.spacing,
             patch=patch,
+            shown=round(shown, 4),
             batch=batch,
             foreground=FOREGROUND * more,
             effort=more,
@@ -328,8 +319,9 @@ class _Search:
             why={
                 "configuration": self._why_configuration(),
                 "patch": f"median image is {image} at this spacing; the largest crop within the budget",
+                "shown": f"of the {of} of the median image{little if shown < QUARTER else ''}",
                 "batch": why_batch,
-                "foreground": f"a crop shows {shown:.0%} of the median image; doubled below {MOST:.0%}",
+                "foreground": f"doubled for volumes of which a crop shows less than {MOST:.0%}",
                 "effort": "doubled with it",
                 "factor": "folding keeps every voxel and makes a step cheaper on a CPU" if max(factor) > 1 else "none",
                 "kernels": "an axis is looked along once it is less than twice as coarse as the finest",
@@ -346,6 +338,11 @@ def _start(spacing: Sequence[float], voxels: float) -> list[float]:
     density = [1 / mm for mm in spacing]
     scale = (voxels / math.prod(density)) ** (1 / len(density))
     return [float(round(d * scale)) for d in density]
+
+
+def _shown(patch: Sequence[int], median: Sequence[float], axes: Iterable[int]) -> float:
+    """Share of the median image that a crop shows along `axes`."""
+    return math.prod(min(1.0, patch[a] / median[a]) for a in axes)
 
 
 def _with(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:

@@ -12,14 +12,18 @@ from torch import nn
 
 from lib.models.checkpoints import Model, ModelStore, trained_bundle
 from lib.models.loss_head import LossHead, fresh_head
-from lib.models.recipe import Bundle
+from lib.models.recipe import Bundle, RecipeError
 from lib.prediction.posterior import Ensemble
 
 QUERY_DROPOUT = 0.1
 
 
 def load_ensemble(store: ModelStore, model: Model, bundle: Bundle, device: torch.device) -> Ensemble:
-    """Return the ensemble of a finished training; checkpoints are read with `weights_only=True` and run no code."""
+    """Return the ensemble of a finished training; checkpoints are read with `weights_only=True` and run no code.
+
+    Raises:
+        RecipeError: the weights do not fit the bundle's network.
+    """
     bundle = trained_bundle(model, bundle)
     recipe = model.facts.recipe
     networks: list[nn.Module] = []
@@ -28,7 +32,13 @@ def load_ensemble(store: ModelStore, model: Model, bundle: Bundle, device: torch
         # Dropout layers hold no weights and do nothing in evaluation; posteriors with Monte Carlo dropout need them.
         network = bundle.network(len(model.facts.classes), QUERY_DROPOUT, recipe.deep_supervision)
         path = store.member_path(model.digest, member)
-        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        try:
+            network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        except RuntimeError as error:  # torch lists every weight that is missing or of another shape
+            raise RecipeError(
+                f"{path}: its weights do not fit the network of {bundle.name}, which an earlier version of this "
+                "project built in another way, or which was changed since; train again"
+            ) from error
         networks.append(network)
         if store.head_path(model.digest, member).is_file():
             head = fresh_head(network, bundle.layers("loss_taps"), bundle.divisor)
@@ -55,4 +65,5 @@ def load_ensemble(store: ModelStore, model: Model, bundle: Bundle, device: torch
         smallest_mm3=smallest_mm3,
         precision=recipe.precision,
         shifts=recipe.shifts,
+        single=model.facts.one_piece if recipe.one_piece else (),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +89,7 @@ class Ensemble:
             grid one voxel further along each axis. Overlapping windows lie differently on the grid anyway.
         confidence: mean probability that a component needs to be shown (`lib.prediction.postprocessing`).
         smallest_mm3: class value -> volume in mm^3. Smaller components of the class are not shown.
+        single: values of classes shown as one component, 0 for all foreground together.
         precision: "native" for reduced precision if the device supports it, "full" for float32.
 
     The caller must hold `lock` to run the networks: hooks, dropout and modes of a network are shared by all threads.
@@ -109,10 +110,12 @@ class Ensemble:
         smallest_mm3: Mapping[int, float] | None = None,
         precision: str = "native",
         shifts: int = 1,
+        single: Collection[int] = (),
     ) -> None:
         self.half = autocast_type(device, precision)
         self.confidence = confidence
         self.smallest_mm3 = dict(smallest_mm3 or {})
+        self.single = frozenset(single)
         self.lock = threading.Lock()
         self.heads = [head.to(device).eval() for head in heads]
         self.taps = list(taps)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,21 @@ _AT_ONCE = 1 << 20  # voxels of which all classes are in memory
 
 
 def label_map(
-    probs_cxyz: NDArray[np.floating[Any]], confidence: float = 0.0, smallest: Mapping[int, float] | None = None
+    probs_cxyz: NDArray[np.floating[Any]],
+    confidence: float = 0.0,
+    smallest: Mapping[int, float] | None = None,
+    single: Collection[int] = (),
 ) -> NDArray[np.uint8]:
-    """Most probable class of every voxel (X, Y, Z), without components that are too uncertain or too small.
+    """Most probable class of every voxel (X, Y, Z), without components that are too uncertain, too small or apart.
 
-    A connected component K of a foreground class c (26 neighbours) is kept only if
+    A connected component K (26 neighbours) of a foreground class c is kept only if these hold:
 
-        1/|K| sum_{v in K} p_c(v) >= confidence    and    |K| >= smallest[c],
+        1/|K| sum_{v in K} p_c(v) >= confidence,    |K| >= smallest[c],    and K is the largest if c is in `single`.
 
-    otherwise its voxels go to the most probable class that they were not taken from, and are checked again with the
+    Voxels of others go to the most probable class that they were not taken from, and are checked again with the
     component that they join. Background is always kept, so the procedure ends.
+
+    With 0 in `single`, foreground outside of the largest component of all classes together becomes background first.
 
     Crops are centred on classes, so a class is more frequent in crops than in images, and the model predicts it too
     often. In images without the class, such false positives are small and uncertain; otherwise components are large and
@@ -36,11 +41,12 @@ def label_map(
 
     Args:
         probs_cxyz: (C, X, Y, Z), background first.
-        confidence: least mean probability of a component; 0 for no limit.
-        smallest: least number of voxels of a component per class; other classes have no limit.
+        confidence: least mean probability of a component. 0 sets none.
+        smallest: least number of voxels of a component per class. Other classes have no limit.
+        single: classes of one component. 0 is all foreground together.
     """
     label_xyz = np.asarray(probs_cxyz.argmax(axis=0)).astype(np.uint8)
-    return without_doubted(label_xyz, probs_cxyz, confidence, smallest or {})
+    return without_doubted(label_xyz, probs_cxyz, confidence, smallest or {}, single)
 
 
 def without_doubted(
@@ -48,17 +54,23 @@ def without_doubted(
     probs_cxyz: NDArray[np.floating[Any]],
     confidence: float,
     smallest: Mapping[int, float],
+    single: Collection[int] = (),
 ) -> NDArray[np.uint8]:
     """`label_map` from the most probable classes on: `label_xyz` (X, Y, Z) is changed in place and returned.
 
     `probs_cxyz` may be on disk: classes are read one at a time, and all of them only at doubtful voxels.
     """
-    looked_at = {c for c in range(1, len(probs_cxyz)) if confidence > 0 or smallest.get(c, 0) > 1}
+    if 0 in single:
+        label_xyz[_outside_largest(label_xyz > 0)] = 0
+    looked_at = {c for c in range(1, len(probs_cxyz)) if confidence > 0 or smallest.get(c, 0) > 1 or c in single}
     refused: dict[int, NDArray[np.bool_]] = {}
     pending = sorted(looked_at)
     while pending:
         class_ = pending.pop()
-        doubted_xyz = _doubted(label_xyz == class_, probs_cxyz[class_], confidence, smallest.get(class_, 0))
+        mask_xyz = label_xyz == class_
+        doubted_xyz = _doubted(mask_xyz, probs_cxyz[class_], confidence, smallest.get(class_, 0))
+        if class_ in single:
+            doubted_xyz |= _outside_largest(mask_xyz & ~doubted_xyz)
         if doubted_xyz.any():
             refused[class_] = refused[class_] | doubted_xyz if class_ in refused else doubted_xyz
             _give_on(label_xyz, probs_cxyz, doubted_xyz, refused)
@@ -83,6 +95,17 @@ def _give_on(
         for other, refused_xyz in refused.items():
             left_cv[other, refused_xyz[cut][here]] = -1
         label_xyz[cut][here] = left_cv.argmax(axis=0)
+
+
+def _outside_largest(mask_xyz: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Voxels of a mask outside of its largest component; the first one of equals is kept."""
+    outside_xyz = np.zeros_like(mask_xyz)
+    for box in ndimage.find_objects(mask_xyz.view(np.uint8)):
+        parts_xyz, count = ndimage.label(mask_xyz[box], NEIGHBOURS)
+        if count > 1:
+            largest = 1 + int(np.bincount(parts_xyz.ravel())[1:].argmax())
+            outside_xyz[box] = (parts_xyz > 0) & (parts_xyz != largest)
+    return outside_xyz
 
 
 def _doubted(

@@ -47,8 +47,8 @@ def segment(
     """
     smallest = ensemble.smallest_voxels(volume.spacing)
     if not is_large(classes, volume.shape, limit):
-        return label_map(ensemble.mean(volume, OVERLAP, mirror), ensemble.confidence, smallest)
-    ruled = ensemble.confidence > 0 or bool(smallest)
+        return label_map(ensemble.mean(volume, OVERLAP, mirror), ensemble.confidence, smallest, ensemble.single)
+    ruled = ensemble.confidence > 0 or bool(smallest) or bool(ensemble.single)
     label_xyz = np.empty(volume.shape, np.uint8)
     mirrored = ensemble.mirrored if mirror else ()
     with tempfile.TemporaryFile(dir=scratch) as file:
@@ -67,7 +67,7 @@ def segment(
                 # closed.
                 _mapped(file, probs_shape)[(slice(None), *here)] = mean_cxyz
         if ruled:
-            without_doubted(label_xyz, _mapped(file, probs_shape), ensemble.confidence, smallest)
+            without_doubted(label_xyz, _mapped(file, probs_shape), ensemble.confidence, smallest, ensemble.single)
     return label_xyz
 
 

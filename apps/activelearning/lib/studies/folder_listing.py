@@ -43,6 +43,10 @@ class FolderListing:
             self._known = changed if time.time_ns() - changed > 20_000_000 else -1, files
         return files
 
+    def paths(self) -> dict[str, Path]:
+        """Files by id."""
+        return {file_id: self.folder / f"{file_id}{extension}" for file_id, extension in self.files().items()}
+
     def stamped(self) -> dict[str, Stamped]:
         """Files by id, with size and time of each; the folder is read once."""
         files = self.files()

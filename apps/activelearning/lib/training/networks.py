@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,21 +18,23 @@ from lib.regions import Triple, triple
 
 
 class SpaceToDepth(nn.Module):
-    """`network` at 1/factor of the resolution, with every block of voxels folded into channels.
+    """`network` at 1/factor of the resolution, with every block of voxels folded into channels; in 2D or 3D.
 
     `(B, C, X, Y, Z) -> (B, C f, X/fx, Y/fy, Z/fz) -> network -> (B, K f, ...) -> (B, K, X, Y, Z)`, f = fx fy fz. No
-    voxel is lost, while the convolutions run over f times fewer positions. A factor of 1 is the network itself.
+    voxel is lost, while the convolutions run over f times fewer positions. A factor of 1 is the network itself. In 2D
+    the last axis is missing everywhere.
 
     With `refine` R > 0 the network returns R channels per voxel instead of classes. A thin stage at full resolution
     then reads every voxel and its neighbours: `s = a(conv(image))`, `h = a(unfolded + s)`, `logits = out(a(conv(h)))`,
     where a is instance norm and leaky ReLU. Borders gain most from it.
 
     Args:
-        factor: (fx, fy, fz), or one number for all. Sizes of the input must be multiples of it.
+        factor: one number for each spatial axis of the images. Sizes of the input must be multiples of it.
         network: takes C f channels and returns K f, or R f with `refine`.
         refine: channels of the stage at full resolution. With 0 there is none.
         classes: K, needed with `refine`.
-        kernel: of the stage's convolutions; 1 along an axis keeps slices apart.
+        kernel: of the stage's convolutions, one number for each axis; 1 along an axis keeps slices apart. None is 3
+            along every axis.
     """
 
     def __init__(
@@ -40,17 +43,19 @@ class SpaceToDepth(nn.Module):
         network: nn.Module,
         refine: int = 0,
         classes: int = 0,
-        kernel: Sequence[int] = (3, 3, 3),
+        kernel: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.factor = (factor,) * 3 if isinstance(factor, int) else tuple(factor)
         self.network = network
         self.refine = refine
         if refine:
-            self.stem = nn.Sequential(_look(1, refine, kernel), _activation(refine))
-            self.joined = _activation(refine)
-            self.look = nn.Sequential(_look(refine, refine, kernel), _activation(refine))
-            self.output = nn.Conv3d(refine, classes, 1)
+            size = tuple(kernel or (3,) * len(self.factor))
+            axes = len(self.factor)
+            self.stem = nn.Sequential(_look(1, refine, size), _activation(refine, axes))
+            self.joined = _activation(refine, axes)
+            self.look = nn.Sequential(_look(refine, refine, size), _activation(refine, axes))
+            self.output = _CONVOLUTION[axes](refine, classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         scores = self._unfolded(image)
@@ -66,26 +71,36 @@ class SpaceToDepth(nn.Module):
         return logits
 
     def _unfolded(self, image: Tensor) -> Tensor:
-        i, j, k = self.factor
-        if i * j * k == 1:
+        block = math.prod(self.factor)
+        if block == 1:
             logits: Tensor = self.network(image)
             return logits
-        b, c, x, y, z = image.shape
-        folded = image.reshape(b, c, x // i, i, y // j, j, z // k, k).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        scores = self.network(folded.reshape(b, c * i * j * k, x // i, y // j, z // k))
-        lead = scores.shape[:-4]  # batch, and heads of a deeply supervised network
-        scores = scores.reshape(-1, scores.shape[-4] // (i * j * k), i, j, k, x // i, y // j, z // k)
-        unfolded: Tensor = scores.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(*lead, -1, x, y, z)
+        axes = len(self.factor)
+        b, c, *size = image.shape
+        coarse = [n // f for n, f in zip(size, self.factor, strict=True)]
+        pairs = [n for pair in zip(coarse, self.factor, strict=True) for n in pair]
+        # Places within a block go before the axes of blocks: (B, C, X/fx, fx, ...) -> (B, C, fx, ..., X/fx, ...).
+        inner, outer = range(3, 3 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
+        folded = image.reshape(b, c, *pairs).permute(0, 1, *inner, *outer)
+        scores = self.network(folded.reshape(b, c * block, *coarse))
+        lead = scores.shape[: -axes - 1]  # batch, and heads of a deeply supervised network
+        scores = scores.reshape(-1, scores.shape[-axes - 1] // block, *self.factor, *coarse)
+        back = [axis for pair in zip(range(2 + axes, 2 + 2 * axes), range(2, 2 + axes), strict=True) for axis in pair]
+        unfolded: Tensor = scores.permute(0, 1, *back).reshape(*lead, -1, *size)
         return unfolded
 
 
+_CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+_NORM: dict[int, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
 def _look(inputs: int, outputs: int, kernel: Sequence[int]) -> nn.Module:
-    x, y, z = kernel
-    return nn.Conv3d(inputs, outputs, (x, y, z), padding=(x // 2, y // 2, z // 2))
+    """Convolution of `kernel` (two or three numbers) that keeps the size."""
+    return _CONVOLUTION[len(kernel)](inputs, outputs, tuple(kernel), padding=tuple(k // 2 for k in kernel))  # type: ignore[arg-type]
 
 
-def _activation(channels: int) -> nn.Module:
-    return nn.Sequential(nn.InstanceNorm3d(channels, affine=True), nn.LeakyReLU(0.01, inplace=True))
+def _activation(channels: int, axes: int) -> nn.Module:
+    return nn.Sequential(_NORM[axes](channels, affine=True), nn.LeakyReLU(0.01, inplace=True))
 
 
 class Slicewise(nn.Module):
@@ -109,7 +124,12 @@ class Slicewise(nn.Module):
 
 def in_plane(levels: Sequence[Sequence[int]], axis: int) -> list[list[int]]:
     """Kernels or strides of each level without the axis that slices lie across, for a 2D network."""
-    return [[size for a, size in enumerate(level) if a != axis] for level in levels]
+    return [plane(level, axis) for level in levels]
+
+
+def plane(sizes: Sequence[int], axis: int) -> list[int]:
+    """`sizes` (X, Y, Z) without the axis that slices lie across."""
+    return [size for a, size in enumerate(sizes) if a != axis]
 
 
 def _same(kernel: Triple) -> Triple:

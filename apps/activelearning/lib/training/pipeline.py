@@ -17,13 +17,13 @@ from lib.models.checkpoints import Model, ModelStore
 from lib.models.facts import ModelFacts
 from lib.models.preprocessing import TrainingCase, network_image, network_label
 from lib.models.recipe import Bundle, Recipe
-from lib.partial_labels import UNLABELLED, ClasswiseLabels, possible_classes
+from lib.partial_labels import UNLABELLED, ClasswiseLabels, LabelMap, possible_classes
 from lib.pseudo_labels import fill_between
 from lib.regions import Triple
 from lib.storage.class_labels import load_classes
 from lib.storage.volumes import Grid, load_image
 from lib.training.ensemble import Job
-from lib.training.smallest_structures import SmallestStructures
+from lib.training.structures import OnePiece, SmallestStructures
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class CaseSet:
         cases: image and label of each.
         codes: codes of sets of possible classes that labels drawn class by class use.
         smallest_mm3: smallest annotated structure of every optional class, in mm^3.
+        one_piece: ids of classes of one component (`OnePiece`).
     """
 
     cases: list[TrainingCase]
     codes: dict[int, int] = field(default_factory=dict)
     smallest_mm3: dict[str, float] = field(default_factory=dict)
+    one_piece: tuple[int, ...] = ()
 
     @property
     def voxels(self) -> int:
@@ -83,11 +85,14 @@ class Training:
         Raises:
             PatchwiseError: a file that cannot be used, in one sentence.
         """
-        codes, structures = dict[int, int](), SmallestStructures(self.classes)
-        cases = [
-            self._case(name, images[name], path, classwise, codes, structures) for name, path in sorted(labels.items())
-        ]
-        return CaseSet(cases, codes, structures.found_mm3())
+        codes, smallest, pieces = dict[int, int](), SmallestStructures(self.classes), OnePiece(self.classes)
+
+        def seen(mask_xyz: LabelMap, spacing: Sequence[float]) -> None:
+            smallest.add(mask_xyz, spacing)
+            pieces.add(mask_xyz)
+
+        cases = [self._case(name, images[name], path, classwise, codes, seen) for name, path in sorted(labels.items())]
+        return CaseSet(cases, codes, smallest.found_mm3(), pieces.found())
 
     def _case(
         self,
@@ -96,7 +101,7 @@ class Training:
         label: Path,
         classwise: Callable[[str, Triple], ClasswiseLabels | None],
         codes: dict[int, int],
-        structures: SmallestStructures,
+        seen: Callable[[LabelMap, Sequence[float]], None],
     ) -> TrainingCase:
         volume, recipe = load_image(image), self.recipe
         grid = Grid(volume.shape, volume.affine, name, volume.stated)
@@ -105,7 +110,7 @@ class Training:
         label_xyz = mask_xyz if by_class is None else by_class.encoded(codes)
         if by_class is None:
             # If only some classes were annotated, a missing class may still be present.
-            structures.add(mask_xyz, volume.spacing)
+            seen(mask_xyz, volume.spacing)
         if recipe.pseudo_labels != "none":
             label_xyz = fill_between(label_xyz, recipe.pseudo_thickness, recipe.pseudo_axis, recipe.pseudo_labels)
         image_cxyz = network_image(volume, self.spacing, self.bundle.normalisation)
@@ -128,7 +133,7 @@ class Training:
             plan=plan.model_dump(mode="json") if plan else None,
         )
 
-    def publish(self, digest: str, smallest_mm3: dict[str, float]) -> Model:
+    def publish(self, digest: str, data: CaseSet) -> Model:
         """Make the trained ensemble the current one of its bundle."""
         return self.store.publish(
             ModelFacts(
@@ -141,7 +146,8 @@ class Training:
                 spacing=self.spacing,
                 plan=self.bundle.plan,
                 start=self.start,
-                smallest_mm3=smallest_mm3,
+                smallest_mm3=data.smallest_mm3,
+                one_piece=data.one_piece,
             )
         )
 

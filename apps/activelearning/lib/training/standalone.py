@@ -87,7 +87,7 @@ class FolderTraining:
         layout = Layout.of(self.members, [str(choose_device(self.options.device))], torch.get_num_threads(), 1)
         pending = sorted(set(range(self.members)) - set(store.finished_members(digest, self.members)))
         train_members(job, data.cases, pending, layout, self.output / "job", _report)
-        return training.publish(digest, data.smallest_mm3).folder
+        return training.publish(digest, data).folder
 
 
 class FolderInference:

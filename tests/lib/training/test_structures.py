@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from lib.partial_labels import UNLABELLED
-from lib.training.smallest_structures import SmallestStructures
+from lib.training.structures import OnePiece, SmallestStructures
 
 CLASSES = {"organ": 1, "lesion": 2, "cyst": 3}
 
@@ -69,6 +69,40 @@ def test_a_structure_that_reaches_the_unlabelled_counts_for_nothing_and_one_insi
     assert found(patch, label()) == {"lesion": 8}
     patch[cube(1, 2)] = 0
     assert found(patch, label()) == {}
+
+
+def one_piece(*labels: np.ndarray) -> tuple[int, ...]:
+    pieces = OnePiece(CLASSES)
+    for label_xyz in labels:
+        pieces.add(label_xyz)
+    return pieces.found()
+
+
+WHOLE = label((1, cube(0, 4)), (2, cube(4, 2)))  # they touch at a corner
+LOOSE = label((1, cube(0, 4)), (2, cube(6, 2)))
+PARTED = label((1, cube(0, 4)), (2, cube(6, 2)), (2, cube(9, 1)))  # 1 of 9 voxels apart
+
+
+def test_a_class_is_one_piece_if_five_images_show_it_so() -> None:
+    assert one_piece(*[WHOLE] * 5) == (0, 1, 2)
+    assert one_piece(*[WHOLE] * 4) == ()
+    assert one_piece(*[LOOSE] * 5) == (1, 2)
+    assert one_piece(*[WHOLE] * 4, label((1, cube(0, 4)))) == (0, 1)
+
+
+def test_few_voxels_apart_in_few_images_are_an_annotators_slip() -> None:
+    slip = WHOLE.copy()
+    slip[9, 0, 0] = 1  # 1 of 65 voxels of class 1 is apart, and 1 of 73 of all foreground
+    assert one_piece(slip, *[WHOLE] * 4) == (0, 1, 2)
+    assert one_piece(*[slip] * 5) == (2,)
+    assert one_piece(*[PARTED] * 2, *[LOOSE] * 40) == (1,)  # 1 of 9 is more than a tenth
+
+
+def test_images_that_are_annotated_in_part_say_nothing_about_pieces() -> None:
+    part = WHOLE.copy()
+    part[9, 9, 9] = UNLABELLED
+    assert one_piece(*[part] * 9) == ()
+    assert one_piece(*[WHOLE] * 5, part, label()) == (0, 1, 2)
 
 
 def test_the_border_of_the_image_is_no_unlabelled_voxel() -> None:

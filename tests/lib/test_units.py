@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.units import box_mean, slice_mean, unit_grid, unit_size, volume_mean
+from lib.units import box_mean, covering_means, covering_starts, slice_mean, unit_grid, unit_size, volume_mean
 
 
 def plain_box_mean(score: np.ndarray, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
@@ -100,3 +100,35 @@ def test_unit_sizes_and_refusals() -> None:
         box_mean(np.zeros((2, 2)), (1, 1, 1))
     with pytest.raises(ValueError, match="one voxel or more"):
         box_mean(np.zeros((2, 2, 2)), (0, 1, 1))
+
+
+def test_covering_starts_by_hand() -> None:
+    assert covering_starts(40, 20) == (0, 20)
+    assert covering_starts(35, 20) == (0, 15)
+    assert covering_starts(50, 20) == (0, 15, 30)
+    assert covering_starts(10, 4) == (0, 3, 6)
+    assert covering_starts(7, 7) == (0,)
+
+
+@given(st.integers(1, 700), st.integers(1, 700))
+def test_covering_starts_cover_evenly_with_as_few_as_can_be(length: int, size: int) -> None:
+    size = min(size, length)
+    starts = covering_starts(length, size)
+    assert starts[0] == 0
+    assert starts[-1] + size == length
+    assert len(starts) == -(-length // size)
+    gaps = np.diff(starts)
+    assert (gaps <= size).all()
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 9)] * 3), st.integers(0, 2**32 - 1))
+def test_covering_means_are_means_of_their_boxes(shape: tuple[int, ...], size: tuple[int, ...], seed: int) -> None:
+    score = np.random.default_rng(seed).random(shape, dtype=np.float32)
+    size = tuple(min(k, n) for k, n in zip(size, shape, strict=True))
+    means = covering_means(score, size)
+    starts = [covering_starts(n, k) for n, k in zip(shape, size, strict=True)]
+    assert means.shape == tuple(map(len, starts))
+    for cell in np.ndindex(means.shape):
+        box = tuple(slice(s[c], s[c] + k) for s, c, k in zip(starts, cell, size, strict=True))
+        np.testing.assert_allclose(means[cell], score[box].mean(dtype=np.float64), rtol=1e-6)

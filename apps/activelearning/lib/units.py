@@ -83,6 +83,32 @@ def volume_mean(score: ArrayLike, mask: ArrayLike | None = None) -> float:
     return float(values[chosen].mean(dtype=np.float64))
 
 
+def covering_starts(length: int, size: int) -> tuple[int, ...]:
+    """Starts of the fewest intervals of `size` voxels that cover an axis of `length`, evenly spread.
+
+        start_i = round(i (n - k) / (m - 1)), i < m = ceil(n / k)
+
+    The first starts at 0 and the last ends with the axis. They overlap where k does not divide n.
+    """
+    count = -(-length // size)
+    return tuple(round(i * (length - size) / max(1, count - 1)) for i in range(count))
+
+
+def covering_means(score: ArrayLike, size: Sequence[int]) -> Array:
+    """Mean of `score` (X, Y, Z) over each of the boxes of `size` that cover it, at the `covering_starts` of every axis.
+
+    Shapes: (X, Y, Z) -> (MX, MY, MZ) float32, m = ceil(n / k) along each axis.
+    """
+    sums = np.asarray(score)
+    for axis, width in enumerate(size):
+        starts = covering_starts(sums.shape[axis], width)
+        # reduceat sums up to the next index, or takes one value where that lies before; every second sum is a box.
+        ends = [v for start in starts for v in (start, start + width)][:-1]
+        picked = (slice(None),) * axis + (slice(None, None, 2),)
+        sums = np.add.reduceat(sums, ends, axis=axis, dtype=np.float64)[picked]
+    return np.asarray(sums / np.prod(size), np.float32)
+
+
 def unit_size(unit: str, shape: Sequence[int], size: Sequence[int] | None = None, axis: int = 2) -> Triple:
     """Voxels a unit spans in an image of `shape`: the clipped patch, a full plane of thickness one, or everything.
 

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
+from lib.querying.by_unit import tiles
 from lib.querying.methods import MethodError, resolve
-from lib.querying.selection import PoolExhausted, PoolImage, select
+from lib.querying.selection import Ask, PoolExhausted, PoolImage, select
 from lib.regions import boxes_overlap
 from lib.selectors.class_stratified import ALL, allot, image_limits, merge_streams, pick_streams
 from lib.selectors.greedy import best_boxes
 from lib.selectors.noise import power, softrank
 from lib.uncertainty import UNCERTAINTIES, Moments
 from lib.units import box_mean
+from tests.lib.querying.test_conformance import Synthetic
 from tests.lib.worlds import LABELS, Members, hints_for, softmax, world
 
 # --- the whole query stage against published arrays ------------------------------------------------------------------
@@ -329,3 +333,42 @@ def test_predicted_foreground_is_where_random_fg_predicted_looks() -> None:
             assert pick.reason["class"] == "organ"
             assert boxes_overlap(pick.box, ((20, 20, 20), (5, 5, 5)))
     assert 30 <= hits <= 55
+
+
+@given(
+    st.tuples(*[st.integers(1, 23)] * 3),
+    st.tuples(*[st.integers(1, 25)] * 3),
+    st.sampled_from(["patch", "slice", "volume"]),
+    st.integers(0, 2),
+)
+def test_units_of_fixed_methods_reach_every_voxel(shape: tuple, size: tuple, unit: str, axis: int) -> None:
+    image, covered = PoolImage("a", shape), np.zeros(shape, dtype=bool)
+    ask = Ask(resolve("stochastic_batch", {"unit": unit}), 1, size, axis=axis)
+    for start in tiles(ask, image):
+        covered[tuple(slice(a, a + d) for a, d in zip(start, ask.box_size(image), strict=True))] = True
+    assert covered.all()
+
+
+@pytest.mark.parametrize("method", ["stochastic_batch", "stratified", "badge", "core_set", "typiclust", "usim_c"])
+def test_a_batch_of_fixed_units_never_overlaps_and_fills_up_where_units_do(method: str) -> None:
+    # Units start at 0, 3 and 6 of 10 voxels, so that one may overlap all others of its image.
+    pool = [PoolImage(name, (10, 10, 10)) for name in "abcdef"]
+    evidence = Synthetic(dict.fromkeys("abcdef", (10, 10, 10)))
+    picks = select(resolve(method, {"unit": "patch"}), pool, evidence, 6, size=(4, 4, 4), labels=LABELS, utilities=True)
+    assert {s for p in picks for s in p.start} <= {0, 3, 6}
+    assert len(picks) == 6
+    for k, pick in enumerate(picks):
+        assert not any(o.image == pick.image and boxes_overlap(o.box, pick.box) for o in picks[:k])
+        assert pick.reason["step"] is not None
+
+
+def test_a_group_that_overlaps_goes_on_with_the_best_group_of_the_units_left() -> None:
+    # Of 7 voxels, units of 4 start at 0 and 3 and share the voxel 3: one of them can be picked at most.
+    pool = [PoolImage("a", (7, 4, 4)), PoolImage("b", (4, 4, 4)), PoolImage("c", (4, 4, 4))]
+    evidence = Synthetic({i.id: i.shape for i in pool})
+    for seed in range(20):
+        picks = select(resolve("stochastic_batch", {"unit": "patch"}), pool, evidence, 3, size=(4, 4, 4), seed=seed)
+        assert sorted(p.image for p in picks) == ["a", "b", "c"]
+        with pytest.raises(PoolExhausted) as raised:
+            select(resolve("stochastic_batch", {"unit": "patch"}), pool, evidence, 4, size=(4, 4, 4), seed=seed)
+        assert sorted(p.image for p in raised.value.picks) == ["a", "b", "c"]

@@ -3,11 +3,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for details.
-"""Selection from a fixed set of units, disjoint tiles of every image, where whole batches or features are compared."""
+"""Selection from fixed units that cover every image, where whole batches or features are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -24,6 +24,7 @@ from lib.querying.types import (
     Candidate,
     Evidence,
     Pick,
+    Places,
     PoolImage,
     Step,
     picks_from,
@@ -44,20 +45,22 @@ from lib.selectors.stochastic import stochastic_batch
 from lib.selectors.strided import Block, strided_blocks
 from lib.selectors.usim import usim
 from lib.uncertainty import PosteriorMoments
-from lib.units import unit_grid
+from lib.units import covering_means, covering_starts
 
 Units = list[tuple[PoolImage, Triple, Triple]]
 
 
 def tiles(ask: Ask, image: PoolImage) -> list[Triple]:
-    """Starts of the disjoint units of `image`: patches side by side from its first voxel, every slice, or all of it."""
-    size = ask.box_size(image)
-    axes = (range(0, n - k + 1, k) for n, k in zip(image.shape, size, strict=True))
+    """Starts of the units that cover `image`: evenly spread patches, every slice, or all of it.
+
+    Patches overlap where their size does not divide the image's; `_apart` keeps a batch free of overlaps.
+    """
+    axes = (covering_starts(n, k) for n, k in zip(image.shape, ask.box_size(image), strict=True))
     return [(x, y, z) for x, y, z in product(*axes)]
 
 
 def free_units(ask: Ask, pool: Sequence[PoolImage]) -> Units:
-    """Units that meet no taken box, image by image."""
+    """Units that overlap no taken box, image by image."""
     found: Units = []
     for image in pool:
         size = ask.box_size(image)
@@ -68,10 +71,37 @@ def free_units(ask: Ask, pool: Sequence[PoolImage]) -> Units:
 def unit_scores(
     ask: Ask, image: PoolImage, maps: Iterable[NDArray[np.float32]], starts: Sequence[Triple]
 ) -> NDArray[np.float64]:
-    """Mean of each map (X, Y, Z) over the units at `starts`, (units, maps)."""
+    """Mean of each map (X, Y, Z) over the units of `tiles` at `starts`, (units, maps)."""
     size = ask.box_size(image)
-    cells = tuple(np.array(starts, dtype=np.intp).reshape(-1, 3).T // np.array(size)[:, None])
-    return np.stack([unit_grid(m, size, size)[cells].astype(np.float64) for m in maps], axis=1)
+    places = np.array(starts, dtype=np.intp).reshape(-1, 3)
+    axes = [covering_starts(n, k) for n, k in zip(image.shape, size, strict=True)]
+    cells = tuple(np.searchsorted(axis, places[:, a]) for a, axis in enumerate(axes))
+    return np.stack([covering_means(m, size)[cells].astype(np.float64) for m in maps], axis=1)
+
+
+_Choice = tuple[list[int], list[Step]]
+
+
+def _apart(units: Units, n: int, choose: Callable[[NDArray[np.bool_], list[int], int], _Choice]) -> _Choice:
+    """Indices of at most `n` units of which no two overlap, and the record of each step.
+
+    `choose(free, chosen, repeat)` selects n - len(chosen) of the free units (U,), given those chosen before. Its picks
+    before the first one that overlaps an earlier pick stay; the selection is repeated among the units that overlap
+    none of them. Where units do not overlap, it is called once.
+    """
+    free, chosen, records = np.ones(len(units), dtype=bool), list[int](), list[Step]()
+    places = Places([_placed(unit) for unit in units])
+    for repeat in range(n):
+        if len(chosen) >= n or not free.any():
+            break
+        found, steps = choose(free.copy(), list(chosen), repeat)
+        for k, i in enumerate(found):
+            if not free[i]:
+                break
+            chosen.append(i)
+            records += steps[k : k + 1]
+            free &= ~places.overlapping(i)
+    return chosen, records
 
 
 def _scored_units(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Candidate]:
@@ -88,20 +118,31 @@ def _scored_units(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> li
 
 
 def select_stochastic(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -> list[Pick]:
-    """The random group of n units with the highest mean score (Gaillochet et al. 2023)."""
+    """The random group of n units with the highest mean score (Gaillochet et al. 2023).
+
+    Of a group with overlapping units, those before the first overlap are kept, and the rest comes from the best group
+    of units left.
+    """
     units = _scored_units(ask, pool, evidence)
     if not units:
         return []
-    indices = stochastic_batch(
-        [c.score for c in units],
-        ask.n,
-        ask.rng("groups"),
-        statistic=str(ask.option("statistic")),
-        keep_last=bool(ask.option("keep_last")),
-        groups=int(ask.option("groups")) or None,
-        resample=bool(ask.option("resample")),
-    )
-    worth = getattr(np.array([units[i].score for i in indices]), str(ask.option("statistic")))()
+    scores, images = np.array([c.score for c in units]), {image.id: image for image in pool}
+
+    def choose(free: NDArray[np.bool_], chosen: list[int], repeat: int) -> _Choice:
+        rows = np.flatnonzero(free)
+        group = stochastic_batch(
+            scores[rows],
+            ask.n - len(chosen),
+            _repeated(ask, "groups", repeat),
+            statistic=str(ask.option("statistic")),
+            keep_last=bool(ask.option("keep_last")),
+            groups=int(ask.option("groups")) or None,
+            resample=bool(ask.option("resample")),
+        )
+        return rows[group].tolist(), []
+
+    indices, _ = _apart([(images[c.image], c.start, c.size) for c in units], ask.n, choose)
+    worth = getattr(scores[indices], str(ask.option("statistic")))()
     left = len(units) - len(indices)
     return picks_from(ask, [units[i] for i in indices], steps=lambda: [step(worth, (), left)] * len(indices))
 
@@ -109,10 +150,15 @@ def select_stochastic(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) -
 def select_stratified(ask: Ask, pool: Sequence[PoolImage]) -> list[Pick]:
     """Units spread over the images so that the same share (or number) of each is annotated (StrRS)."""
     units = [(i, start, ask.box_size(i)) for i in pool for start in tiles(ask, i)]
-    labelled = [not image.is_free((start, size)) for image, start, size in units]
-    rng = ask.rng("strata")
+    labelled = np.array([not image.is_free((start, size)) for image, start, size in units])
     strata, equal = [i.id for i, _, _ in units], str(ask.option("equal"))
-    return _plain(ask, units, stratified_steps(strata, labelled, ask.n, rng, equal))
+
+    def steps(free: NDArray[np.bool_], chosen: list[int], repeat: int) -> Selection:
+        # A unit that a pick overlaps counts like one that an annotated region overlaps.
+        done = (labelled | ~free).tolist()
+        return stratified_steps(strata, done, ask.n - len(chosen), _repeated(ask, "strata", repeat), equal)
+
+    return _plain(ask, units, steps, subset=False)
 
 
 def select_strided(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence | None) -> list[Pick]:
@@ -175,7 +221,12 @@ def select_by_features(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence) 
     assert selector.steps is not None, "a selector without a stage of its own works on features"
     features = np.concatenate([source.features(i.id, boxes) for i, boxes in _by_image(units)])
     options = {name: ask.option(name) for name in selector.options}
-    steps = selector.steps(features, source.labelled_features(), ask.n, ask.rng("features"), **options)
+    labelled, take = source.labelled_features(), selector.steps
+
+    def steps(free: NDArray[np.bool_], chosen: list[int], repeat: int) -> Selection:
+        known = np.concatenate([labelled, features[chosen]]) if chosen else labelled
+        return take(features[free], known, ask.n - len(chosen), _repeated(ask, "features", repeat), **options)
+
     return _plain(ask, units, steps)
 
 
@@ -187,9 +238,12 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
     source = with_gradients(evidence, ask)
     layer = str(ask.option("layer"))
     gradients = np.concatenate([source.gradients(i.id, boxes, layer) for i, boxes in _by_image(units)])
-    rng = ask.rng("gradients")
     if ask.method.selector == "kmeans_plus_plus":
-        return _plain(ask, units, kmeans_plus_plus_steps(gradients, ask.n, rng))
+
+        def steps(free: NDArray[np.bool_], chosen: list[int], repeat: int) -> Selection:
+            return kmeans_plus_plus_steps(gradients[free], ask.n - len(chosen), _repeated(ask, "gradients", repeat))
+
+        return _plain(ask, units, steps)
     variances = np.concatenate(
         [
             unit_scores(ask, image, _variances(moments_of(image, evidence)), [s for s, _ in boxes])
@@ -202,23 +256,28 @@ def select_by_gradients(ask: Ask, pool: Sequence[PoolImage], evidence: Evidence)
             f"{ask.method.name} needs one class frequency for each of {variances.shape[1]} classes, found "
             f"{len(frequencies)}"
         )
-    choice = usim(
-        variances,
-        gradients,
-        frequencies,
-        ask.n,
-        rng,
-        kind=str(ask.option("kind")),
-        eta=float(ask.option("eta")),
-        background=ask.labels.get(BACKGROUND, 0),
-        parameters=int(ask.option("parameters")),
-        published=bool(ask.option("published")),
-    )
-    scores = variances.mean(axis=1)
-    chosen = [
-        Candidate(units[i][0].id, units[i][1], units[i][2], float(scores[i]), float(gain), {"gain": float(gain)})
-        for i, gain in zip(choice.indices, choice.gains, strict=True)
-    ]
+    gains: dict[int, float] = {}
+
+    def choose(free: NDArray[np.bool_], chosen: list[int], repeat: int) -> _Choice:
+        rows = np.flatnonzero(free)
+        choice = usim(
+            variances[rows],
+            gradients[rows],
+            frequencies,
+            ask.n - len(chosen),
+            _repeated(ask, "gradients", repeat),
+            kind=str(ask.option("kind")),
+            eta=float(ask.option("eta")),
+            background=ask.labels.get(BACKGROUND, 0),
+            parameters=int(ask.option("parameters")),
+            published=bool(ask.option("published")),
+        )
+        found: list[int] = rows[choice.indices].tolist()
+        gains.update(zip(found, choice.gains.tolist(), strict=True))
+        return found, []
+
+    scores, (indices, _) = variances.mean(axis=1), _apart(units, ask.n, choose)
+    chosen = [Candidate(*_placed(units[i]), float(scores[i]), gains[i], {"gain": gains[i]}) for i in indices]
     left = len(units) - np.arange(1, len(chosen) + 1)
     return picks_from(
         ask, chosen, steps=lambda: [step(c.utility, (), int(n)) for c, n in zip(chosen, left, strict=True)]
@@ -274,8 +333,29 @@ def _by_image(units: Units) -> list[tuple[PoolImage, list[tuple[Triple, Triple]]
     return found
 
 
-def _plain(ask: Ask, units: Units, selection: Selection) -> list[Pick]:
-    """Picks of units without a score, in the order of `selection`."""
-    candidates = [Candidate(i.id, start, size, 0.0, 0.0) for i, start, size in units]
-    chosen, steps = traced(candidates, selection, ask.utilities)
-    return picks_from(ask, [candidates[i] for i in chosen], steps=lambda: steps)
+def _plain(
+    ask: Ask, units: Units, steps: Callable[[NDArray[np.bool_], list[int], int], Selection], subset: bool = True
+) -> list[Pick]:
+    """Picks of units without a score, in the order of the selection `steps(free, chosen, repeat)`.
+
+    Rows of the selection are those of the free units with `subset`, else of all.
+    """
+    candidates = [Candidate(*_placed(unit), 0.0, 0.0) for unit in units]
+
+    def choose(free: NDArray[np.bool_], chosen: list[int], repeat: int) -> _Choice:
+        rows = np.flatnonzero(free) if subset else np.arange(len(units))
+        found, records = traced([candidates[i] for i in rows], steps(free, chosen, repeat), ask.utilities)
+        return rows[found].tolist(), records
+
+    chosen, records = _apart(units, ask.n, choose)
+    return picks_from(ask, [candidates[i] for i in chosen], steps=lambda: records)
+
+
+def _placed(unit: tuple[PoolImage, Triple, Triple]) -> tuple[str, Triple, Triple]:
+    image, start, size = unit
+    return image.id, start, size
+
+
+def _repeated(ask: Ask, name: str, repeat: int) -> np.random.Generator:
+    """Generator of a repeated selection; the first one is that of a single selection."""
+    return ask.rng(name, repeat) if repeat else ask.rng(name)

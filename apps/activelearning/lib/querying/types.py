@@ -168,6 +168,24 @@ class Candidate:
     reason: dict[str, Any] = field(default_factory=dict)
 
 
+class Places:
+    """Places of units, to find those that overlap one of them.
+
+    Args:
+        units: image id, start and size of each.
+    """
+
+    def __init__(self, units: Sequence[tuple[str, Triple, Triple]]) -> None:
+        self._images = np.array([image for image, _, _ in units], dtype=object)
+        self._starts = np.array([start for _, start, _ in units], dtype=np.intp).reshape(-1, 3)
+        self._ends = self._starts + np.array([size for _, _, size in units], dtype=np.intp).reshape(-1, 3)
+
+    def overlapping(self, unit: int) -> NDArray[np.bool_]:
+        """Return which units share a voxel with `unit`, itself included, (U,)."""
+        meets = (self._starts < self._ends[unit]) & (self._ends > self._starts[unit])
+        return np.asarray(meets.all(axis=1) & (self._images == self._images[unit]))
+
+
 Step = dict[str, Any]
 """One greedy step: "utility" of its pick, best "candidates" not taken by then, how many are "left", if known."""
 
@@ -207,12 +225,14 @@ def traced_steps(
 ) -> list[Step]:
     """Steps of taking `chosen` of `units`, given the utility of every unit at each step, (U,).
 
-    NaN stands for a unit that is not free, -inf for a free one that does not compare with the pick.
+    NaN stands for a unit that is not free, -inf for a free one that does not compare with the pick. A unit that
+    overlaps a pick is not free any more.
     """
     free, found = np.ones(len(units), dtype=bool), list[Step]()
+    places = Places([(c.image, c.start, c.size) for c in units])
     for k, values in enumerate(utilities):
         i = chosen[k]
-        free[i] = False
+        free &= ~places.overlapping(i)
         comparable = np.flatnonzero(free & (values > -np.inf))
         best = comparable[np.argsort(-values[comparable], kind="stable")[:ALTERNATIVES]]
         left = np.count_nonzero(free & ~np.isnan(values))

@@ -6,22 +6,34 @@ BIN := $(VENV)/bin
 # The demonstration needs the first, everything else the second.
 APP_STAMP := $(VENV)/.installed-app
 STAMP := $(VENV)/.installed
+# The viewer of the page to annotate on; it is no Python package and no part of the project.
+VIEWER := $(VENV)/.viewer
 OUT ?= runs
 # Groups of tests that run side by side: files, and files that share a server.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 STUDY ?= eval/studies/demo.yaml
 
-.PHONY: demo test test-slow system-test-dicom faults lint docs reference bench bench-nnunet fuzz quality phantoms study install clean
+.PHONY: demo annotate viewer test test-slow system-test-dicom faults lint docs reference bench bench-nnunet fuzz quality phantoms study install clean
 
 demo: $(APP_STAMP)
 	$(BIN)/python -m eval.demo --out $(OUT)/demo --workers 2
 
-test: $(STAMP)
+# Phantoms, or the scans of DATA=folder; LABELS="a,b" names classes that its dataset.json does not.
+annotate: $(APP_STAMP) $(VIEWER)
+	$(BIN)/python -m eval.annotate --out $(OUT)/annotate $(if $(DATA),--data $(DATA)) $(if $(LABELS),--labels "$(LABELS)")
+
+viewer: $(VIEWER)
+
+$(VIEWER): apps/activelearning/lib/annotator/viewer_file.py | $(APP_STAMP)
+	$(BIN)/python -m eval.upkeep.viewer
+	@touch $@
+
+test: $(STAMP) $(VIEWER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not dicom"
 
 # PART=0/4 for the first of four equally large parts.
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(VIEWER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow $(if $(PART),--slow-part $(PART))
 
 # OHIF on a PACS, in a headless browser; its pictures stay in runs/dicom.

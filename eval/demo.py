@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     if not os.environ.get("DATA"):
-        os.environ["DATA"] = str(_phantoms(options.out / "data"))
+        os.environ["DATA"] = str(phantoms(options.out / "data"))
     results = options.out / "run"
     # A demonstration always starts from an empty folder; permanent results come from `python -m eval run`.
     shutil.rmtree(results, ignore_errors=True)
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return referee([*command, *(["--quiet"] if options.quiet else [])])
 
 
-def _phantoms(folder: Path) -> Path:
+def phantoms(folder: Path) -> Path:
     """The phantom dataset, generated once."""
     if not (folder / "dataset.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)

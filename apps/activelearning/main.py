@@ -203,6 +203,7 @@ class PatchwiseApp(MONAILabelApp):
             segmenters=self.segmenters,
             clients=self.clients,
             reasons=self.reasons,
+            predictions=self.proposals,
             progress=self.progress,
             background=self.background,
             sessions=self.sessions,

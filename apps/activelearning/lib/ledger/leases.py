@@ -197,6 +197,10 @@ class Leases:
         held = self.store.queries("image = ? AND client IS NOT NULL ORDER BY leased DESC, id DESC LIMIT 1", (image,))
         return held[0].client if held else None
 
+    def held_by(self, client: str) -> list[Query]:
+        """Open regions of a client on any image, the oldest lease first."""
+        return self.store.queries("client = ? AND status = ? ORDER BY leased, id", (client, OPEN))
+
     def last_worked(self, image: str, client: str) -> list[Query]:
         """Regions of the image that this client worked on last, although they are no longer open for it.
 

@@ -23,7 +23,7 @@ from lib.errors import PatchwiseError, refuse
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _PORTS = {"http": 80, "https": 443}
 # Pages without data: a link on another page may open them in a window of their own.
-_PAGES = re.compile(r"/?|/docs/?|/patchwise/?|/logs/?|/ohif(/.*)?|/favicon\.ico")
+_PAGES = re.compile(r"/?|/docs/?|/patchwise/?|/patchwise/annotate/?|/logs/?|/ohif(/.*)?|/favicon\.ico")
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.\-]*[a-z0-9_])?")
 
 

@@ -36,6 +36,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
 _IMAGES = frozenset({"image", "id", "label"})
 _FOLDERS = frozenset({"tag", "session_id"})
 _TASKS = re.compile(r"/(train|scoring|batch)(/|$)")
+_REGIONS = re.compile(r"/patchwise/regions/")
 _PROXY = re.compile(r"/proxy/dicom(/|$)")
 _PROXIED_BYTES = 2**28
 _MOST_PARAMETERS = 100
@@ -80,6 +81,8 @@ def body_of(scope: Scope, upload_bytes: int) -> PlainBody:
     body: PlainBody
     if _PROXY.match(path):
         body = PlainBody(_PROXIED_BYTES)
+    elif _REGIONS.match(path):
+        body = PlainBody(upload_bytes)
     elif kind == "multipart/form-data":
         if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
             refuse("the form declares a charset other than UTF-8; send it in UTF-8")

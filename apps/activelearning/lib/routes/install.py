@@ -29,6 +29,7 @@ from lib.middleware.tokens import accept_signed_tokens
 from lib.middleware.upstream_patches import guard, keep_connected, limit_heads
 from lib.middleware.worker_threads import Threads, prefer_answers
 from lib.options import AppOptions
+from lib.routes.annotate_routes import annotate_routes
 from lib.routes.datastore_routes import datastore_routes, other_routes, session_routes
 from lib.routes.lease_routes import answer_routes, lease_routes, times
 from lib.routes.page_routes import page_routes
@@ -50,7 +51,7 @@ def install(services: Services) -> None:
 
 def routers(services: Services) -> list[APIRouter]:
     """Every route that this project adds to upstream's, or puts in front of one of them."""
-    own = [routes, lease_routes, answer_routes, page_routes]
+    own = [routes, lease_routes, answer_routes, page_routes, annotate_routes]
     guarding = [datastore_routes, session_routes, infer_routes, task_routes, other_routes]
     return [make(services) for make in (*own, *guarding)]
 

@@ -14,6 +14,7 @@ from typing import Any
 from lib.adapters.infer_tasks import SegmentationTask
 from lib.adapters.train_task import EnsembleTrainTask
 from lib.annotator.explanations import Explanations
+from lib.annotator.predicted_regions import PredictedRegions
 from lib.automation.ticker import Ticker
 from lib.dashboard.snapshot import Snapshot
 from lib.ledger.queries import QueryLedger
@@ -42,6 +43,8 @@ class Services:
     """Ids of the clients of requests."""
     reasons: Explanations
     """Store of the pictures and reasons of queries."""
+    predictions: PredictedRegions
+    """Store of the labels that the model proposed for queried regions."""
     progress: Snapshot
     """Data of the progress page."""
     background: Ticker

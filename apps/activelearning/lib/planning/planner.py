@@ -15,7 +15,7 @@ from typing import Literal, cast
 
 from lib.models.plan import Configuration, Normalisation, Plan
 from lib.planning.fingerprint import Fingerprint
-from lib.planning.resolution import ANISOTROPIC, Spacing, coarse_axis, target_spacing
+from lib.planning.resolution import ANISOTROPIC, Spacing, coarse_axis, coarser, target_spacing
 from lib.planning.topology import Ladder, activations, features, ladder
 from lib.regions import Triple
 
@@ -52,6 +52,8 @@ class Rules:
     - first, largest: channels of the first level and of any.
     - folds: space-to-depth factors on the finely resolved axes, in the order they are tried. The first one whose crop
       shows a quarter of the image is taken, else the last.
+    - coarser: factors of a coarser spacing of 3D networks, tried in the same way. A larger folding factor would leave
+      the thin stage at full resolution, which then costs most of a step.
     - batch: crops per step; None for as many as fit.
     - positions: limit of the folded crop in voxels, which bounds the seconds per step.
     - cover: a crop may be this share of the median image rather than be padded beyond it.
@@ -59,7 +61,8 @@ class Rules:
 
     first: int
     largest: tuple[int, int]
-    folds: tuple[int, ...] = (1,)
+    folds: tuple[tuple[int, ...], tuple[int, ...]] = ((1,), (1,))
+    coarser: tuple[float, ...] = (1.0,)
     batch: tuple[int, int] | None = None
     positions: tuple[int, int] | None = None
     cover: float = 1.0
@@ -70,7 +73,15 @@ class Rules:
 # (eval/results/learner); six slices a step cost as much as two crops.
 RULES = {
     "cuda": Rules(first=32, largest=(320, 512)),
-    "cpu": Rules(first=24, largest=(192, 192), folds=(2, 4), batch=(2, 6), positions=(12_000, 5_400), cover=0.95),
+    "cpu": Rules(
+        first=24,
+        largest=(192, 192),
+        folds=((2,), (2, 4)),
+        coarser=(1.0, 1.25, 1.5, 1.75, 2.0),
+        batch=(2, 6),
+        positions=(12_000, 4_096),
+        cover=0.95,
+    ),
 }
 
 
@@ -103,13 +114,18 @@ def make_plan(
     rules = RULES[budget.device]
     wanted, why_spacing = (spacing, "as asked for") if spacing else target_spacing(pool)
     axis = coarse_axis(wanted)
-    search = _Search(pool, budget, rules, configuration, axis, wanted, classes)
     if configuration == "2d":
-        found = search.slices()
-        own = cast(Spacing, tuple(0.0 if a == axis else mm for a, mm in enumerate(wanted)))
-        wanted, why_spacing = own, f"{why_spacing}; slices stay where they are (0: each image's own)"
+        found = _Search(pool, budget, rules, configuration, axis, wanted, classes).slices()
+        wanted = cast(Spacing, tuple(0.0 if a == axis else mm for a, mm in enumerate(wanted)))
+        why_spacing = f"{why_spacing}; slices stay where they are (0: each image's own)"
     else:
-        found = search.volumes()
+        for times in (1.0,) if spacing else rules.coarser:
+            at = coarser(wanted, times)
+            found = _Search(pool, budget, rules, configuration, axis, at, classes).volumes()
+            if found.shown is not None and found.shown >= QUARTER:
+                break
+        wanted = at
+        why_spacing += f"; {times:g} times coarser, so that a crop shows more of an image" if times > 1 else ""
     return _with_pool(_with_mirror(found, sided), wanted, why_spacing, pool)
 
 
@@ -134,6 +150,8 @@ def _with_mirror(plan: Plan, sided: bool) -> Plan:
     little = plan.effort > 1
     mirror = (0, 1, 2) if little and not sided else ()
     why = f"a crop shows {'little' if little else 'most'} of an image"
+    if plan.configuration == "2d":
+        why = "mirror images of slices cost Dice in trainings as short as these"
     why = "classes tell left from right" if little and sided else why
     return plan.model_copy(update={"mirror": mirror, "why": {**plan.why, "mirror": why}})
 
@@ -167,7 +185,7 @@ class _Search:
         limit = REFERENCE_3D * self.budget.memory_gib / REFERENCE_GIB
         if self.rules.batch:
             limit = limit * CROPS_3D / self.rules.batch[0]
-        for fold in self.rules.folds:
+        for fold in self.rules.folds[0]:
             factor = self._factor(median, range(3), fold)
             found, cost = self._shrunk(start, median, range(3), factor, limit, 0, levels, flat)
             patch = cast(Triple, tuple(n * f for n, f in zip(found.size, factor, strict=True)))
@@ -184,7 +202,7 @@ class _Search:
         start = _start([self.spacing[a] for a in axes], START_2D)
         limit = REFERENCE_2D * self.budget.memory_gib / REFERENCE_GIB
         flat_median = [median[a] for a in axes]
-        for fold in self.rules.folds:
+        for fold in self.rules.folds[1]:
             factor = self._factor(median, axes, fold)
             found, cost = self._shrunk(start, flat_median, axes, factor, limit, 1, 99, None)
             patch = cast(Triple, _with([n * factor[a] for n, a in zip(found.size, axes, strict=True)], self.axis, 1))

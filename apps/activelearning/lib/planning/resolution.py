@@ -70,3 +70,9 @@ def target_spacing(pool: Fingerprint) -> tuple[Spacing, str]:
 def coarse_axis(spacing: Sequence[float]) -> int:
     """Axis that slices lie across: the one of the largest spacing, the last of equals."""
     return max(range(3), key=lambda a: (round(spacing[a] / min(spacing), 1), a))
+
+
+def coarser(spacing: Spacing, times: float) -> Spacing:
+    """Spacing at which no axis is finer than `times` the finest one: max(s_a, times * min s)."""
+    finest = min(spacing)
+    return cast(Spacing, tuple(max(mm, times * finest) for mm in spacing))

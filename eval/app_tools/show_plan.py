@@ -44,12 +44,14 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
             raise RefereeError("this machine has no GPU to measure; give --memory GIB, or --device cpu")
     try:
         images, labels, unused = _files(folder)
-        bundle, why = choose_bundle(images, folder / ".patchwise" / "models") if bundle == AUTO else (bundle, "")
+        budget, why = measure_budget(device, memory), ""
+        if bundle == AUTO:
+            bundle, why = choose_bundle(images, folder / ".patchwise" / "models", budget)
         recipe = Bundle(BUNDLES / bundle)
         pool = take_fingerprint(images, labels, declared_modality(folder), unlabelled_values(folder))
         names = resolve_classes(None, folder, {}) if (folder / "dataset.json").is_file() else {}
         outputs, sided = len(names) + 1, names_sides(names)
-        plan = make_plan(pool, measure_budget(device, memory), recipe.configuration, outputs, sided=sided)
+        plan = make_plan(pool, budget, recipe.configuration, outputs, sided=sided)
         if out:
             write_plan(plan, out)
     except PatchwiseError as error:

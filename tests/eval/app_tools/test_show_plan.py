@@ -42,7 +42,9 @@ def test_class_names_decide_about_mirror_images(folder, tmp_path, capsys):
     out = tmp_path / "plan.yaml"
     for names, mirror in (("kidney", [0, 1, 2]), ("left kidney", [])):
         (folder / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": names}}))
-        assert main(["plan", str(folder), "--memory", "4", "--out", str(out)]) == 0
+        assert (
+            main(["plan", str(folder), "--bundle", "segmentation_dynunet_3d", "--memory", "4", "--out", str(out)]) == 0
+        )
         assert yaml.safe_load(out.read_text())["mirror"] == mirror
 
 

@@ -12,9 +12,10 @@ import pytest
 from lib.models.recipe import RecipeError
 from lib.options import AppOptions
 from lib.planning.bundle_choice import BUNDLE_OF, choose_bundle, load_bundles
-from lib.planning.resolution import choose_configuration
+from lib.planning.planner import Budget
 from tests.lib.training.test_bundles import ROOT
 
+CPU, GPU = Budget("cpu", 8.0), Budget("cuda", 8.0)
 TWO, THREE, BETWEEN = BUNDLE_OF["2d"], BUNDLE_OF["3d_fullres"], BUNDLE_OF["3d_anisotropic"]
 
 
@@ -26,39 +27,22 @@ def scans(folder, count, shape, spacing):
     return files
 
 
-@pytest.mark.parametrize(
-    ("shape", "spacing", "expected"),
-    [
-        ((35, 50, 36), (1, 1, 1), "3d_fullres"),
-        ((220, 256, 10), (1.4, 1.4, 10), "2d"),
-        ((10, 256, 220), (10, 1.4, 1.4), "2d"),
-        ((300, 300, 31), (0.6, 0.6, 1.8), "2d"),
-        ((300, 300, 32), (0.6, 0.6, 1.8), "3d_anisotropic"),
-        ((300, 300, 12), (0.6, 0.6, 1.7), "3d_fullres"),
-        ((582, 582, 95), (0.6875, 0.6875, 5), "3d_anisotropic"),
-    ],
-)
-def test_the_configuration_follows_thickness_and_number_of_slices(shape, spacing, expected):
-    assert choose_configuration([shape] * 3, [spacing] * 3)[0] == expected
-
-
-def test_the_median_image_decides_and_the_reason_has_its_figures():
-    shapes, spacings = [(200, 200, 12)] * 3 + [(90, 90, 90)], [(1.0, 1.0, 8.0)] * 3 + [(1.0, 1.0, 1.0)]
-    found, why = choose_configuration(shapes, spacings)
-    assert found == "2d"
-    assert why.startswith("slices are 8.0 times as far apart as their voxels, and the median image has 12 of them")
-
-
 def test_unreadable_images_are_passed_over_and_without_any_it_is_three_dimensions(tmp_path):
     images = scans(tmp_path, 2, (60, 60, 8), (1, 1, 6))
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(b"no image")
     gone = tmp_path / "gone.nii.gz"
-    assert choose_bundle({**images, "broken": broken, "gone": gone}, tmp_path / "models")[0] == TWO
-    assert choose_bundle({"broken": broken}, tmp_path / "models") == (
+    assert choose_bundle({**images, "broken": broken, "gone": gone}, tmp_path / "models", CPU)[0] == TWO
+    assert choose_bundle({"broken": broken}, tmp_path / "models", CPU) == (
         THREE,
         "no image could be read yet; it suits most 3D scans",
     )
+
+
+def test_the_device_counts(tmp_path):
+    images = scans(tmp_path, 2, (130, 130, 130), (1, 1, 1))
+    assert choose_bundle(images, tmp_path / "models", CPU)[0] == TWO
+    assert choose_bundle(images, tmp_path / "models", GPU)[0] == THREE
 
 
 def test_a_project_keeps_the_bundle_it_trained_last(tmp_path):
@@ -67,7 +51,7 @@ def test_a_project_keeps_the_bundle_it_trained_last(tmp_path):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "current.json").write_text("{}")
         os.utime(tmp_path / "models" / name / "current.json", (1000 - age, 1000 - age))
-    assert choose_bundle(images, tmp_path / "models") == (THREE, "the project has a model trained with it")
+    assert choose_bundle(images, tmp_path / "models", CPU) == (THREE, "the project has a model trained with it")
 
 
 def test_named_bundles_are_loaded_in_their_order_and_auto_among_them_once(tmp_path):

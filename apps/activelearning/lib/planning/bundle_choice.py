@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.models.checkpoints import choose_device
 from lib.models.recipe import Bundle
 from lib.models.trusted_bundles import trusted_bundle
 from lib.options import AppOptions
+from lib.planning.configuration_choice import choose_configuration
+from lib.planning.fingerprint import Fingerprint, Grey
 from lib.planning.fingerprint_reader import spread_over
-from lib.planning.resolution import Spacing, choose_configuration
+from lib.planning.planner import REFERENCE_GIB, Budget
+from lib.planning.resolution import Spacing
 from lib.regions import Triple
 from lib.storage.volume_headers import ImageError
 from lib.storage.volumes import Volume, image_geometry
@@ -53,7 +57,7 @@ def load_bundles(
     why: dict[str, str] = {}
     for name in options.models:
         if name == AUTO:
-            chosen, sentence = choose_bundle(images, models)
+            chosen, sentence = choose_bundle(images, models, choose_budget(options))
             why.setdefault(chosen, sentence)
             logger.info("models auto: %s; %s", chosen, sentence)
         else:
@@ -62,8 +66,14 @@ def load_bundles(
     return {name: Bundle(trusted_bundle(folder, name, places)) for name in why}, why
 
 
-def choose_bundle(images: Mapping[str, Path], models: Path) -> tuple[str, str]:
-    """Bundle that suits the images, and why in a sentence.
+def choose_budget(options: AppOptions) -> Budget:
+    """Device of the options, and memory that is enough for any crop there: the choice of a bundle needs no more."""
+    cpu = choose_device(options.device).type == "cpu"
+    return Budget("cpu" if cpu else "cuda", options.memory or REFERENCE_GIB)
+
+
+def choose_bundle(images: Mapping[str, Path], models: Path, budget: Budget) -> tuple[str, str]:
+    """Bundle that suits the images and the device, and why in a sentence.
 
     A project that has a trained model keeps its bundle, so that new images never change what it learnt with. Without
     a readable image it is the bundle for 3D crops.
@@ -83,5 +93,7 @@ def choose_bundle(images: Mapping[str, Path], models: Path) -> tuple[str, str]:
         spacings.append(Volume(np.empty(shape, np.uint8), affine, name).spacing)
     if not shapes:
         return BUNDLE_OF["3d_fullres"], "no image could be read yet; it suits most 3D scans"
-    configuration, why = choose_configuration(shapes, spacings)
+    # Grey values play no part in the choice, so they are not read.
+    pool = Fingerprint(tuple(shapes), tuple(spacings), "other", "not read", (), Grey(0, 0, 0, 1, 0, 0), None)
+    configuration, why = choose_configuration(pool, budget)
     return BUNDLE_OF[configuration], why

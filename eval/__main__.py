@@ -155,10 +155,20 @@ def _methods(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from eval.app_tools.show_plan import plan_text
+    from eval.app_tools.planning.show_plan import plan_text
 
     text = plan_text(options.folder, options.bundle, options.device, options.memory, options.out)
     sys.stdout.write(f"{text}\n")
+
+
+def _configurations(options: argparse.Namespace) -> None:
+    from eval.app_tools.planning.configurations import configurations_text
+
+    def notice(text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+
+    chosen = options.device, options.memory, options.folds, options.steps, options.subject, options.seed
+    sys.stdout.write(f"{configurations_text(options.folder, *chosen, notice)}\n")
 
 
 def _gallery(options: argparse.Namespace) -> None:
@@ -266,6 +276,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0, help="of fuzz: another seed draws other cases")
     methods = add("methods", _methods, "list the query methods")
     methods.add_argument("--json", action="store_true")
+    compared = add("configurations", _configurations, "train each kind of network shortly, compare them out of fold")
+    compared.add_argument("folder", type=Path)
+    compared.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    compared.add_argument("--memory", type=_gib, metavar="GIB", help="memory of a training step; default: measured")
+    compared.add_argument("--folds", type=int, default=2, metavar="N")
+    compared.add_argument("--steps", type=int, metavar="N", help="of each training; default: a quarter of `quick`")
+    compared.add_argument("--subject", metavar="REGEX", help="its first group is the subject of an image id")
+    compared.add_argument("--seed", type=int, default=0)
     plan = add("plan", _plan, "plan spacing, crops, network and normalisation for a folder of scans")
     plan.add_argument("folder", type=Path)
     plan.add_argument("--bundle", default="auto", metavar="NAME", help="default: the one that suits the images")

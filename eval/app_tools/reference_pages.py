@@ -84,7 +84,7 @@ def help_of(*arguments: str) -> str:
 
 def command_names() -> list[str]:
     """Return the commands of `python -m eval`, in the order of its help."""
-    return re.findall(r"^    ([a-z]+)  ", help_of(), re.MULTILINE)
+    return re.findall(r"^    ([a-z]+)(?:  |$)", help_of(), re.MULTILINE)
 
 
 def commands_text() -> str:

@@ -13,7 +13,7 @@ from eval.app_path import add_app
 from eval.errors import RefereeError
 from eval.protocol.dataset import read_dataset
 
-BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+BUNDLES = Path(__file__).resolve().parents[3] / "bundles"
 
 
 def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out: Path | None) -> str:
@@ -43,7 +43,7 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
         if not torch.cuda.is_available():
             raise RefereeError("this machine has no GPU to measure; give --memory GIB, or --device cpu")
     try:
-        images, labels, unused = _files(folder)
+        images, labels, unused = files_of(folder)
         budget, why = measure_budget(device, memory), ""
         if bundle == AUTO:
             bundle, why = choose_bundle(images, folder / ".patchwise" / "models", budget)
@@ -64,7 +64,7 @@ def plan_text(folder: Path, bundle: str, device: str, memory: float | None, out:
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", plan.table()])
 
 
-def _files(folder: Path) -> tuple[dict[str, Path], dict[str, Path], tuple[str, ...]]:
+def files_of(folder: Path) -> tuple[dict[str, Path], dict[str, Path], tuple[str, ...]]:
     """Images and labels by id, and sentences about files of a dataset that belong to no case."""
     from lib.storage.dataset_folder import paired_files
     from lib.studies.folder_listing import FolderListing

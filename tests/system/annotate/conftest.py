@@ -107,6 +107,11 @@ class Annotator:
         before = self.query
         self.page.keyboard.press("Enter")
         self.page.wait_for_selector(f"body:not([data-query='{before}'])")
+        self.wait_until_stored()
+
+    def wait_until_stored(self) -> None:
+        """Wait until the server has answered for every region that was submitted."""
+        self.page.wait_for_selector("body:not([data-storing])")
 
     def view(self) -> nib.Nifti1Image:
         """The file of the region that the page shows."""

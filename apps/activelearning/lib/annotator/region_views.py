@@ -81,11 +81,6 @@ class RegionView:
         back = orientations.ornt_transform(there, self._turn)
         return cast("NDArray[_Array]", np.ascontiguousarray(orientations.apply_orientation(upright_xyz, back)))
 
-    def cut(self, image_xyz: NDArray[_Array]) -> NDArray[_Array]:
-        """The crop of an image (X, Y, Z), upright."""
-        start, size = self.crop
-        return self.upright(image_xyz[tuple(slice(a, a + d) for a, d in zip(start, size, strict=True))])
-
     def nifti(self, upright_xyz: NDArray[Any]) -> bytes:
         """The voxels of the view as an uncompressed NIfTI file."""
         image = nib.Nifti1Image(upright_xyz, self.upright_affine)

@@ -24,7 +24,7 @@ from lib.errors import refuse
 from lib.ledger.records import Query as Asked
 from lib.middleware.roles import ANNOTATOR, USER
 from lib.routes.services import Services
-from lib.storage.volumes import load_image
+from lib.storage.volumes import load_crop
 from lib.studies.datastore import FINAL
 from lib.studies.request_context import saved_answer
 
@@ -99,8 +99,8 @@ def _region_routes(router: APIRouter, services: Services) -> None:
     @router.get("/regions/{query_id}/image.nii", summary="A region and its surroundings, upright")
     async def image(query_id: int, user: User = USER) -> Response:
         query, view = found(query_id)
-        volume = load_image(services.store.image_path(query.region.image))
-        return Response(view.nifti(view.cut(volume.array_xyz)), media_type="application/octet-stream")
+        crop_xyz = load_crop(services.store.image_path(query.region.image), view.crop)
+        return Response(view.nifti(view.upright(crop_xyz)), media_type="application/octet-stream")
 
     @router.get("/regions/{query_id}/prediction", summary="Label that the model proposed for a region")
     async def prediction(query_id: int, user: User = USER) -> Response:

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from lib.regions import Triple
+from lib.regions import Box, Triple
 from lib.storage.atomic_files import atomic_path
 from lib.storage.placement import Placement, place
 from lib.storage.readers import open_volume
@@ -87,6 +87,23 @@ def load_image(path: str | Path) -> Volume:
         bad += int(kept.size - np.count_nonzero(np.isfinite(kept)))
     _refuse_bad(path, bad)
     return Volume(array_xyz, source.affine, str(path), source.stated)
+
+
+def load_crop(path: str | Path, box: Box) -> NDArray[np.float32]:
+    """Voxels of a box (start, size) of an image, as `load_image` has them; of a NIfTI no others are converted.
+
+    Raises:
+        ImageError: unreadable, not three-dimensional, or NaN or infinite values in the box.
+    """
+    source = _Source.of(path)
+    try:
+        cut = tuple(slice(a, a + d) for a, d in zip(*box, strict=True))
+        rest = (0,) * (len(source.voxels.shape) - 3)
+        found = np.asarray(source.voxels[(*cut, *rest)], dtype=np.float32)
+    except Exception as error:
+        raise source.damaged(error) from error
+    _refuse_bad(path, int(found.size - np.count_nonzero(np.isfinite(found))))
+    return found
 
 
 def check_image(path: str | Path, uploaded: bool = False) -> None:
@@ -271,11 +288,14 @@ class _Source:
             try:
                 slab_xyz = np.asanyarray(self.voxels[(slice(None), slice(None), slice(start, start + depth), *rest)])
             except Exception as error:
-                raise ImageError(
-                    f"{Path(self.path).name}: the file ends early or is damaged ({type(error).__name__}); "
-                    "replace the file"
-                ) from error
+                raise self.damaged(error) from error
             yield start, slab_xyz
+
+    def damaged(self, error: Exception) -> ImageError:
+        """The refusal of a file whose voxels cannot be read."""
+        return ImageError(
+            f"{Path(self.path).name}: the file ends early or is damaged ({type(error).__name__}); replace the file"
+        )
 
 
 def _refuse_bad(path: str | Path, bad: int) -> None:

@@ -16,7 +16,7 @@ const h = (tag, attributes, ...children) => {
 const DRAFT_SECONDS = 5, RENEW_SECONDS = 60;
 
 const page = {client: "", region: null, prefetched: null, start: "nothing", dirty: false, unsent: false, done: 0, active: 0,
-  renewed: 0, busy: false};
+  renewed: 0, busy: false, storing: new Set(), past: new Set()};
 const local = new Local();
 let viewer = null;
 
@@ -67,19 +67,20 @@ function enable() {
 
 async function fetched() {
   const strategy = $("strategy").value;
-  const held = (await api.held(page.client)).filter(query => query !== page.region?.query);
+  // The list may be older than an answer that was given since.
+  const held = (await api.held(page.client)).filter(query => !page.past.has(query));
   let query = held[0];
   if (query === undefined) {
     const found = await api.next(page.client, strategy);
     query = found.regions?.[0]?.query;
     if (query === undefined) return null;
   }
-  const region = await api.region(query, page.client);
-  return {region, image: await api.image(query)};
+  const [region, image, kept] = await Promise.all([api.region(query, page.client), api.image(query), api.draft(query, page.client)]);
+  return {region, image, kept};
 }
 
 async function advance() {
-  say("");
+  if (!page.storing.size) say("");
   page.region = null;
   delete document.body.dataset.query;
   tell("next region ...");
@@ -96,14 +97,15 @@ async function advance() {
   page.prefetched.catch(() => null);
 }
 
-async function open({region, image}) {
+async function open({region, image, kept: draft}) {
   await viewer.open(image, region.view, region.classes);
   page.region = region;
+  page.past.add(region.query);
   document.body.dataset.query = region.query;
   page.start = "nothing";
   page.dirty = page.unsent = false;
   page.active = page.renewed = Date.now();
-  const kept = await api.draft(region.query, page.client) || local.get(region.query);
+  const kept = draft || local.get(region.query);
   if (kept && kept.length === viewer.label.voxels.length && kept.some(Boolean)) {
     viewer.edit(label => label.put(kept));
     page.dirty = true;
@@ -129,15 +131,28 @@ async function submit() {
   if (!page.region || page.busy) return;
   viewer.settle();
   if (viewer.label.isEmpty && await asked("empty") !== "yes") return;
-  attempt(async () => {
-    const {query} = page.region;
-    tell("storing ...");
-    await api.answer(query, page.client, viewer.label.voxels, page.start);
-    local.drop(query);
+  const {query, image} = page.region;
+  store({query, image, voxels: viewer.label.voxels, start: page.start});
+  page.dirty = page.unsent = false;
+  attempt(advance);
+}
+
+// Stored while the next region is open: the label of a large scan takes the server a while. The drawing is kept here until
+// the server has answered.
+async function store(answer) {
+  page.storing.add(answer.query);
+  document.body.dataset.storing = page.storing.size;
+  local.keep(answer.query, answer.voxels);
+  try {
+    await api.answer(answer.query, page.client, answer.voxels, answer.start);
+    local.drop(answer.query);
     page.done++;
-    page.dirty = page.unsent = false;
-    await advance();
-  }, submit);
+    page.storing.delete(answer.query);
+    if (!page.storing.size) delete document.body.dataset.storing;
+    if (page.region) $("where").textContent = `region ${page.done + 1} · ${page.region.image}`;
+  } catch (error) {
+    say(`The region of ${answer.image} was not stored. ${error.message}`, [["Store again", () => store(answer)]], true);
+  }
 }
 
 async function skip() {
@@ -149,6 +164,7 @@ async function skip() {
 function release() {
   attempt(async () => {
     await api.release(page.region.query, page.client);
+    page.past.delete(page.region.query);
     page.dirty = false;
     viewer.close();
     page.region = null;
@@ -186,7 +202,7 @@ setInterval(async () => {
   }
 }, 1000 * DRAFT_SECONDS);
 for (const event of ["pointermove", "keydown", "wheel"]) window.addEventListener(event, () => { page.active = Date.now(); }, {passive: true});
-window.addEventListener("beforeunload", event => { if (page.dirty) event.preventDefault(); });
+window.addEventListener("beforeunload", event => { if (page.dirty || page.storing.size) event.preventDefault(); });
 
 // --- tools ---------------------------------------------------------------------------------------------------------
 
@@ -250,7 +266,12 @@ async function askName(secret = false) {
   form.elements.name.value = page.client || localStorage.getItem("patchwise-client") || "";
   $("secret").hidden = !secret;
   await asked("name");
+  const before = page.client;
   page.client = form.elements.name.value.trim();
+  if (page.client !== before) {
+    page.past.clear();
+    page.prefetched = null;
+  }
   if (!page.client) return askName(secret);
   if (secret) {
     try { await api.signIn(page.client, form.elements.password.value); $("refused").textContent = ""; }

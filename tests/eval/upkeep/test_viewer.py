@@ -17,22 +17,23 @@ from eval.upkeep import viewer
 from lib.annotator.viewer_file import MEMBER, viewer_file, viewer_place
 
 
-def archive(folder: Path) -> tuple[Path, str]:
-    """A package with the viewer's module, and its digest as npm states it."""
+def archive(folder: Path) -> tuple[Path, viewer.Package]:
+    """An archive with the viewer's module, and the package that it is."""
     path = folder / "package.tgz"
     with tarfile.open(path, "w:gz") as packed:
         entry = tarfile.TarInfo(MEMBER)
         entry.size = 3
         packed.addfile(entry, io.BytesIO(b"abc"))
-    return path, "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+    digest = "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+    return path, viewer.Package("viewer", "1.0", digest, MEMBER)
 
 
 def test_the_module_is_taken_out_of_an_archive_with_the_right_digest(tmp_path: Path) -> None:
-    path, integrity = archive(tmp_path)
-    assert viewer.extracted(path, integrity) == b"abc"
+    path, package = archive(tmp_path)
+    assert viewer.extracted(path, package) == b"abc"
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ValueError, match=r"package.tgz has the digest sha512-.*, expected sha512-.*; it is not used"):
-        viewer.extracted(path, integrity)
+        viewer.extracted(path, package)
 
 
 def test_without_npm_it_is_said_what_to_install(

@@ -83,6 +83,7 @@ USER = {
     "POST /infer/wsi/{model}",
     "POST /infer/wsi_v2/{model}",
     "POST /infer/{model}",
+    "POST /patchwise/regions/{query_id}/between",
     "PUT /session/",
 }
 ANNOTATOR = {

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.annotator.region_labels import Drafts, packed, unpacked, write_answer
+from lib.annotator.region_labels import Drafts, filled_between, packed, unpacked, write_answer
 from lib.annotator.region_views import view_of
 from lib.partial_labels import LabelError
 from lib.storage.volumes import image_grid, load_label
@@ -74,6 +74,18 @@ def test_labels_that_cannot_be_used_are_refused_in_a_sentence(body, sentence):
     view = view_of(BOX, (12, 13, 14), np.eye(4))
     with pytest.raises(LabelError, match=sentence):
         unpacked(body, view, CLASSES)
+
+
+def test_empty_slices_between_drawn_ones_are_filled():
+    label = np.zeros((9, 9, 8), np.uint8)
+    label[2:7, 2:7, 1] = 1
+    label[2:7, 2:7, 5] = 1
+    found = filled_between(label, 2)
+    assert (found[2:7, 2:7, 1:6] == 1).all()
+    assert np.count_nonzero(found) == 5 * 25
+    np.testing.assert_array_equal(filled_between(label.transpose(2, 0, 1), 0), found.transpose(2, 0, 1))
+    np.testing.assert_array_equal(filled_between(found, 2), found)
+    assert not filled_between(np.zeros((3, 3, 3), np.uint8), 1).any()
 
 
 def test_drafts_belong_to_a_query_and_a_person(tmp_path):

@@ -147,6 +147,15 @@ def test_undo_redo_fill_copy_and_erase(server: WarmServer, annotator: Open) -> N
     assert (ann.label()[:, :, z + 1] == 1).sum() == 0
     page.click("#clear")
     assert not ann.label().any()
+    page.keyboard.press("p")
+    for shift in (-2, 1):
+        ann.look_at([*middle[:2], middle[2] + shift])
+        ann.drag([middle[0] - 3, middle[1], middle[2] + shift], [middle[0] + 2, middle[1], middle[2] + shift], AXIAL)
+    page.keyboard.press("b")
+    page.wait_for_timeout(500)
+    drawn = np.argwhere(ann.label())
+    assert sorted(set(drawn[:, 2])) == [z - 2, z - 1, z, z + 1]
+    assert len(drawn) == 4 * 6
 
 
 @pytest.mark.slow

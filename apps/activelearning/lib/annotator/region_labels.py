@@ -16,7 +16,8 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from lib.annotator.region_views import RegionView
-from lib.partial_labels import LabelError
+from lib.partial_labels import UNLABELLED, LabelError
+from lib.pseudo_labels import fill_between
 from lib.storage.atomic_files import write_atomic
 
 # ITK's physical axes are left and posterior, those of an affine right and anterior.
@@ -56,6 +57,17 @@ def packed(upright_xyz: NDArray[np.uint8]) -> bytes:
     """The inverse of `unpacked`."""
     stream = zlib.compressobj(wbits=31)
     return stream.compress(upright_xyz.tobytes(order="F")) + stream.flush()
+
+
+def filled_between(label_xyz: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
+    """A label in which empty slices along `axis` between two drawn ones are interpolated (`lib.pseudo_labels`).
+
+    A block whose outer slices share a class without an overlap stays empty.
+    """
+    planes = np.moveaxis(label_xyz.copy(), axis, 0)
+    planes[~planes.any(axis=(1, 2))] = UNLABELLED
+    found = fill_between(np.moveaxis(planes, 0, axis), label_xyz.shape[axis] + 1, axis)
+    return np.where(found == UNLABELLED, 0, found).astype(np.uint8)
 
 
 def write_answer(path: Path, upright_xyz: NDArray[np.uint8], view: RegionView, classes: Mapping[str, int]) -> None:

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from monailabel.endpoints.user.auth import User
 
-from lib.annotator.region_labels import ENDING, Drafts, packed, unpacked, write_answer
+from lib.annotator.region_labels import ENDING, Drafts, filled_between, packed, unpacked, write_answer
 from lib.annotator.region_views import RegionView, view_of
 from lib.annotator.viewer_file import MISSING, viewer_file
 from lib.errors import refuse
@@ -128,6 +128,14 @@ def _region_routes(router: APIRouter, services: Services) -> None:
         services.ledger.leases.touch(client, query.region.image)
         now = services.ledger.query(query_id)
         return {"kept": True, "status": now.status if now else query.status}
+
+    @router.post("/regions/{query_id}/between", summary="Label with empty slices filled between drawn ones")
+    async def between(
+        query_id: int, request: Request, axis: Annotated[int, Query(ge=0, le=2)] = 2, user: User = USER
+    ) -> Response:
+        _, view = found(query_id)
+        label_xyz = unpacked(await request.body(), view, services.classes)
+        return Response(packed(filled_between(label_xyz, axis)), media_type=_PACKED)
 
     @router.put("/regions/{query_id}/label", summary="Answer a region")
     async def answer(

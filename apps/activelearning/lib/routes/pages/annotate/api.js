@@ -64,6 +64,9 @@ export async function draft(query, client) {
   return reply.status === 204 ? null : gunzip(await reply.arrayBuffer());
 }
 
+export const between = async (query, bytes, axis) =>
+  gunzip(await (await send(`regions/${query}/between?axis=${axis}`, packed("POST", await gzip(bytes)))).arrayBuffer());
+
 export const keepDraft = async (query, client, bytes) =>
   (await send(`regions/${query}/draft?${mine(client)}`, packed("PUT", await gzip(bytes)))).json();
 

@@ -5,7 +5,7 @@ const KEYS = [
   ["P", "pen"], ["O", "filled outline"], ["F", "fill the area under the pointer's next click"], ["E", "eraser"], ["V", "look only"],
   ["+ / −", "brush larger or smaller"], ["↑ / ↓", "next or previous slice of the plane clicked last"],
   ["Space", "pen, eraser or fill at the crosshair"], ["← / → / ↑ / ↓ with Shift", "move the crosshair within the plane"],
-  ["C", "copy the previous slice"], ["Ctrl+Z / Ctrl+Y", "undo, redo"], ["Enter", "submit"], ["S", "skip"], ["R", "give back"],
+  ["C", "copy the previous slice"], ["B", "fill empty slices between drawn ones"], ["Ctrl+Z / Ctrl+Y", "undo, redo"], ["Enter", "submit"], ["S", "skip"], ["R", "give back"],
   ["?", "this list"],
 ];
 const WAYS = {arrowleft: [-1, 0], arrowright: [1, 0], arrowup: [0, 1], arrowdown: [0, -1]};
@@ -46,7 +46,7 @@ export class Keys {
     if (key === "enter" || key === " ") { if (event.target.closest?.("button, a")) return null; }
     if (key === "enter") return actions.submit;
     const others = {"+": () => actions.size(1), "=": () => actions.size(1), "-": () => actions.size(-1), arrowup: () => actions.slice(1),
-      arrowdown: () => actions.slice(-1), " ": actions.dot, c: actions.copy, s: actions.skip, r: actions.release, "?": actions.help};
+      arrowdown: () => actions.slice(-1), " ": actions.dot, c: actions.copy, b: actions.between, s: actions.skip, r: actions.release, "?": actions.help};
     return others[key] || null;
   }
 }

@@ -57,7 +57,7 @@ async function attempt(work, retry) {
 
 function enable() {
   const open = page.region !== null && !page.busy;
-  for (const id of ["submit", "skip", "release", "clear", "copy", "from-nothing"]) $(id).disabled = !open;
+  for (const id of ["submit", "skip", "release", "clear", "copy", "between", "from-nothing"]) $(id).disabled = !open;
   $("from-prediction").disabled = !open || !page.region.has_prediction;
   $("undo").disabled = !open || !viewer?.label?.past.length;
   $("redo").disabled = !open || !viewer?.label?.future.length;
@@ -182,6 +182,13 @@ async function fromPrediction() {
   });
 }
 
+function between() {
+  attempt(async () => {
+    const voxels = await api.between(page.region.query, viewer.label.voxels, viewer.axis);
+    viewer.edit(label => label.put(voxels));
+  });
+}
+
 // Drafts and leases: only while somebody works, so that the minutes of the ledger are those of work.
 setInterval(async () => {
   if (!page.region || page.busy || document.hidden) return;
@@ -241,6 +248,7 @@ $("canvas").addEventListener("pointerdown", () => { viewer.pressed = true; });
 const actions = {
   submit, skip, release, undo: () => viewer.edit(label => label.undo()), redo: () => viewer.edit(label => label.redo()),
   copy: () => viewer.edit(label => label.copy(viewer.voxel, viewer.axis)),
+  between,
   clear: () => viewer.edit(label => label.put(new Uint8Array(label.voxels.length))),
   "from-nothing": () => { viewer.edit(label => label.put(new Uint8Array(label.voxels.length))); page.start = "nothing"; },
   "from-prediction": fromPrediction,

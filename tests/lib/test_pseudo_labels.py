@@ -87,3 +87,17 @@ def test_slices_between_annotated_ones_are_filled_where_nothing_is_annotated(gol
     np.testing.assert_array_equal(np.delete(filled, [2, 3, 4], axis=2), np.delete(label, [2, 3, 4], axis=2))
     turned = fill_between(np.moveaxis(label, 2, 0), thickness=5, axis=0)
     np.testing.assert_array_equal(np.moveaxis(turned, 0, 2), filled)
+
+
+def test_a_slice_without_background_is_symmetric() -> None:
+    full = np.ones((7, 7), bool)
+    found = signed_distance(full)
+    np.testing.assert_allclose(found[3], [1.5, 2.5, 3.5, 4.5, 3.5, 2.5, 1.5])
+    np.testing.assert_array_equal(found, found[::-1])
+    np.testing.assert_array_equal(found, found.T)
+    smaller = np.zeros((7, 7), np.uint8)
+    smaller[2:5, 2:5] = 1
+    between = interpolate(full.astype(np.uint8), smaller, 1)
+    assert between is not None
+    np.testing.assert_array_equal(between[0], between[0][::-1])
+    assert between[0][1:6, 1:6].all()

@@ -78,6 +78,9 @@ def fill_between(
 def signed_distance(mask: ArrayLike) -> NDArray[np.float64]:
     """Distance to the background inside, minus distance to the mask outside, plus 0.5; in pixels, same shape."""
     inside = np.asarray(mask, dtype=bool)
+    if inside.all():
+        # Without any background SciPy measures from a corner; the nearest background is taken beside the plane.
+        return np.asarray(ndimage.distance_transform_edt(np.pad(inside, 1))[(slice(1, -1),) * inside.ndim] + 0.5)
     return np.asarray(ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside) + 0.5)
 
 

@@ -152,10 +152,12 @@ def test_undo_redo_fill_copy_and_erase(server: WarmServer, annotator: Open) -> N
         ann.look_at([*middle[:2], middle[2] + shift])
         ann.drag([middle[0] - 3, middle[1], middle[2] + shift], [middle[0] + 2, middle[1], middle[2] + shift], AXIAL)
     page.keyboard.press("b")
-    page.wait_for_timeout(500)
+    expect(page.locator("#state")).to_have_text("12 voxels filled between axial slices")
     drawn = np.argwhere(ann.label())
     assert sorted(set(drawn[:, 2])) == [z - 2, z - 1, z, z + 1]
     assert len(drawn) == 4 * 6
+    page.keyboard.press("b")
+    expect(page.locator("#state")).to_contain_text("nothing to fill: draw each class on two axial slices")
 
 
 @pytest.mark.slow
@@ -173,6 +175,10 @@ def test_skip_give_back_withdraw_and_restore(server: WarmServer, annotator: Open
     ann.page.keyboard.press("r")
     expect(ann.page.locator("#message")).to_contain_text("The region was given back")
     assert queries(server.url)[second]["status"] == "released"
+    for key in "rbs":
+        ann.page.keyboard.press(key)
+    expect(ann.page.locator("#message")).to_contain_text("The region was given back")
+    expect(ann.page.locator("#reason")).to_be_hidden()
     ann.page.click("#message button")
     ann.wait_for()
     draw(ann)

@@ -156,12 +156,13 @@ async function store(answer) {
 }
 
 async function skip() {
-  if (await asked("reason") !== "yes") return;
+  if (!page.region || page.busy || await asked("reason") !== "yes") return;
   const reason = $("reason").querySelector("input").value;
   attempt(async () => { await api.skip(page.region.query, page.client, reason); local.drop(page.region.query); page.dirty = false; await advance(); }, skip);
 }
 
 function release() {
+  if (!page.region) return;
   attempt(async () => {
     await api.release(page.region.query, page.client);
     page.past.delete(page.region.query);
@@ -183,9 +184,14 @@ async function fromPrediction() {
 }
 
 function between() {
+  if (!page.region) return;
+  viewer.settle();
   attempt(async () => {
-    const voxels = await api.between(page.region.query, viewer.label.voxels, viewer.axis);
-    viewer.edit(label => label.put(voxels));
+    const {label: {voxels: before}, axis} = viewer, found = await api.between(page.region.query, before, axis);
+    const plane = ["sagittal", "coronal", "axial"][axis], added = found.reduce((n, value, i) => n + (value !== before[i]), 0);
+    viewer.edit(label => label.put(found));
+    tell(added ? `${added} voxels filled between ${plane} slices`
+      : `nothing to fill: draw each class on two ${plane} slices that overlap, with empty slices between`);
   });
 }
 

@@ -21,6 +21,7 @@ from lib.annotator.captions import cue_in_batch
 from lib.errors import refuse
 from lib.ledger.records import ANONYMOUS, Query
 from lib.options import problems
+from lib.querying.batch_facts import batch_facts
 from lib.querying.methods import QueryMethod, compose, resolve
 from lib.studies.datastore import PartialLabelDatastore
 
@@ -97,13 +98,17 @@ class QueryStrategy(Strategy):
 
 def _answer(served: Served, datastore: PartialLabelDatastore) -> dict[str, Any]:
     first = served.queries[0]
+    shapes = {q.region.image: datastore.geometry(q.region.image)[0] for q in served.queries}
+    facts, sentence = batch_facts(((q.region, q.reason) for q in served.queries), shapes)
     answer = {
         "id": first.region.image,
         # Slicer shows this as the name of the volume: the one place where an unmodified client shows text.
         "PatientID": cue_in_batch(first, datastore.ledger, *datastore.geometry(first.region.image)),
         "regions": [query.to_json() for query in served.queries],
+        "batch": facts,
     }
-    return answer | ({"note": served.note} if served.note else {})
+    note = "; ".join(filter(None, (served.note, sentence)))
+    return answer | ({"note": note} if note else {})
 
 
 def _parse(request: Mapping[str, Any]) -> QueryRequest:

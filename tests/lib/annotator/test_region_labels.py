@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.annotator.region_labels import Drafts, filled_between, packed, unpacked, write_answer
+from lib.annotator.region_labels import Draft, Drafts, filled_between, packed, unpacked, write_answer
 from lib.annotator.region_views import view_of
 from lib.partial_labels import LabelError
 from lib.storage.volumes import image_grid, load_label
@@ -91,12 +91,20 @@ def test_empty_slices_between_drawn_ones_are_filled():
 def test_drafts_belong_to_a_query_and_a_person(tmp_path):
     drafts = Drafts(tmp_path / "drafts")
     assert drafts.get(1, "ann") is None
-    drafts.keep(1, "ann", b"a")
-    drafts.keep(1, "Ann", b"b")
-    drafts.keep(2, "../ann", b"c")
-    drafts.keep(1, "ann", b"d")
-    assert (drafts.get(1, "ann"), drafts.get(1, "Ann"), drafts.get(2, "../ann")) == (b"d", b"b", b"c")
+    a, b, c, d = Draft(b"a", "nothing"), Draft(b"b", "prediction"), Draft(b"c", "nothing"), Draft(b"pn", "prediction")
+    for query, client, draft in ((1, "ann", a), (1, "Ann", b), (2, "../ann", c), (1, "ann", d)):
+        drafts.keep(query, client, draft)
+    assert (drafts.get(1, "ann"), drafts.get(1, "Ann"), drafts.get(2, "../ann")) == (d, b, c)
     assert len(list((tmp_path / "drafts").iterdir())) == 3
     drafts.drop(1, "ann")
     drafts.drop(1, "ann")
     assert drafts.get(1, "ann") is None
+
+
+def test_a_draft_of_an_earlier_version_began_with_nothing(tmp_path):
+    drafts = Drafts(tmp_path)
+    body = packed(drawn((2, 3, 4)))
+    drafts.keep(1, "ann", Draft(body, "prediction"))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(body)
+    assert drafts.get(1, "ann") == Draft(body, "nothing")

@@ -230,6 +230,27 @@ def test_quality_is_told_batch_by_batch(store, progress, measures, proposals, cl
     assert batch["classes"] == (pytest.approx(2 * 12 / 28), None)
 
 
+def test_answers_that_began_with_the_prediction_are_kept_apart(store, progress, measures, proposals, tmp_path):
+    predict(proposals, np.ones(SHAPE, np.uint8))
+    queries = store.ledger.ask("b1", "power_pe", 1, asked(0, 2, 4))
+    proposals.keep(queries, MODEL)
+    proposals.wait()
+    half = np.ones(SHAPE, np.uint8)
+    half[..., 0] = 0
+    submit(store, tmp_path, half, [queries[0].id], start="nothing")
+    submit(store, tmp_path, np.ones(SHAPE, np.uint8), [queries[1].id], start="prediction")
+    submit(store, tmp_path, half, [queries[2].id])
+    measures.catch_up()
+    quality = told(progress)["quality"]
+    (batch,) = quality["batches"]
+    assert (quality["assisted"], batch["regions"]) == (1, 2)
+    assert batch["dice"] == pytest.approx(2 * 4 / (8 + 4))
+    submit(store, tmp_path, half, [queries[1].id], start="nothing")
+    measures.catch_up()
+    quality = told(progress)["quality"]
+    assert (quality["assisted"], quality["batches"][0]["regions"]) == (0, 3)
+
+
 def test_failures_are_told_until_the_next_success(progress, failures):
     failures.note("train", "x.nii.gz: not readable")
     (failure,) = told(progress)["failures"]

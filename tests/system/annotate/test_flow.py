@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
-from tests.system.annotate.conftest import AXIAL, Annotator, Open, stored
+from lib.studies.datastore import STATE_FOLDER
+from tests.system.annotate.conftest import AXIAL, Annotator, Open, ask_for, stored
 from tests.system.conftest import BUNDLE
 from tests.warm import WarmProcess, WarmServer
 
@@ -252,3 +253,30 @@ def test_keys_alone_lead_to_an_answer(server: WarmServer, annotator: Open) -> No
     ann.wait_until_stored()
     assert queries(server.url)[first]["status"] == "answered"
     assert ann.watched.errors == []
+
+
+def test_a_start_from_the_prediction_is_recorded_also_after_a_crash(
+    server: WarmServer, annotator: Open, tmp_path: Path
+) -> None:
+    box = (4, 6, 8), (10, 12, 8)
+    (query,) = ask_for(server.url, "ann", ("a", *box))
+    predicted = np.random.default_rng(1).integers(0, 3, box[1]).astype(np.uint8)
+    folder = tmp_path / "studies" / STATE_FOLDER / "proposals"
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"{query}.npz", label_xyz=predicted, model=np.array("d" * 64))
+    ann = annotator(server.url)
+    ann.enter("ann", query)
+    ann.page.click("#from-prediction")
+    expect(ann.page.locator("#state")).to_have_text("draft kept", timeout=15_000)
+    ann.page.context.close()
+    again = annotator(server.url)
+    again.enter("ann", query)
+    expect(again.page.locator("#state")).to_have_text("your draft was taken up again")
+    again.submit()
+    label = stored(server.url, "a", tmp_path)
+    np.testing.assert_array_equal(label[4:14, 6:18, 8:16], predicted)
+    page = again.page
+    page.goto(f"{server.url}/patchwise/")
+    expect(page.locator("#advice")).to_contain_text(
+        "One answer that began with the model's own contours", timeout=20_000
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import SimpleITK
@@ -91,6 +92,18 @@ def write_answer(path: Path, upright_xyz: NDArray[np.uint8], view: RegionView, c
     SimpleITK.WriteImage(image, str(path), useCompression=True)
 
 
+Start = Literal["nothing", "prediction"]
+# First byte of the file of a draft.
+_STARTS: dict[Start, bytes] = {"nothing": b"n", "prediction": b"p"}
+
+
+class Draft(NamedTuple):
+    """An unfinished label as it was sent, and the start of the drawing."""
+
+    body: bytes
+    start: Start
+
+
 class Drafts:
     """Unfinished labels of regions, one for each query and client, kept until the answer is stored.
 
@@ -101,16 +114,21 @@ class Drafts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def keep(self, query_id: int, client: str, body: bytes) -> None:
+    def keep(self, query_id: int, client: str, draft: Draft) -> None:
         """Store a draft in place of an earlier one."""
-        write_atomic(self._path(query_id, client), lambda stream: stream.write(body))
+        write_atomic(self._path(query_id, client), lambda stream: stream.write(_STARTS[draft.start] + draft.body))
 
-    def get(self, query_id: int, client: str) -> bytes | None:
-        """The draft, as it was sent; None without one."""
+    def get(self, query_id: int, client: str) -> Draft | None:
+        """The draft; None without one."""
         try:
-            return self._path(query_id, client).read_bytes()
+            kept = self._path(query_id, client).read_bytes()
         except FileNotFoundError:
             return None
+        for start, mark in _STARTS.items():
+            if kept.startswith(mark):
+                return Draft(kept[1:], start)
+        # Drafts of earlier versions are the stream alone.
+        return Draft(kept, "nothing")
 
     def drop(self, query_id: int, client: str) -> None:
         """Remove the draft, if there is one."""

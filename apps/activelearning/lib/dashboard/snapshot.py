@@ -175,9 +175,12 @@ class Snapshot:
         answered: Counter[int] = Counter()
         counts: dict[int, list[Any]] = defaultdict(list)
         methods: dict[int, set[str]] = defaultdict(set)
+        assisted = 0
         for found in self.ledger.overview.answered_queries():
             answered[found.round] += found.first == found.query
-            if (found.query, found.answer) in overlaps:
+            # An answer that began with the prediction agrees with it, whatever the quality of the model.
+            assisted += found.assisted
+            if (found.query, found.answer) in overlaps and not found.assisted:
                 counts[found.round].append(overlaps[found.query, found.answer])
                 methods[found.round].add(found.method)
         batches = [
@@ -189,16 +192,22 @@ class Snapshot:
             )
             for round_ in sorted(counts)
         ]
-        return self._advised(batches, methods, answered.total(), next_regions)
+        return self._advised(batches, methods, answered.total(), next_regions, assisted)
 
     def _advised(
-        self, batches: Sequence[Batch], methods: Mapping[int, set[str]], annotated: int, next_regions: int
+        self,
+        batches: Sequence[Batch],
+        methods: Mapping[int, set[str]],
+        annotated: int,
+        next_regions: int,
+        assisted: int = 0,
     ) -> dict[str, Any]:
         rng = child_rng(0, "advisor")
         estimates = [e for e in (estimate(batch, self.rules, rng) for batch in batches) if e is not None]
         advice = advise(batches, annotated, next_regions, self.rules, rng)
         return {
             "batches": [{**asdict(e), "methods": sorted(methods[e.round])} for e in estimates],
+            "assisted": assisted,
             "class_names": list(self.store.annotations.classes),
             "advice": {**asdict(advice), "worth": self.rules.gain, "level": self.rules.level, "regions": next_regions},
         }

@@ -50,13 +50,17 @@ class AfterRound(NamedTuple):
 
 
 class AnsweredQuery(NamedTuple):
-    """The newest active answer to a query; `first`: the first reading, which has the prediction."""
+    """The newest active answer to a query.
+
+    `first`: the first reading, which has the prediction; `assisted`: the drawing began with that prediction.
+    """
 
     query: int
     first: int
     answer: int
     round: int
     method: str
+    assisted: bool = False
 
 
 class Overview:
@@ -84,7 +88,9 @@ class Overview:
         """Every query with an active answer, in order."""
         with self.store.connect() as connection:
             rows = connection.execute(
-                "SELECT queries.id, COALESCE(twin, queries.id), MAX(answers.id), round, method FROM answered"
+                "SELECT queries.id, COALESCE(twin, queries.id), MAX(answers.id), round, method,"
+                # SQLite takes the other columns of the row that holds the maximum.
+                " json_extract(answers.info, '$.start') IS 'prediction' FROM answered"
                 " JOIN answers ON answers.id = answered.answer JOIN queries ON queries.id = answered.query"
                 " WHERE answers.active = 1 GROUP BY queries.id ORDER BY queries.id"
             ).fetchall()

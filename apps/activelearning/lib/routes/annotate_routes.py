@@ -11,13 +11,13 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from monailabel.endpoints.user.auth import User
 
-from lib.annotator.region_labels import ENDING, Drafts, filled_between, packed, unpacked, write_answer
+from lib.annotator.region_labels import ENDING, Draft, Drafts, Start, filled_between, packed, unpacked, write_answer
 from lib.annotator.region_views import RegionView, view_of
 from lib.annotator.viewer_file import MISSING, viewer_file
 from lib.errors import refuse
@@ -39,6 +39,8 @@ _POLICY = (
 )
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _PACKED = "application/gzip"
+# What a draft began with, nothing or the prediction.
+START_HEADER = "X-Patchwise-Start"
 Client = Annotated[str | None, Query(max_length=200)]
 
 
@@ -113,18 +115,20 @@ def _region_routes(router: APIRouter, services: Services) -> None:
     @router.get("/regions/{query_id}/draft", summary="Unfinished label of a region")
     async def draft(query_id: int, client_id: Client = None, user: User = USER) -> Response:
         kept = drafts.get(query_id, services.clients.identify({"client_id": client_id}))
-        return Response(status_code=204) if kept is None else Response(kept, media_type=_PACKED)
+        if kept is None:
+            return Response(status_code=204)
+        return Response(kept.body, media_type=_PACKED, headers={START_HEADER: kept.start})
 
     @router.put("/regions/{query_id}/draft", summary="Keep an unfinished label of a region")
     async def keep_draft(
-        query_id: int, request: Request, client_id: Client = None, user: User = ANNOTATOR
+        query_id: int, request: Request, client_id: Client = None, start: Start = "nothing", user: User = ANNOTATOR
     ) -> dict[str, Any]:
         query, view = found(query_id)
         client, body = services.clients.identify({"client_id": client_id}), await request.body()
         unpacked(body, view, services.classes)
         if query.client != client:
             refuse(f"query {query_id} was not given to {client}, so no draft of it is kept", 409)
-        drafts.keep(query_id, client, body)
+        drafts.keep(query_id, client, Draft(body, start))
         services.ledger.leases.touch(client, query.region.image)
         now = services.ledger.query(query_id)
         return {"kept": True, "status": now.status if now else query.status}
@@ -142,7 +146,7 @@ def _region_routes(router: APIRouter, services: Services) -> None:
         query_id: int,
         request: Request,
         client_id: Client = None,
-        start: Literal["nothing", "prediction"] = "nothing",
+        start: Start = "nothing",
         user: User = ANNOTATOR,
     ) -> dict[str, Any]:
         query, view = found(query_id)

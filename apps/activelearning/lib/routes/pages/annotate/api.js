@@ -61,14 +61,15 @@ export async function prediction(query) {
 
 export async function draft(query, client) {
   const reply = await send(`regions/${query}/draft?${mine(client)}`);
-  return reply.status === 204 ? null : gunzip(await reply.arrayBuffer());
+  if (reply.status === 204) return null;
+  return {voxels: await gunzip(await reply.arrayBuffer()), start: reply.headers.get("X-Patchwise-Start")};
 }
 
 export const between = async (query, bytes, axis) =>
   gunzip(await (await send(`regions/${query}/between?axis=${axis}`, packed("POST", await gzip(bytes)))).arrayBuffer());
 
-export const keepDraft = async (query, client, bytes) =>
-  (await send(`regions/${query}/draft?${mine(client)}`, packed("PUT", await gzip(bytes)))).json();
+export const keepDraft = async (query, client, bytes, start) =>
+  (await send(`regions/${query}/draft?${mine(client)}&start=${start}`, packed("PUT", await gzip(bytes)))).json();
 
 export const answer = async (query, client, bytes, start) =>
   (await send(`regions/${query}/label?${mine(client)}&start=${start}`, packed("PUT", await gzip(bytes)))).json();

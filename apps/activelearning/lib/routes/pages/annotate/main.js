@@ -23,7 +23,7 @@ let viewer = null;
 function drawn() {
   page.dirty = page.unsent = true;
   page.active = Date.now();
-  local.keep(page.region.query, viewer.label.voxels);
+  local.keep(page.region.query, viewer.label.voxels, page.start);
   $("undo").disabled = !viewer.label.past.length;
   $("redo").disabled = !viewer.label.future.length;
   tell("not yet submitted");
@@ -106,8 +106,9 @@ async function open({region, image, kept: draft}) {
   page.dirty = page.unsent = false;
   page.active = page.renewed = Date.now();
   const kept = draft || local.get(region.query);
-  if (kept && kept.length === viewer.label.voxels.length && kept.some(Boolean)) {
-    viewer.edit(label => label.put(kept));
+  if (kept && kept.voxels.length === viewer.label.voxels.length && kept.voxels.some(Boolean)) {
+    page.start = kept.start;
+    viewer.edit(label => label.put(kept.voxels));
     page.dirty = true;
     tell("your draft was taken up again");
   } else tell(`${region.view.size.join(" × ")} voxels`);
@@ -142,7 +143,7 @@ async function submit() {
 async function store(answer) {
   page.storing.add(answer.query);
   document.body.dataset.storing = page.storing.size;
-  local.keep(answer.query, answer.voxels);
+  local.keep(answer.query, answer.voxels, answer.start);
   try {
     await api.answer(answer.query, page.client, answer.voxels, answer.start);
     local.drop(answer.query);
@@ -178,8 +179,8 @@ function release() {
 async function fromPrediction() {
   attempt(async () => {
     const voxels = await api.prediction(page.region.query);
-    viewer.edit(label => label.put(voxels));
     page.start = "prediction";
+    viewer.edit(label => label.put(voxels));
   });
 }
 
@@ -202,7 +203,7 @@ setInterval(async () => {
   try {
     if (page.unsent) {
       page.unsent = false;
-      const kept = await api.keepDraft(query, page.client, viewer.label.voxels);
+      const kept = await api.keepDraft(query, page.client, viewer.label.voxels, page.start);
       page.renewed = now;
       if (page.region?.query === query) tell(kept.status === "open" ? "draft kept" : `draft kept; the region is ${kept.status}`);
     } else if (now - page.active < 1000 * RENEW_SECONDS && now - page.renewed > 1000 * RENEW_SECONDS) {
@@ -256,7 +257,7 @@ const actions = {
   copy: () => viewer.edit(label => label.copy(viewer.voxel, viewer.axis)),
   between,
   clear: () => viewer.edit(label => label.put(new Uint8Array(label.voxels.length))),
-  "from-nothing": () => { viewer.edit(label => label.put(new Uint8Array(label.voxels.length))); page.start = "nothing"; },
+  "from-nothing": () => { page.start = "nothing"; viewer.edit(label => label.put(new Uint8Array(label.voxels.length))); },
   "from-prediction": fromPrediction,
 };
 for (const [id, act] of Object.entries(actions)) $(id).addEventListener("click", act);

@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser import started_browser
+from tests.system.annotate.conftest import FLAGS
 from tests.system.realm import GuardedServer
 
 # The same server, on the same worker.
@@ -64,3 +65,24 @@ def test_the_page_signs_in(url: str) -> None:
         assert page.is_hidden("#login")
         page.goto(f"{url}/patchwise/")
         expect(page.locator("#project")).to_have_text("secret_project")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("chromium")
+def test_the_page_to_annotate_on_signs_in(url: str) -> None:
+    with started_browser(*FLAGS) as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.goto(f"{url}/patchwise/annotate")
+        page.fill("#name [name=name]", "ann")
+        page.click("#name button")
+        password = page.locator("#name [name=password]")
+        expect(password).to_be_visible()
+        password.fill("wrong")
+        page.click("#name button")
+        expect(page.locator("#refused")).to_contain_text("not accepted")
+        password.fill("ann")
+        page.click("#name button")
+        page.wait_for_selector("body[data-query]")
+        query = page.get_attribute("body", "data-query")
+        held = httpx.get(f"{url}/patchwise/queries/{query}", headers=token(url, "ann")).json()
+        assert (held["status"], held["client"]) == ("open", "ann")

@@ -48,11 +48,13 @@ async function attempt(work, retry) {
   if (page.busy) return;
   page.busy = true;
   enable();
+  let signedOut = false;
   try { await work(); }
   catch (error) {
-    if (error.status === 401) await askName(true);
-    else say(error.message, [["Try again", retry || (() => attempt(work))]], true);
+    signedOut = error.status === 401;
+    if (!signedOut) say(error.message, [["Try again", retry || (() => attempt(work))]], true);
   } finally { page.busy = false; enable(); }
+  if (signedOut) await askName(true);
 }
 
 function enable() {

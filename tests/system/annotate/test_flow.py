@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import httpx
@@ -280,3 +282,26 @@ def test_a_start_from_the_prediction_is_recorded_also_after_a_crash(
     expect(page.locator("#advice")).to_contain_text(
         "One answer that began with the model's own contours", timeout=20_000
     )
+
+
+def test_a_lease_that_ran_out_is_renewed_by_the_next_stroke(
+    annotator: Open, server: WarmServer, tmp_path: Path
+) -> None:
+    ann = annotator(server.url)
+    ann.enter("ann")
+    query = ann.query
+    # The next region is fetched ahead; without waiting, that request would be given the freed region again.
+    for _ in range(100):
+        if len(queries(server.url)) > 1:
+            break
+        ann.page.wait_for_timeout(100)
+    ledger = sqlite3.connect(tmp_path / "studies" / STATE_FOLDER / "ledger.sqlite")
+    with ledger:
+        # As after a request of anyone else once the time was up.
+        ledger.execute("UPDATE queries SET status = 'expired', lease_until = 1 WHERE id = ?", (query,))
+    ledger.close()
+    draw(ann)
+    expect(ann.page.locator("#state")).to_have_text("draft kept; the lease had run out and was renewed", timeout=15_000)
+    told = queries(server.url)[query]
+    assert (told["status"], told["client"]) == ("open", "ann")
+    assert told["lease_until"] > datetime.now(timezone.utc).isoformat()

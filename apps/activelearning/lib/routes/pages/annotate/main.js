@@ -207,7 +207,10 @@ setInterval(async () => {
       page.unsent = false;
       const kept = await api.keepDraft(query, page.client, viewer.label.voxels, page.start);
       page.renewed = now;
-      if (page.region?.query === query) tell(kept.status === "open" ? "draft kept" : `draft kept; the region is ${kept.status}`);
+      let told = "draft kept";
+      if (kept.status !== "open") told = await api.renew(query, page.client).then(
+        () => "draft kept; the lease had run out and was renewed", error => `draft kept; ${error.message}`);
+      if (page.region?.query === query) tell(told);
     } else if (now - page.active < 1000 * RENEW_SECONDS && now - page.renewed > 1000 * RENEW_SECONDS) {
       await api.renew(query, page.client);
       page.renewed = now;

@@ -30,7 +30,8 @@ AXIAL, CORONAL, SAGITTAL = 0, 1, 2
 PLANES = {AXIAL: (0, 1, 2), CORONAL: (0, 2, 1), SAGITTAL: (1, 2, 0)}
 
 
-@pytest.fixture(scope="session")
+# Not for the session: Playwright runs once at a time, and tests of other pages on the same worker start their own.
+@pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Browser]:
     assert viewer_file() is not None, "run `make viewer`"
     with started_browser(*FLAGS) as found:
